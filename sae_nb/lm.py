@@ -290,7 +290,7 @@ def _find(name):
     if str(name)[0] in "./~" or str(name).count("/") > 1: raise InputError(f"folder {str(name)!r} does not exist; give a folder, a Hugging Face name, or world")
 
 # %% ../nbs/05_lm.ipynb #lm-hub-errors
-_now = "these need no permission: -p model world (in the package), -p model EleutherAI/pythia-70m-deduped"
+_now = "Open to all: -p model world (in the package) or -p model EleutherAI/pythia-70m-deduped"
 
 def _why(name, e):
     "One line about why `name` could not be loaded, from the exception `e`."
@@ -300,13 +300,13 @@ def _why(name, e):
     has = lambda *cls: next((x for x in chain if isinstance(x, cls)), None)
     status = getattr(getattr(has(he.HfHubHTTPError), "response", None), "status_code", None)
     if has(he.GatedRepoError):
-        return f"{name} is gated: accept its licence on https://huggingface.co/{name}, then set HF_TOKEN to an access token of that account; {_now}"
+        return f"{name} is gated: accept its licence on https://huggingface.co/{name}, then set HF_TOKEN to an access token of that account. {_now}"
     if has(he.RepositoryNotFoundError, he.HFValidationError):
-        return f"there is no model {name!r}, neither as a folder nor on the Hugging Face hub (if it is private, set HF_TOKEN); check the spelling. {_now.capitalize()}"
-    if status in (401, 403): return f"the hub refused access to {name} ({status}); check or unset HF_TOKEN. {_now.capitalize()}"
+        return f"there is no model {name!r}, neither as a folder nor on the Hugging Face hub (if it is private, set HF_TOKEN); check the spelling. {_now}"
+    if status in (401, 403): return f"the hub refused access to {name} ({status}); check HF_TOKEN, or unset it. {_now}"
     if has(he.LocalEntryNotFoundError, he.OfflineModeIsEnabled, ConnectionError):
         return f"{name} is not on this machine yet and the Hugging Face hub cannot be reached; connect, unset HF_HUB_OFFLINE, or use -p model world, which needs no network"
-    return f"{name} could not be loaded: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}"
+    return f"{name} could not be loaded: {' '.join(str(e).split())[:200] or type(e).__name__}"
 
 # %% ../nbs/05_lm.ipynb #lm-open
 def _open(where, quiet, dtype):
