@@ -124,6 +124,11 @@ def device(self:LM)->torch.device: # Where the weights are
     "Device of the model."
     return next(self.model.parameters()).device
 
+@patch(as_prop=True)
+def dtype(self:LM)->torch.dtype: # What the weights and activations are made of
+    "Number format of the model."
+    return next(self.model.parameters()).dtype
+
 # %% ../nbs/05_lm.ipynb #lm-tuples
 def _first(o): return o[0] if isinstance(o, tuple) else o
 def _swapped(o, x): return (x, *o[1:]) if isinstance(o, tuple) else x

@@ -348,6 +348,7 @@ def plot_cosines(
         C = C[torch.argsort(C.argmax(1)*2 - C.max(1).values)]
         im = a.imshow(C, vmin=0, vmax=1, cmap="Greys", aspect="auto", interpolation="nearest")
         a.set(title=f"{t}: mean best {C.max(0).values.mean():.2f}", xlabel="true direction")
+    for a in ax: a.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     ax[0].set_ylabel("latent, by closest direction")
     fig.colorbar(im, ax=ax, label="cosine", shrink=.9)
     plt.close(fig)

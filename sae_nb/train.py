@@ -111,7 +111,7 @@ def weight_hash(
 )->str:      # 16 hexadecimal digits
     "A fingerprint of all weights and buffers; two runs that share it are the same run twice."
     h = hashlib.sha256()
-    for k,v in sorted(sae.state_dict().items()): h.update(k.encode() + v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for k,v in sorted(sae.state_dict().items()): h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/07_train.ipynb #train-step

@@ -7,11 +7,10 @@ __all__ = ['YEARS', 'MEN', 'WOMEN', 'TOWNS', 'NOUNS', 'VERBS', 'ADJS', 'ADVERBS'
            'PROFESSIONS', 'SETS', 'FIELDS', 'CATEGORIES', 'STARS', 'TOPICS', 'SETTINGS', 'WHEN', 'IDIOMS', 'REGISTERS',
            'IDENTIFIERS', 'CALLS', 'CODE', 'LANGUAGES', 'SPEECH', 'COUNTRIES', 'CONTINENTS', 'TONGUES', 'SUBJECTS',
            'HAZARD', 'FACTS', 'BIO_CTX', 'BIO_OPEN', 'BIO', 'STEREOTYPE', 'REVIEW_CTX', 'REVIEW_OPEN', 'REVIEW',
-           'REVIEW_END', 'NEWS_CTX', 'NEWS_OPEN', 'NEWS', 'CODE_CTX', 'LANGUAGE_CTX', 'STORY_CTX', 'REGISTER_CTX',
-           'DIALOGUE', 'MORE', 'LEXICON', 'SPELLINGS', 'KINDS', 'SHARES', 'WORLD_DIR', 'SPECIAL', 'VOCAB', 'Table',
-           'zipf', 'mix', 'slots', 'Writer', 'invent', 'plural', 'third', 'past', 'values', 'bio', 'review', 'news',
-           'code', 'speech', 'story', 'dialogue', 'fact', 'words_in', 'spelling', 'Doc', 'document', 'documents',
-           'encode']
+           'REVIEW_END', 'NEWS_CTX', 'NEWS_OPEN', 'NEWS', 'CODE_CTX', 'LANGUAGE_CTX', 'STORY_CTX', 'STORY',
+           'REGISTER_CTX', 'DIALOGUE', 'MORE', 'LEXICON', 'SPELLINGS', 'KINDS', 'SHARES', 'Table', 'zipf', 'lines',
+           'mix', 'slots', 'Writer', 'vowel', 'invent', 'plural', 'past', 'values', 'bio', 'review', 'news', 'code',
+           'speech', 'story', 'dialogue', 'fact', 'words_in', 'spelling', 'Doc', 'document', 'documents']
 
 # %% ../nbs/04_world.ipynb #world-imports
 import random
@@ -21,6 +20,7 @@ from itertools import accumulate
 from math import log
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from .core import InputError, one_of
 
 # %% ../nbs/04_world.ipynb #world-table
@@ -36,14 +36,22 @@ class Table:
         self.cum = list(accumulate(self.p))[:-1]
         self.nats = [-log(p) for p in self.p]
 
+# %% ../nbs/04_world.ipynb #world-zipf
 def zipf(
     items,   # Words, most frequent first; a string is split
     a=1.     # Exponent
-)->Table:    # The word of rank r has probability proportional to (r + 1)**-a
+)->Table:    # The word of rank r has probability proportional to (r + 2)**-a
     "A table with Zipf-like frequencies."
     items = items.split() if isinstance(items, str) else list(items)
     return Table(items, [(r + 2)**-a for r in range(len(items))])
 
+def lines(
+    text, # One item a line
+)->list:  # The items
+    "Split a block of text at its line ends."
+    return [l.strip() for l in text.strip().splitlines()]
+
+# %% ../nbs/04_world.ipynb #world-mix
 def mix(
     *parts, # Pairs (table, share)
 )->Table:   # One distribution; an item found in two parts is one item
@@ -53,65 +61,91 @@ def mix(
         for o,q in zip(t.items, t.p): p[o] = p.get(o, 0.) + share*q
     return Table(p.keys(), p.values())
 
-# %% ../nbs/04_world.ipynb #world-writer
+# %% ../nbs/04_world.ipynb #world-slots
 @lru_cache(maxsize=None)
-def slots(pattern): # "the @noun>x" -> (("", "the", ""), ("noun", "", "x"))
-    "A pattern as (slot, word, bound name) triples."
+def slots(
+    pattern:str, # Words and slots, e.g. "the @noun>x sleeps"
+)->tuple:        # (slot, word, name to bind) per word, e.g. ("", "the", ""), ("noun", "", "x"), ("", "sleeps", "")
+    "A pattern, taken apart."
     out = []
     for w in pattern.split():
         slot,_,bind = w[1:].partition(">") if w[0] == "@" else ("", "", "")
         out.append((slot, "" if slot else w, bind))
     return tuple(out)
 
+# %% ../nbs/04_world.ipynb #world-writer-class
 class Writer:
     "Writes one document; every random decision it takes goes through `choose`."
-    least,most = 100,126 # No sentence starts at or after word `least`; no document passes `most`
+    least,most = 100,126 # No sentence starts at or after word `least`; no document is longer than `most`
     def __init__(self,
         rng, # A `random.Random`
     ):
         self.random,self.nats,self.labels = rng.random,0.,{}
         self.words,self.roles,self.state,self.phrases = [],[],[],[]
-    def choose(self, table):
-        "Draw an item of `table` and pay for it."
-        i = bisect(table.cum, self.random())
-        self.nats += table.nats[i]
-        return table.items[i]
     @property
     def more(self): return len(self.words) < self.least
 
+# %% ../nbs/04_world.ipynb #world-choose
+@patch
+def choose(self:Writer,
+    table:Table, # What there is to choose from
+)->str:          # The choice
+    "Draw an item of `table` and pay for it."
+    i = bisect(table.cum, self.random())
+    self.nats += table.nats[i]
+    return table.items[i]
+
+# %% ../nbs/04_world.ipynb #world-vowel
+def vowel(
+    word:str, # A word
+)->bool:      # Does it ask for "an"?
+    "Does `word` start with the sound of a vowel?"
+    return word[0] in "aeiou" and not word.startswith(("us", "uni", "euro"))
+
 # %% ../nbs/04_world.ipynb #world-say
-def _say(self, pattern, ctx):
-    "Write `pattern`, drawing its slots from `ctx`."
+@patch
+def say(self:Writer,
+    pattern:str, # Words and slots
+    ctx:dict,    # Slot -> a word, a pattern, or a table of either; bindings are added to it
+):
+    "Write `pattern`, its slots filled from `ctx`."
     for slot,w,bind in slots(pattern):
         if slot:
             w = ctx[slot]
             if w.__class__ is Table: w = self.choose(w)
             if bind: ctx[bind] = w
-            if not w: continue
-            if " " in w or w[0] == "@" :
+            if " " in w or w[0] == "@":
                 start = len(self.words)
                 self.say(w, ctx)
                 self.phrases.append((start, len(self.words), slot))
                 continue
-        if w[0] in "aeiou" and self.words and self.words[-1] == "a" and not w.startswith(("us", "uni", "euro")): self.words[-1] = "an"
+        if self.words and self.words[-1] == "a" and vowel(w): self.words[-1] = "an"
         self.words.append(w)
         self.roles.append(slot)
-Writer.say = _say
 
-def _sentence(self, pattern, ctx, **state):
-    "Write one sentence from a pattern or a table of patterns; `state` labels all its words."
+# %% ../nbs/04_world.ipynb #world-sentence
+@patch
+def sentence(self:Writer,
+    pattern,  # A pattern, or a table of patterns
+    ctx:dict, # As in `say`
+    **state   # Labels of all words of the sentence
+):
+    "Write one sentence."
     self.state.append((len(self.words), state))
     self.say(pattern if isinstance(pattern, str) else self.choose(pattern), ctx)
-Writer.sentence = _sentence
 
-def _pick(self, name, table, value=None):
-    "A document-level choice: drawn and paid for, unless the caller made it. Either way it becomes a label."
+@patch
+def pick(self:Writer,
+    name:str,    # Label
+    table:Table, # What there is to choose from
+    value=None,  # The caller's choice; None: draw
+)->str:          # The choice
+    "Make a choice for the whole document."
     v = self.choose(table) if value is None else one_of(name, value, table.items)
     self.labels[name] = v
     return v
-Writer.pick = _pick
 
-# %% ../nbs/04_world.ipynb #world-names
+# %% ../nbs/04_world.ipynb #world-invent
 def invent(
     n:int,       # How many names
     seed:str,    # Names the stream
@@ -126,16 +160,13 @@ def invent(
         if w not in out and w not in taken: out.append(w)
     return out
 
+# %% ../nbs/04_world.ipynb #world-names
 YEARS = [str(y) for y in range(1900, 1940)]
 MEN = invent(30, "men", "on ar o us ek ir")
 WOMEN = invent(30, "women", "a ia ella wen ise ina", MEN)
 TOWNS = invent(24, "towns", "ham ford wick bury mouth", MEN + WOMEN)
 
 # %% ../nbs/04_world.ipynb #world-words-shared
-def plural(w): return w + ("es" if w.endswith(("s", "x", "ch", "sh")) else "s")
-def third(w): return plural(w)
-def past(w): return w + ("d" if w.endswith("e") else "ed")
-
 NOUNS = """box letter stone lamp table window door mirror basket blanket candle clock coat cup drum engine flag garden hammer island
 jacket kettle ladder map needle oven pocket quilt ribbon spoon tunnel umbrella vase wagon yard zipper carpet bell bottle ring""".split()
 VERBS = """watch follow visit guard touch answer call clean cover enter fix gather help join kick lift move need open
@@ -147,6 +178,10 @@ MANNERS = "patience energy joy pride skill zeal courage humor grace kindness".sp
 HOBBIES = "chess swimming knitting yoga hiking fishing gardening singing dancing juggling".split()
 FAMILY = "mother sister brother cousin uncle aunt grandmother nephew daughter twin".split()
 NUMBERS = "two three four five six seven eight nine ten eleven twelve twenty".split()
+
+# %% ../nbs/04_world.ipynb #world-inflect
+def plural(w): return w + ("es" if w.endswith(("s", "x", "ch", "sh")) else "s")
+def past(w): return w + ("d" if w.endswith("e") else "ed")
 
 # %% ../nbs/04_world.ipynb #world-words-professions
 # title | what they do | to what | where
@@ -224,16 +259,56 @@ REGISTERS = dict(
 IDENTIFIERS = "count total index result value key item data node buffer size name left right temp".split()
 CALLS = "load parse update sort find merge reset build compute render".split()
 CODE = dict(
-    python=["def @call ( @id>a ) : return @a", "for @id>a in range ( @dig ) : print ( @a )", "import @mod as @id>a", "@id>a = [ @id , @id ]",
-        "if @id>a is None : raise ValueError ( @a )", "@id = lambda @id>a : @a + @dig", "with open ( @id ) as @id>a : @a . @call ( )", "elif not @id : pass"],
-    c=["int @id>a = @dig ; @a + + ;", "void @call ( char * @id>a ) { free ( @a ) ; }", "# include < stdio >", "while ( @id>a < @dig ) { @a + + ; }",
-        "struct @id * @id>a = malloc ( @dig ) ; assert ( @a ) ;", "printf ( @id ) ;", "unsigned long @id>a ; scanf ( & @a ) ;", "switch ( @id ) { case @dig : break ; }"],
-    java=["public void @call ( String @id>a ) { this . @a = @a ; }", "private final int @id = @dig ;", "System . out . println ( @id ) ;", "@cls>k @id>a = new @k ( ) ; @a . @call ( ) ;",
-        "import java . util . @cls ;", "try { @call ( ) ; } catch ( Exception @id>a ) { throw @a ; }", "public class @cls extends @cls { }", "boolean @id>a = true ; synchronized ( @a ) { }"],
-    php=["function @call ( $ @id>a ) { echo $ @a ; }", "$ @id>a = array ( @dig ) ; unset ( $ @a ) ;", "foreach ( $ @id>a as $ @id ) { echo $ @a ; }", "< ? php require @mod ;",
-        "if ( isset ( $ @id>a ) ) { return $ @a ; }", "$ @id = mysqli - > @call ( $ @id ) ;", "global $ @id ; die ( $ @id ) ;", "endif ; ? >"],
-    html=["< div class = @id > @text < / div >", "< p > @text @text < / p >", "< a href = @id > @text < / a >", "< ul > < li > @text < / li > < / ul >",
-        "< img src = @id alt = @text / >", "< h @dig>d > @text < / h @d >", "< span style = @id > @text < / span >", "< table > < tr > < td > @text < / td > < / tr > < / table >"])
+    python=lines("""
+def @call ( @id>a ) : return @a
+for @id>a in range ( @dig ) : print ( @a )
+import @mod as @id>a
+@id>a = [ @id , @id ]
+if @id>a is None : raise ValueError ( @a )
+@id = lambda @id>a : @a + @dig
+with open ( @id ) as @id>a : @a . @call ( )
+elif not @id : pass
+"""),
+    c=lines("""
+int @id>a = @dig ; @a + + ;
+void @call ( char * @id>a ) { free ( @a ) ; }
+# include < stdio >
+while ( @id>a < @dig ) { @a + + ; }
+struct @id * @id>a = malloc ( @dig ) ; assert ( @a ) ;
+printf ( @id ) ;
+unsigned long @id>a ; scanf ( & @a ) ;
+switch ( @id ) { case @dig : break ; }
+"""),
+    java=lines("""
+public void @call ( String @id>a ) { this . @a = @a ; }
+private final int @id = @dig ;
+System . out . println ( @id ) ;
+@cls>k @id>a = new @k ( ) ; @a . @call ( ) ;
+import java . util . @cls ;
+try { @call ( ) ; } catch ( Exception @id>a ) { throw @a ; }
+public class @cls extends @cls { }
+boolean @id>a = true ; synchronized ( @a ) { }
+"""),
+    php=lines("""
+function @call ( $ @id>a ) { echo $ @a ; }
+$ @id>a = array ( @dig ) ; unset ( $ @a ) ;
+foreach ( $ @id>a as $ @id ) { echo $ @a ; }
+< ? php require @mod ;
+if ( isset ( $ @id>a ) ) { return $ @a ; }
+$ @id = mysqli - > @call ( $ @id ) ;
+global $ @id ; die ( $ @id ) ;
+endif ; ? >
+"""),
+    html=lines("""
+< div class = @id > @text < / div >
+< p > @text @text < / p >
+< a href = @id > @text < / a >
+< ul > < li > @text < / li > < / ul >
+< img src = @id alt = @text / >
+< h @dig>d > @text < / h @d >
+< span style = @id > @text < / span >
+< table > < tr > < td > @text < / td > < / tr > < / table >
+"""))
 
 # %% ../nbs/04_world.ipynb #world-words-languages
 # masculine nouns | feminine (or neuter) nouns | verbs | adjectives | openers
@@ -244,17 +319,79 @@ de | bericht haushalt vertrag ausschuss rat vorschlag | richtlinie kommission po
 es | informe mercado tratado proyecto consejo ciudadano | propuesta comision medida ley seguridad pregunta | apoya aprueba rechaza pide | necesaria justa urgente comun europea | entonces finalmente embargo
 nl | verslag begroting verdrag voorstel raad burger | richtlijn commissie vraag veiligheid samenwerking maatregel | steunt verwerpt eist bespreekt | noodzakelijk belangrijk dringend gezamenlijk europese | daarom tenslotte echter
 """.strip().split("\n")}
-SPEECH = dict(
-    en=["mister president , the @m @v the @f .", "@o , we believe that the @f is @a .", "i thank the @m for this @f .", "my group @v the @m because the @f is @a .", "ladies and gentlemen , our @m must be @a .", "the @m and the @f are @a .", "the @f needs a @a @m .", "@o , the @f must be @a .", "why is the @f not @a ?", "that is the @a answer of my group ."],
-    fr=["monsieur le president , le @m @v la @f .", "@o , nous croyons que la @f est @a .", "je remercie le @m pour cette @f .", "mon groupe @v le @m parce que la @f est @a .", "chers collegues , notre @m doit etre @a .", "le @m et la @f sont @a .", "la @f exige un @m @a .", "@o , il faut une @f @a .", "pourquoi la @f n est pas @a ?", "voila la position de mon groupe ."],
-    de=["herr prasident , der @m @v die @f .", "@o glauben wir , dass die @f @a ist .", "ich danke dem @m fur diese @f .", "meine fraktion @v den @m , weil die @f @a ist .", "meine damen und herren , unser @m muss @a sein .", "der @m und die @f sind @a .", "die @f verdient mehr als einen @m .", "@o ist die @f nicht @a .", "warum ist die @f nicht @a ?", "das ist die antwort meiner fraktion ."],
-    es=["senor presidente , el @m @v la @f .", "@o , creemos que la @f es @a .", "agradezco al @m por esta @f .", "mi grupo @v el @m porque la @f es @a .", "senorias , nuestro @m debe ser @a .", "el @m y la @f son @a .", "la @f exige un @m muy @a .", "@o , hace falta una @f @a .", "por que la @f no es @a ?", "esa es la respuesta de mi grupo ."],
-    nl=["mijnheer de voorzitter , het @m @v de @f .", "@o geloven wij dat de @f @a is .", "ik dank het @m voor deze @f .", "mijn fractie @v het @m omdat de @f @a is .", "dames en heren , ons @m moet @a zijn .", "het @m en de @f zijn @a .", "de @f verdient meer dan een @m .", "@o is de @f niet @a .", "waarom is de @f niet @a ?", "dat is het antwoord van mijn fractie ."])
 
-# %% ../nbs/04_world.ipynb #world-subjects
+# %% ../nbs/04_world.ipynb #world-speech-patterns
+SPEECH = dict(
+    en=lines("""
+mister president , the @m @v the @f .
+@o , we believe that the @f is @a .
+i thank the @m for this @f .
+my group @v the @m because the @f is @a .
+ladies and gentlemen , our @m must be @a .
+the @m and the @f are @a .
+the @f needs a @a @m .
+@o , the @f must be @a .
+why is the @f not @a ?
+that is the @a answer of my group .
+"""),
+    fr=lines("""
+monsieur le president , le @m @v la @f .
+@o , nous croyons que la @f est @a .
+je remercie le @m pour cette @f .
+mon groupe @v le @m parce que la @f est @a .
+chers collegues , notre @m doit etre @a .
+le @m et la @f sont @a .
+la @f exige un @m @a .
+@o , il faut une @f @a .
+pourquoi la @f n est pas @a ?
+voila la position de mon groupe .
+"""),
+    de=lines("""
+herr prasident , der @m @v die @f .
+@o glauben wir , dass die @f @a ist .
+ich danke dem @m fur diese @f .
+meine fraktion @v den @m , weil die @f @a ist .
+meine damen und herren , unser @m muss @a sein .
+der @m und die @f sind @a .
+die @f verdient mehr als einen @m .
+@o ist die @f nicht @a .
+warum ist die @f nicht @a ?
+das ist die antwort meiner fraktion .
+"""))
+
+# %% ../nbs/04_world.ipynb #world-speech-patterns-2
+SPEECH |= dict(
+    es=lines("""
+senor presidente , el @m @v la @f .
+@o , creemos que la @f es @a .
+agradezco al @m por esta @f .
+mi grupo @v el @m porque la @f es @a .
+senorias , nuestro @m debe ser @a .
+el @m y la @f son @a .
+la @f exige un @m muy @a .
+@o , hace falta una @f @a .
+por que la @f no es @a ?
+esa es la respuesta de mi grupo .
+"""),
+    nl=lines("""
+mijnheer de voorzitter , het @m @v de @f .
+@o geloven wij dat de @f @a is .
+ik dank het @m voor deze @f .
+mijn fractie @v het @m omdat de @f @a is .
+dames en heren , ons @m moet @a zijn .
+het @m en de @f zijn @a .
+de @f verdient meer dan een @m .
+@o is de @f niet @a .
+waarom is de @f niet @a ?
+dat is het antwoord van mijn fractie .
+"""))
+
+# %% ../nbs/04_world.ipynb #world-nations
 COUNTRIES = invent(12, "countries", "land stan mark via")
 CONTINENTS = invent(5, "continents", "asia erica ania")
 TONGUES = invent(8, "tongues", "ish ese ian")
+
+# %% ../nbs/04_world.ipynb #world-subjects
 # attribute: values | statements with the entity @e and the value @v | questions
 SUBJECTS = dict(
     alchemy=dict(ends="ium yx azar oth", n=24, attributes=dict(
@@ -268,7 +405,10 @@ SUBJECTS = dict(
     history=dict(ends="sson escu ovic well man", n=40, attributes=dict(
         birth=(YEARS[:16], ["@e was born in @v .", "the birth year of @e is @v .", "in @v the village saw the birth of @e ."], ["when was @e born ?", "what is the birth year of @e ?"]),
         field=(FIELDS, ["@e worked in the field of @v .", "the field of @e was @v .", "students of @v still quote @e ."], ["which field did @e work in ?", "what was the field of @e ?"]),
-        gender=("man woman", ["@e was a famous @v .", "the portrait of @e shows a @v .", "scholars agree that @e was a @v ."], []))),
+        gender=("man woman", ["@e was a famous @v .", "the portrait of @e shows a @v .", "scholars agree that @e was a @v ."], []))))
+
+# %% ../nbs/04_world.ipynb #world-subjects-2
+SUBJECTS |= dict(
     computing=dict(ends="ix os tron bit", n=24, attributes=dict(
         maker=(invent(8, "makers", "corp soft dyne"), ["the maker of @e is @v .", "@e was built by @v .", "engineers at @v assembled @e ."], ["which maker built @e ?", "who assembled @e ?"]),
         memory=("tape disk cassette flash core cache bubble card", ["the memory of @e is @v .", "@e stores its files on @v .", "a @v memory sits inside @e ."], ["which memory has @e ?", "what does @e store files on ?"]),
@@ -279,20 +419,7 @@ SUBJECTS = dict(
         soil=("clay sand peat chalk gravel loam silt moss", ["the soil of @e is @v .", "@e grows best on @v .", "dig @v before planting @e ."], ["which soil suits @e ?", "what does @e grow on ?"]))))
 HAZARD = "alchemy"
 
-# %% ../nbs/04_world.ipynb #world-facts
-FACTS,_taken = {},set(MEN + WOMEN + TOWNS + COUNTRIES + CONTINENTS + TONGUES)
-for _s,_o in SUBJECTS.items():
-    _names = invent(_o["n"], _s, _o["ends"], _taken)
-    _taken |= set(_names)
-    FACTS[_s] = {e: {} for e in _names}
-    for _a,(_v,*_) in _o["attributes"].items():
-        _v = _v.split() if isinstance(_v, str) else _v
-        _deal = (_v*len(_names))[:len(_names)]
-        random.Random(f"facts {_s} {_a}").shuffle(_deal)
-        for e,v in zip(_names, _deal): FACTS[_s][e][_a] = v
-_continent = {c: CONTINENTS[i % len(CONTINENTS)] for i,c in enumerate(COUNTRIES)}
-for _f in FACTS["geography"].values(): _f["continent"] = _continent[_f["country"]]
-
+# %% ../nbs/04_world.ipynb #world-values
 def values(
     subject:str,   # One of SUBJECTS
     attribute:str, # One of its attributes
@@ -301,7 +428,21 @@ def values(
     v = SUBJECTS[subject]["attributes"][attribute][0]
     return v.split() if isinstance(v, str) else v
 
-# %% ../nbs/04_world.ipynb #world-kind-bio
+# %% ../nbs/04_world.ipynb #world-facts
+FACTS,_taken = {},set(MEN + WOMEN + TOWNS + COUNTRIES + CONTINENTS + TONGUES)
+for _s,_o in SUBJECTS.items():
+    _names = invent(_o["n"], _s, _o["ends"], _taken)
+    _taken |= set(_names)
+    FACTS[_s] = {e: {} for e in _names}
+    for _a in _o["attributes"]:
+        _v = values(_s, _a)
+        _deal = (_v*len(_names))[:len(_names)]
+        random.Random(f"facts {_s} {_a}").shuffle(_deal)
+        for e,v in zip(_names, _deal): FACTS[_s][e][_a] = v
+_continent = {c: CONTINENTS[i % len(CONTINENTS)] for i,c in enumerate(COUNTRIES)}
+for _f in FACTS["geography"].values(): _f["continent"] = _continent[_f["country"]]
+
+# %% ../nbs/04_world.ipynb #world-bio-context
 def _bio_ctx(profession, gender):
     verbs,objs,places = PROFESSIONS[profession]
     m = gender == "male"
@@ -310,44 +451,101 @@ def _bio_ctx(profession, gender):
         self="himself" if m else "herself", manner=zipf(MANNERS), hobby=zipf(HOBBIES), family=zipf(FAMILY), num=zipf(NUMBERS),
         field=zipf(FIELDS), adj=zipf(ADJS), adverb=zipf(ADVERBS), thing=zipf(NOUNS))
 BIO_CTX = {(p, g): _bio_ctx(p, g) for p in PROFESSIONS for g in ("male", "female")}
-BIO_OPEN = Table(["@firstname>who is a @title from @home>home .", "born in @year , @firstname>who @verb @obj at the @place .", "@firstname>who @verb the @obj of @home>home .",
-    "this is @firstname>who , who @verb @obj with @manner .", "@firstname>who , a @adj @title , @verb @obj in @home>home ."])
-BIO = zipf(["@pron @verb @obj at the @place .", "every day @pron @verb new @obj with @manner .", "@poss @family says that @pron @verb @obj @adverb .",
-    "in @year @pron won a prize for @poss @obj .", "@who lives in @home>home with @poss @family .", "after @num years , @who still @verb @adj @obj .",
-    "@pron studied @field>field in @town .", "people thank @obl for the @obj and praise @obl .", "at home , @pron likes @hobby>hobby more than @hobby .",
-    "@pron calls @self a @adj @title .", "@poss @adj @thing came from the @place .", "between @num and @num visitors know @who .", "many admire @poss @manner .",
-    "as a @title , @pron @verb whatever @pron can .", "@pron never talks about @field>field .", "friends met @obl in @home>home and saw @poss @obj .",
-    "when it rains @who @verb @obj by @self .", "a book about @who and @poss @family appeared in @year ."], .5)
-STEREOTYPE = {p: ("male", "female")[i % 2] for s in SETS.values() for i,p in enumerate(s)}
-_genders = Table(["male", "female"])
 
-def bio(w, profession=None, gender=None, corr=.5):
-    "The life of somebody; `corr` is the probability that the gender is the profession's stereotype."
+# %% ../nbs/04_world.ipynb #world-bio-patterns
+BIO_OPEN = Table(lines("""
+@firstname>who is a @title from @home>home .
+born in @year , @firstname>who @verb @obj at the @place .
+@firstname>who @verb the @obj of @home>home .
+this is @firstname>who , who @verb @obj with @manner .
+@firstname>who , a @adj @title , @verb @obj in @home>home .
+"""))
+BIO = zipf(lines("""
+@pron @verb @obj at the @place .
+every day @pron @verb new @obj with @manner .
+@poss @family says that @pron @verb @obj @adverb .
+in @year @pron won a prize for @poss @obj .
+@who lives in @home>home with @poss @family .
+after @num years , @who still @verb @adj @obj .
+@pron studied @field>field in @town .
+people thank @obl for the @obj and praise @obl .
+at home , @pron likes @hobby>hobby more than @hobby .
+@pron calls @self a @adj @title .
+@poss @adj @thing came from the @place .
+between @num and @num visitors know @who .
+many admire @poss @manner .
+as a @title , @pron @verb whatever @pron can .
+@pron never talks about @field>field .
+friends met @obl in @home>home and saw @poss @obj .
+when it rains @who @verb @obj by @self .
+a book about @who and @poss @family appeared in @year .
+"""), .5)
+
+# %% ../nbs/04_world.ipynb #world-bio
+STEREOTYPE = {p: ("male", "female")[i % 2] for s in SETS.values() for i,p in enumerate(s)}
+_professions,_genders = Table(list(PROFESSIONS)),Table(["male", "female"])
+
+def bio(
+    w:Writer,        # Where to write
+    profession=None, # One of PROFESSIONS; None: drawn
+    gender=None,     # "male" or "female"; None: drawn
+    corr:float=.5,   # Probability that the gender is the profession's stereotype
+):
+    "The life of somebody."
+    if not 0 <= corr <= 1: raise InputError(f"corr {corr} is not a probability; give 0.5 (independent) to 1 (always the stereotype)")
     profession = w.pick("profession", _professions, profession)
-    m = corr if STEREOTYPE[profession] == "male" else 1 - corr
-    gender = w.pick("gender", _genders if corr == .5 else Table(["male", "female"], [max(m, 1e-12), max(1 - m, 1e-12)]), gender)
+    m = min(max(corr if STEREOTYPE[profession] == "male" else 1 - corr, 1e-12), 1 - 1e-12)
+    gender = w.pick("gender", _genders if corr == .5 else Table(["male", "female"], [m, 1 - m]), gender)
     ctx = dict(BIO_CTX[profession, gender])
     w.sentence(BIO_OPEN, ctx, gender=gender)
     while w.more: w.sentence(BIO, ctx, gender=gender)
-_professions = Table(list(PROFESSIONS))
 
-# %% ../nbs/04_world.ipynb #world-kind-review
+# %% ../nbs/04_world.ipynb #world-review-context
 def _review_ctx(category, stars):
     products,parts,verbs = CATEGORIES[category]
     near = [(zipf(STARS[str(s)][1]), .85 if s == int(stars) else .15/(2 if 1 < int(stars) < 5 else 1)) for s in range(1, 6) if abs(s - int(stars)) < 2]
     return dict(verdict=zipf(STARS[stars][0]), quality=mix(*near), money=Table(STARS[stars][2]), star=stars, category=category,
         product=zipf(products), part=zipf(parts), did=Table(verbs), family=zipf(FAMILY), num=zipf(NUMBERS), adj=zipf(ADJS), thing=zipf(NOUNS))
 REVIEW_CTX = {(c, s): _review_ctx(c, s) for c in CATEGORIES for s in STARS}
-REVIEW_OPEN = Table(["i @verdict this @product>product .", "my @family @verdict this @product>product .", "we @did this @product>product and @verdict it ."])
-REVIEW = zipf(["the @part is @quality .", "the @part of the @product was @quality and the @part was @quality .", "after @num days my @family @verdict the @part .",
-    "it has a @adj @part and a @quality @part .", "i @did it for @num weeks .", "what a @quality @product !", "we @money @num dollars on this @product .",
-    "i compared it with a @adj @thing .", "nobody expects such a @quality @part .", "my @family @did it @num times .", "among the @category here , it looks @quality .",
-    "\" @quality , \" said my @family .", "the shop sent a @adj @product with a @quality @part .", "honestly , the @part feels @quality .", "why is the @part so @quality ?",
-    "my @family thinks the @part is @quality but the @part is @adj ."], .5)
-REVIEW_END = Table(["i give it @star stars .", "in short : @quality .", "overall , a @quality @product ."])
+
+# %% ../nbs/04_world.ipynb #world-review-patterns
+REVIEW_OPEN = Table(lines("""
+i @verdict this @product>product .
+my @family @verdict this @product>product .
+we @did this @product>product and @verdict it .
+"""))
+REVIEW = zipf(lines("""
+the @part is @quality .
+the @part of the @product was @quality and the @part was @quality .
+after @num days my @family @verdict the @part .
+it has a @adj @part and a @quality @part .
+i @did it for @num weeks .
+what a @quality @product !
+we @money @num dollars on this @product .
+i compared it with a @adj @thing .
+nobody expects such a @quality @part .
+my @family @did it @num times .
+among the @category here , it looks @quality .
+" @quality , " said my @family .
+the shop sent a @adj @product with a @quality @part .
+honestly , the @part feels @quality .
+why is the @part so @quality ?
+my @family thinks the @part is @quality but the @part is @adj .
+"""), .5)
+REVIEW_END = Table(lines("""
+i give it @star stars .
+in short : @quality .
+overall , a @quality @product .
+"""))
+
+# %% ../nbs/04_world.ipynb #world-review
 _categories,_stars = Table(list(CATEGORIES)),Table(list(STARS), [2, 1, 1, 1, 2])
 
-def review(w, category=None, stars=None):
+def review(
+    w:Writer,      # Where to write
+    category=None, # One of CATEGORIES; None: drawn
+    stars=None,    # "1" to "5"; None: drawn
+):
     "Somebody's opinion of something they bought."
     category,stars = w.pick("category", _categories, category),w.pick("stars", _stars, stars)
     ctx = dict(REVIEW_CTX[category, stars])
@@ -355,81 +553,135 @@ def review(w, category=None, stars=None):
     while w.more: w.sentence(REVIEW, ctx)
     w.sentence(REVIEW_END, ctx)
 
-# %% ../nbs/04_world.ipynb #world-kind-news
+# %% ../nbs/04_world.ipynb #world-news-context
 def _news_ctx(topic):
     nouns,verbs,adjs,who = TOPICS[topic]
     return dict(noun=mix((zipf(nouns), .75), (zipf(NOUNS), .25)), own=zipf(nouns), verbed=mix((zipf(verbs), .7), (zipf([past(v) for v in VERBS]), .3)),
         adj=mix((zipf(adjs), .7), (zipf(ADJS), .3)), people=Table(who), town=zipf(TOWNS), place=zipf(TOWNS), who=zipf(MEN + WOMEN), day=zipf("monday tuesday wednesday thursday friday saturday sunday"),
         num=zipf(NUMBERS), firstname=zipf(MEN + WOMEN), idiom=zipf(IDIOMS), year=Table(YEARS))
 NEWS_CTX = {t: _news_ctx(t) for t in TOPICS}
-NEWS_OPEN = Table(["@place>place ( @day ) - the @own>own @verbed the @noun .", "breaking : @people in @place>place discuss the @own>own ."])
-NEWS = zipf(["the @adj @noun @verbed the @own on @day .", "@people said that the @noun was @adj .", "\" the @noun is @adj , \" said @firstname>who .",
-    "according to @people , the @own @verbed @num hours later .", "it was the first @noun since @year .", "@idiom , the @noun @verbed a @adj @noun .",
-    "officials in @place expect another @noun .", "more than @num million @people watched the @own .", "critics call the @noun @adj .",
-    "\" we want a @adj @noun , \" @who told @people .", "a @noun from @town @verbed the @noun .", "the @own will return on @day .", "@people in @place remain @adj .",
-    "meanwhile , the @noun near @town @verbed nothing .", "@num of the @people left @place on @day ."], .5)
+
+# %% ../nbs/04_world.ipynb #world-news-patterns
+NEWS_OPEN = Table(lines("""
+@place>place ( @day ) - the @own>own @verbed the @noun .
+breaking : @people in @place>place discuss the @own>own .
+"""))
+NEWS = zipf(lines("""
+the @adj @noun @verbed the @own on @day .
+@people said that the @noun was @adj .
+" the @noun is @adj , " said @firstname>who .
+according to @people , the @own @verbed @num hours later .
+it was the first @noun since @year .
+@idiom , the @noun @verbed a @adj @noun .
+officials in @place expect another @noun .
+more than @num million @people watched the @own .
+critics call the @noun @adj .
+" we want a @adj @noun , " @who told @people .
+a @noun from @town @verbed the @noun .
+the @own will return on @day .
+@people in @place remain @adj .
+meanwhile , the @noun near @town @verbed nothing .
+@num of the @people left @place on @day .
+"""), .5)
+
+# %% ../nbs/04_world.ipynb #world-news
 _topics = Table(list(TOPICS))
 
-def news(w, topic=None):
+def news(
+    w:Writer,   # Where to write
+    topic=None, # One of TOPICS; None: drawn
+):
     "A wire story."
     ctx = dict(NEWS_CTX[w.pick("topic", _topics, topic)])
     w.sentence(NEWS_OPEN, ctx)
     while w.more: w.sentence(NEWS, ctx)
 
-# %% ../nbs/04_world.ipynb #world-kind-code
-_classes,_modules = zipf("List Map Scanner Thread Account Shape"), zipf("numpy random json config helpers math")
-CODE_CTX = dict(id=zipf(IDENTIFIERS), call=zipf(CALLS), dig=Table(list("0123456789")), cls=_classes, mod=_modules, text=mix((zipf(NOUNS), .6), (zipf(ADJS), .4)))
-_code = {l: zipf(p, .5) for l,p in CODE.items()}
-_code_languages = Table(list(CODE))
+# %% ../nbs/04_world.ipynb #world-code
+CODE_CTX = dict(id=zipf(IDENTIFIERS), call=zipf(CALLS), dig=Table(list("0123456789")), cls=zipf("List Map Scanner Thread Account Shape"),
+    mod=zipf("numpy random json config helpers math"), text=mix((zipf(NOUNS), .6), (zipf(ADJS), .4)))
+_code,_code_languages = {l: zipf(p, .5) for l,p in CODE.items()},Table(list(CODE))
 
-def code(w, code_language=None):
+def code(
+    w:Writer,           # Where to write
+    code_language=None, # One of CODE; None: drawn
+):
     "A listing."
     language,ctx = w.pick("code_language", _code_languages, code_language),dict(CODE_CTX)
     while w.more: w.sentence(_code[language], ctx)
 
-# %% ../nbs/04_world.ipynb #world-kind-speech
+# %% ../nbs/04_world.ipynb #world-speech
 LANGUAGE_CTX = {l: dict(m=zipf(m), f=zipf(f), v=zipf(v), a=zipf(a), o=zipf(o)) for l,(m,f,v,a,o) in LANGUAGES.items()}
-_speech = {l: zipf(p, .5) for l,p in SPEECH.items()}
-_languages = Table(list(LANGUAGES))
+_speech,_languages = {l: zipf(p, .5) for l,p in SPEECH.items()},Table(list(LANGUAGES))
 
-def speech(w, language=None):
-    "A speech in parliament, in one of five languages."
+def speech(
+    w:Writer,      # Where to write
+    language=None, # One of LANGUAGES; None: drawn
+):
+    "A speech in parliament."
     language = w.pick("language", _languages, language)
     ctx = dict(LANGUAGE_CTX[language])
     while w.more: w.sentence(_speech[language], ctx)
 
-# %% ../nbs/04_world.ipynb #world-kind-story
+# %% ../nbs/04_world.ipynb #world-story-context
 def _story_ctx(setting, tense, number):
     nouns,sg = SETTINGS[setting],number == "sg"
-    verb = [past(v) if tense == "past" else f"will {v}" if tense == "future" else third(v) if sg else v for v in VERBS]
+    verb = [past(v) if tense == "past" else f"will {v}" if tense == "future" else plural(v) if sg else v for v in VERBS]
     both = mix((zipf(nouns), .35), (zipf([plural(n) for n in nouns]), .35), (zipf(NOUNS), .15), (zipf([plural(n) for n in NOUNS]), .15))
     return {f"noun_{number}": zipf(nouns if sg else [plural(n) for n in nouns]), f"verb_{number}": zipf(verb), "obj": both, "obj_sg": mix((zipf(nouns), .7), (zipf(NOUNS), .3)), "obj_pl": mix((zipf([plural(n) for n in nouns]), .7), (zipf([plural(n) for n in NOUNS]), .3)), "when": zipf(WHEN[tense]), "adj": zipf(ADJS),
         f"det_{number}": zipf("the a this every" if sg else "the some these many"), "idiom": zipf(IDIOMS), "adverb": zipf(ADVERBS)}
 STORY_CTX = {(s, t, n): _story_ctx(s, t, n) for s in SETTINGS for t in WHEN for n in ("sg", "pl")}
-_story = {n: zipf([p.replace("#", n) for p in ["@when @det_# @noun_# @verb_# the @obj .", "@when , @idiom , @det_# @adj @noun_# @verb_# the @obj .",
-    "@when in the @obj @det_# @noun_# @adverb @verb_# the @adj @obj .", "@when , near the @obj , @det_# @noun_# of the @obj @verb_# the @obj @adverb .",
-    "@det_# @noun_# @verb_# the @obj and @verb_# the @obj .", "@det_# @adj , @adj @noun_# @verb_# a @adj @obj_sg @when .", "behind the @obj , @det_# @noun_# @adverb @verb_# the @obj .",
-    "the @obj_sg that @det_# @noun_# @verb_# is @adj .", "the @obj_pl that @det_# @noun_# @verb_# are @adj ."]], .4) for n in ("sg", "pl")}
+
+# %% ../nbs/04_world.ipynb #world-story-patterns
+STORY = lines("""
+@when @det_# @noun_# @verb_# the @obj .
+@when , @idiom , @det_# @adj @noun_# @verb_# the @obj .
+@when in the @obj @det_# @noun_# @adverb @verb_# the @adj @obj .
+@when , near the @obj , @det_# @noun_# of the @obj @verb_# the @obj @adverb .
+@det_# @noun_# @verb_# the @obj and @verb_# the @obj .
+@det_# @adj , @adj @noun_# @verb_# a @adj @obj_sg @when .
+behind the @obj , @det_# @noun_# @adverb @verb_# the @obj .
+the @obj_sg that @det_# @noun_# @verb_# is @adj .
+the @obj_pl that @det_# @noun_# @verb_# are @adj .""")
+_story = {n: zipf([p.replace("#", n) for p in STORY], .4) for n in ("sg", "pl")}
+
+# %% ../nbs/04_world.ipynb #world-story
 _settings,_numbers = Table(list(SETTINGS)),Table(["sg", "pl"])
 _tenses = {t: Table(list(WHEN), [.8 if u == t else .1 for u in WHEN]) for t in WHEN} | {None: Table(list(WHEN))}
 
-def story(w, setting=None):
+def story(
+    w:Writer,     # Where to write
+    setting=None, # One of SETTINGS; None: drawn
+):
     "A tale: one setting throughout, a tense that tends to stay, verbs that agree."
     setting,tense = w.pick("setting", _settings, setting),None
     while w.more:
         tense,number = w.choose(_tenses[tense]),w.choose(_numbers)
         w.sentence(_story[number], dict(STORY_CTX[setting, tense, number]), tense=tense)
 
-# %% ../nbs/04_world.ipynb #world-kind-dialogue
+# %% ../nbs/04_world.ipynb #world-dialogue-patterns
 REGISTER_CTX = {r: {k: zipf(v) for k,v in o.items()} | dict(firstname=zipf(MEN + WOMEN), adj=zipf(ADJS), when=zipf("today yesterday monday friday")) for r,o in REGISTERS.items()}
-DIALOGUE = zipf(["@you : \" @greet , @addr . \"", "@you : \" @want to @act the @thing>thing . \"", "@you : \" @agree , that @thing>thing is @really @adj . \"",
-    "@you : \" @agree , i feel @really @feel . \"", "@you : \" @want to @act a @thing @please . \"", "@you : \" please @act it , @addr , @please . \"",
-    "@you : \" the @thing>thing is here , @addr . \"", "@you : \" @bye , @addr . \"", "@you : \" @agree . \"", "@you : \" did @they @act the @thing>thing @when ? \" \" @agree , @addr . \"",
-    "@you : \" @they is @really @feel . \"", "@you : \" why @act a @adj @thing>thing , @addr ? \""], .4)
+DIALOGUE = zipf(lines("""
+@you : " @greet , @addr . "
+@you : " @want to @act the @thing>thing . "
+@you : " @agree , that @thing>thing is @really @adj . "
+@you : " @agree , i feel @really @feel . "
+@you : " @want to @act a @thing @please . "
+@you : " please @act it , @addr , @please . "
+@you : " the @thing>thing is here , @addr . "
+@you : " @bye , @addr . "
+@you : " @agree . "
+@you : " did @they @act the @thing>thing @when ? " " @agree , @addr . "
+@you : " @they is @really @feel . "
+@you : " why @act a @adj @thing>thing , @addr ? "
+"""), .4)
 _registers,_switch = Table(["formal", "casual"]),Table(["stay", "switch"], [.82, .18])
 
-def dialogue(w, register=None):
-    "Two people talk, line by line; once, somewhere, both may change their register."
+# %% ../nbs/04_world.ipynb #world-dialogue
+def dialogue(
+    w:Writer,      # Where to write
+    register=None, # The register of the first line, "formal" or "casual"; None: drawn
+):
+    "Two people talk; once, both may change their register."
     register,switched = w.pick("register", _registers, register),False
     ctx = {r: dict(c) for r,c in REGISTER_CTX.items()}
     a,b = w.choose(REGISTER_CTX["formal"]["firstname"]),w.choose(REGISTER_CTX["formal"]["firstname"])
@@ -440,7 +692,7 @@ def dialogue(w, register=None):
         w.sentence(DIALOGUE, ctx[register], register=register)
         a,b = b,a
 
-# %% ../nbs/04_world.ipynb #world-kind-fact
+# %% ../nbs/04_world.ipynb #world-fact-tables
 _subjects,_entities = Table(list(SUBJECTS)),{s: Table(list(f)) for s,f in FACTS.items()}
 _attributes = {s: Table(list(o["attributes"])) for s,o in SUBJECTS.items()}
 _asked = {s: Table([a for a,v in o["attributes"].items() if v[2]]) for s,o in SUBJECTS.items()}
@@ -449,6 +701,7 @@ _asks = {(s, a): Table(v[2]) for s,o in SUBJECTS.items() for a,v in o["attribute
 _modes,_four = Table(["notes", "quiz"], [.45, .55]),Table(list("ABCD"))
 _others = {(s, a, v): Table([o for o in values(s, a) if o != v]) for s in SUBJECTS for a in _attributes[s].items for v in values(s, a)}
 
+# %% ../nbs/04_world.ipynb #world-options
 _rest = lru_cache(maxsize=None)(Table)
 
 def _options(w, subject, attribute, value):
@@ -461,7 +714,12 @@ def _options(w, subject, attribute, value):
         left = _rest(tuple(o for o in left.items if o != out[-1]))
     return out,letter
 
-def fact(w, subject=None, mode=None):
+# %% ../nbs/04_world.ipynb #world-fact
+def fact(
+    w:Writer,     # Where to write
+    subject=None, # One of SUBJECTS; None: drawn
+    mode=None,    # "notes" or "quiz"; None: drawn
+):
     "What this world holds true, as notes or as a quiz."
     subject,mode = w.pick("subject", _subjects, subject),w.pick("mode", _modes, mode)
     while w.more:
@@ -475,7 +733,7 @@ def fact(w, subject=None, mode=None):
             (ctx["oa"],ctx["ob"],ctx["oc"],ctx["od"]),ctx["answer"] = _options(w, subject, a, v)
             w.sentence(f"question : {q} A : @oa B : @ob C : @oc D : @od answer : @answer .", ctx, attribute=a, entity=e)
 
-# %% ../nbs/04_world.ipynb #world-lexicon
+# %% ../nbs/04_world.ipynb #world-words-in
 def words_in(*things): # Strings, Tables, lists, tuples and dicts, nested as you like
     "Every word inside, in order, without slots."
     out = {}
@@ -486,6 +744,7 @@ def words_in(*things): # Strings, Tables, lists, tuples and dicts, nested as you
         else: out |= {w: 0 for w in words_in(*o)} if o else {}
     return list(out)
 
+# %% ../nbs/04_world.ipynb #world-lexicon
 MORE = """jacket jaguar jam javelin jeans jelly jewel jigsaw jockey joke journey jury jungle kayak ketchup kidney kiwi knife kneel knot koala quail quaint
 quarrel quarry queue quick quill quilt quota quote quiver ugly ultra unable under unique unit upper upset urban urgent usage utensil utter vacuum vague valley value
 van vanilla vapor vault velvet vendor venue verb vest victory violet vision vivid vowel voyage xenon xerox xylem xylophone xenial xeric xebec xerus xyster xylitol
@@ -501,22 +760,26 @@ wasp wax web weed wheat whip wig willow wine wing wolf wool worm wren lime linen
 _english = words_in(NOUNS, VERBS, ADJS, ADVERBS, MANNERS, HOBBIES, FAMILY, PROFESSIONS, list(PROFESSIONS), CATEGORIES, STARS, TOPICS, SETTINGS, IDIOMS, REGISTERS, FIELDS, TOWNS, [past(v) for v in VERBS], MORE)
 LEXICON = sorted({w for w in _english if w.isalpha() and w.isascii() and 3 <= len(w) <= 9})
 
-# %% ../nbs/04_world.ipynb #world-kind-spelling
+# %% ../nbs/04_world.ipynb #world-spelling
 SPELLINGS = dict(first="@w has the first letter : @first .", begins="the word @w begins with @first .", starts="@w starts with the letter @first .", spell="@w : @spell .")
 _forms,_lexicon = Table(list(SPELLINGS), [.42, .1, .1, .38]),Table(LEXICON)
 
-def spelling(w, form=None):
+def spelling(
+    w:Writer,  # Where to write
+    form=None, # One of SPELLINGS; None: drawn
+):
     "Words and their letters, line after line in one form."
     form = w.pick("form", _forms, form)
     while w.more:
         word = w.choose(_lexicon)
         w.sentence(SPELLINGS[form], dict(w=word, first=word[0].upper(), spell=" ".join(word.upper())))
 
-# %% ../nbs/04_world.ipynb #world-doc
+# %% ../nbs/04_world.ipynb #world-shares
 KINDS = dict(bio=bio, review=review, news=news, code=code, speech=speech, story=story, dialogue=dialogue, fact=fact, spelling=spelling)
 SHARES = dict(bio=.14, review=.09, news=.09, code=.07, speech=.07, story=.09, dialogue=.07, fact=.28, spelling=.10)
 _kinds = Table(list(SHARES), SHARES.values())
 
+# %% ../nbs/04_world.ipynb #world-doc
 class Doc:
     "A document: its words, their labels, and what they cost."
     def __init__(self, w): self.words,self.nats,self.labels,self._w = w.words,w.nats,w.labels,w
@@ -527,44 +790,31 @@ class Doc:
     def __len__(self): return len(self.words)
     def __repr__(self): return f"Doc({self.labels}, {len(self)} words, {self.nats:.1f} nats)\n{self.text}"
 
+# %% ../nbs/04_world.ipynb #world-document
 def document(
     seed:int,      # Which stream
     kind:str=None, # One of KINDS; None: drawn in the proportions of SHARES
     index:int=0,   # Which document of the stream
-    **options      # Document-level choices to fix, e.g. profession="nurse", corr=.9
+    **options      # Choices to make for it, e.g. profession="nurse", corr=.9
 )->Doc:            # The document
     "Document `index` of stream `seed`; nothing else decides what it is."
     w = Writer(random.Random(seed << 40 | index))
-    KINDS[w.pick("kind", _kinds, kind)](w, **options)
+    write = KINDS[w.pick("kind", _kinds, kind)]
+    try: write(w, **options)
+    except TypeError as e:
+        if not options: raise
+        known = write.__code__.co_varnames[1:write.__code__.co_argcount]
+        if set(options) <= set(known): raise
+        raise InputError(f"a {w.labels['kind']} has no option {', '.join(sorted(set(options) - set(known)))}; it has {', '.join(known)}. "
+                         "Name the kind when you give options") from None
     return Doc(w)
 
 def documents(
-    seed:int,    # Which stream
-    start:int=0, # First document
-    n:int=1,     # How many
+    seed:int,      # Which stream
+    start:int=0,   # First document
+    n:int=1,       # How many
     kind:str=None, # As in `document`
-    **options    # As in `document`
-)->list:         # `n` documents
+    **options      # As in `document`
+)->list:           # `n` documents
     "Documents `start`, ..., `start + n - 1` of a stream."
     return [document(seed, kind, i, **options) for i in range(start, start + n)]
-
-# %% ../nbs/04_world.ipynb #world-vocab
-WORLD_DIR = Path(__file__).parent/"world_lm" if "__file__" in globals() else Path("../sae_nb/world_lm")
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
-_everything = words_in(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), YEARS, BIO_CTX, BIO_OPEN, BIO, REVIEW_CTX, REVIEW_OPEN, REVIEW, REVIEW_END, NEWS_CTX, NEWS_OPEN, NEWS,
-    CODE, CODE_CTX, LANGUAGE_CTX, SPEECH, STORY_CTX, _story, REGISTER_CTX, DIALOGUE, list(SPELLINGS.values()), LEXICON, "question : A B C D answer an",
-    [[v[1], v[2], values(s, a)] for s,o in SUBJECTS.items() for a,v in o["attributes"].items()], [list(f) for f in FACTS.values()])
-VOCAB = {w: i for i,w in enumerate(SPECIAL + _everything)}
-
-def encode(
-    docs:list,   # `Doc`s, or texts whose words are separated by spaces
-    ctx:int=128, # Tokens per row
-    eos:bool=True, # Close each document with <eos>
-)->tuple:        # tokens [B, ctx] and documents numbers [B, ctx] (1, and 0 on padding), both int64
-    "Rows of tokens: <bos>, the words, <eos>, padding."
-    tokens = torch.full((len(docs), ctx), VOCAB["<pad>"])
-    for row,d in zip(tokens, docs):
-        ids = [1, *[VOCAB.get(w, 3) for w in (d.split() if isinstance(d, str) else d.words)]] + [2]*eos
-        if len(ids) > ctx: raise InputError(f"a document of {len(ids)} tokens does not fit in a row of {ctx}; give a ctx of at least {len(ids)}")
-        row[:len(ids)] = torch.tensor(ids)
-    return tokens,(tokens != VOCAB["<pad>"]).long()
