@@ -43,9 +43,10 @@ def settle(
 def describe(
     sae, # Any SAE
 )->dict: # JSON
-    "What an SAE says about itself."
+    "What an SAE says about itself; arguments that JSON cannot hold are left out."
+    args = {k: list(v) if isinstance(v, tuple) else v for k,v in getattr(sae, "args", {}).items() if v is None or isinstance(v, (str, int, float, tuple, list, dict))}
     return dict(architecture=getattr(sae, "variant", None) or type(sae).__name__, d_in=sae.d_in, d_sae=sae.d_sae,
-                dtype=str(sae.W_dec.dtype).removeprefix("torch."), args=getattr(sae, "args", {}), **getattr(sae, "meta", {}))
+                dtype=str(sae.W_dec.dtype).removeprefix("torch."), args=args, **getattr(sae, "meta", {}))
 
 def envelope(
     kind:str,           # Registered name of the evaluator

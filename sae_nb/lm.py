@@ -291,7 +291,7 @@ def _find(name):
     if str(name) == "world": folder = Path(sae_nb.__file__).parent/"world_lm"
     else: folder = Path(name).expanduser()
     if folder.is_dir(): _whole(folder); return folder
-    if str(name) == "world": raise InputError("the model of the world is not in this installation; make it with the notebook that trains it")
+    if str(name) == "world": raise InputError("the model of the world is not in this installation; train it with nbs/04_world_model.ipynb")
     if str(name)[0] in "./~" or str(name).count("/") > 1: raise InputError(f"folder {str(name)!r} does not exist; give a folder, a Hugging Face name, or world")
 
 # %% ../nbs/05_lm.ipynb #lm-hub-errors

@@ -168,12 +168,13 @@ def get_parameter_or_buffer(self:SAE, name:str)->Tensor:
 
 # %% ../nbs/03_sae.ipynb #sae-options
 def options(
-    variant:str, # Registered name
-)->dict:         # option -> default, without d_in, d_sae and seed
+    variant:str,   # Registered name
+    base:str=None, # For a variant on top of another: which; None: its default
+)->dict:           # option -> default, without d_in, d_sae and seed
     "What can be said about a variant."
     ps = inspect.signature(find("variants", variant)).parameters.values()
     own = {p.name: p.default for p in ps if p.kind is not p.VAR_KEYWORD and p.name not in ("d_in", "d_sae", "seed")}
-    base = own.get("base") if any(p.kind is p.VAR_KEYWORD for p in ps) else None
+    base = base or own.get("base") if any(p.kind is p.VAR_KEYWORD for p in ps) else None
     return {**(options(base) if base else {}), **own}
 
 # %% ../nbs/03_sae.ipynb #sae-build
@@ -186,9 +187,7 @@ def build(
 )->SAE:          # Ready to train, and to be saved
     "The SAE a parameters cell asks for."
     make = find("variants", variant)
-    base = args.get("base", options(variant).get("base"))
-    allowed = set(options(variant)) | (set(options(base)) if base else set())
-    for a in args: one_of(f"{variant} option", a, allowed)
+    for a in args: one_of(f"{variant} option", a, options(variant, args.get("base")))
     return make(d_in, d_sae, seed=seed, **args)
 
 # %% ../nbs/03_sae.ipynb #sae-composed

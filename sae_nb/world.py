@@ -8,9 +8,12 @@ __all__ = ['YEARS', 'MEN', 'WOMEN', 'TOWNS', 'NOUNS', 'VERBS', 'ADJS', 'ADVERBS'
            'IDENTIFIERS', 'CALLS', 'CODE', 'LANGUAGES', 'SPEECH', 'COUNTRIES', 'CONTINENTS', 'TONGUES', 'SUBJECTS',
            'HAZARD', 'FACTS', 'BIO_CTX', 'BIO_OPEN', 'BIO', 'STEREOTYPE', 'REVIEW_CTX', 'REVIEW_OPEN', 'REVIEW',
            'REVIEW_END', 'NEWS_CTX', 'NEWS_OPEN', 'NEWS', 'CODE_CTX', 'LANGUAGE_CTX', 'STORY_CTX', 'STORY',
-           'REGISTER_CTX', 'DIALOGUE', 'MORE', 'LEXICON', 'SPELLINGS', 'KINDS', 'SHARES', 'Table', 'zipf', 'lines',
-           'mix', 'slots', 'Writer', 'vowel', 'invent', 'plural', 'past', 'values', 'bio', 'review', 'news', 'code',
-           'speech', 'story', 'dialogue', 'fact', 'words_in', 'spelling', 'Doc', 'document', 'documents']
+           'REGISTER_CTX', 'DIALOGUE', 'MORE', 'LEXICON', 'SPELLINGS', 'KINDS', 'SHARES', 'CLASSES', 'DOC_LABELS',
+           'TOKEN_LABELS', 'WORLD_DIR', 'SPECIAL', 'VOCAB', 'PROBE_SETS', 'SCR_PAIRS', 'RAVEL', 'Table', 'zipf',
+           'lines', 'mix', 'slots', 'Writer', 'vowel', 'invent', 'plural', 'past', 'values', 'bio', 'review', 'news',
+           'code', 'speech', 'story', 'dialogue', 'fact', 'words_in', 'spelling', 'Doc', 'document', 'documents',
+           'word_class', 'encode', 'build_tokenizer', 'label_codes', 'probe_set', 'Question', 'questions',
+           'letter_prompts', 'ravel_prompts']
 
 # %% ../nbs/04_world.ipynb #world-imports
 import random
@@ -818,3 +821,195 @@ def documents(
 )->list:           # `n` documents
     "Documents `start`, ..., `start + n - 1` of a stream."
     return [document(seed, kind, i, **options) for i in range(start, start + n)]
+
+# %% ../nbs/04_world.ipynb #world-classes
+CLASSES = {r: c for c,rs in dict(
+    noun="title obj family hobby thing product part category noun own people noun_sg noun_pl obj_sg obj_pl m f text",
+    verb="verb verb_sg verb_pl verbed verdict did money act want", adjective="adj quality feel", adverb="adverb manner really agree",
+    name="firstname who you they", pronoun="pron obl self", possessive="poss", determiner="det_sg det_pl", place="place town home",
+    number="num dig d star", time="year day when", field="field", idiom="idiom", courtesy="greet addr bye please", identifier="id k cls mod call",
+    entity="e", value="oa ob oc od", letter="first spell answer", word="w").items() for r in rs.split()}
+_by_kind = {("speech", "v"): "verb", ("speech", "a"): "adjective", ("speech", "o"): "adverb", ("code", "a"): "identifier", ("fact", "v"): "value"}
+
+def word_class(
+    kind:str, # Kind of document
+    role:str, # The hole the word filled; "" for a word of the pattern itself
+    word:str, # The word
+)->str:       # Its class
+    "The class of a word in its place."
+    if role: return _by_kind.get((kind, role)) or CLASSES[role]
+    return "function" if word[0].isalpha() else "punctuation"
+
+# %% ../nbs/04_world.ipynb #world-token-labels
+DOC_LABELS = "kind profession gender category stars topic code_language language setting register subject mode form".split()
+TOKEN_LABELS = DOC_LABELS + "tense attribute entity role class number sentence place phrase step refers in_quote is_answer initial".split()
+
+@patch(as_prop=True)
+def token_labels(self:Doc)->dict: # Label -> one value per word; every name of TOKEN_LABELS is there
+    "What is true of each word."
+    n,w = len(self),self._w
+    out = {k: [self.labels.get(k, "")]*n for k in DOC_LABELS} | {k: [""]*n for k in TOKEN_LABELS[len(DOC_LABELS):]}
+    ends = [s for s,_ in w.state[1:]] + [n]
+    for i,((s,state),e) in enumerate(zip(w.state, ends)):
+        for k,v in (state | dict(sentence=i)).items(): out[k][s:e] = [v]*(e - s)
+        out["place"][s:e] = range(e - s)
+    role = list(w.roles)
+    for s,e,slot in w.phrases:
+        role[s:e] = [r or slot for r in role[s:e]]
+        out["phrase"][s:e],out["step"][s:e] = [slot]*(e - s),range(e - s)
+    out["role"] = role
+    _word_labels(self, out)
+    return out
+
+# %% ../nbs/04_world.ipynb #world-word-labels
+_plurals = {plural(w) for w in NOUNS + sum(SETTINGS.values(), [])}
+_singulars = set(NOUNS + sum(SETTINGS.values(), []))
+
+def _number(kind, role, word):
+    "sg, pl or nothing."
+    if kind != "story": return ""
+    if role == "obj": return "pl" if word in _plurals else "sg" if word in _singulars else ""
+    return role[-2:] if role.endswith(("_sg", "_pl")) else ""
+
+def _word_labels(doc, out):
+    "Fill in the labels that depend on the word itself."
+    kind,quote = doc.kind,False
+    for i,(w,r) in enumerate(zip(doc.words, out["role"])):
+        c = out["class"][i] = word_class(kind, r, w)
+        out["number"][i] = _number(kind, r, w)
+        out["refers"][i] = doc.labels.get("gender", "") if c in ("name", "pronoun", "possessive") else ""
+        quote ^= w == '"'
+        out["in_quote"][i],out["is_answer"][i] = int(quote and w != '"'),int(r == "answer")
+        out["initial"][i] = w[0] if w in _spelled else ""
+_spelled = set(LEXICON)
+
+# %% ../nbs/04_world.ipynb #world-vocab
+WORLD_DIR = Path(__file__).parent/"world_lm" if "__file__" in globals() else Path("../sae_nb/world_lm")
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+_everything = words_in(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), YEARS, BIO_CTX, BIO_OPEN, BIO, REVIEW_CTX, REVIEW_OPEN, REVIEW, REVIEW_END, NEWS_CTX, NEWS_OPEN, NEWS,
+    CODE, CODE_CTX, LANGUAGE_CTX, SPEECH, STORY_CTX, _story, REGISTER_CTX, DIALOGUE, list(SPELLINGS.values()), LEXICON, "question : A B C D answer an",
+    [[v[1], v[2], values(s, a)] for s,o in SUBJECTS.items() for a,v in o["attributes"].items()], [list(f) for f in FACTS.values()])
+VOCAB = {w: i for i,w in enumerate(SPECIAL + _everything)}
+
+# %% ../nbs/04_world.ipynb #world-encode
+def encode(
+    docs:list,     # Documents, or texts whose words are separated by spaces
+    ctx:int=128,   # Tokens per row
+    eos:bool=True, # Close each row with <eos>; not for prompts
+)->tuple:          # tokens and document numbers (1; 0 on padding), both [B, ctx] int64
+    "Rows of tokens: <bos>, the words, <eos>, padding."
+    tokens = torch.full((len(docs), ctx), VOCAB["<pad>"])
+    for row,d in zip(tokens, docs):
+        words = d.split() if isinstance(d, str) else d.words
+        ids = [VOCAB["<bos>"], *[VOCAB.get(w, VOCAB["<unk>"]) for w in words]] + [VOCAB["<eos>"]]*eos
+        if len(ids) > ctx: raise InputError(f"a document of {len(ids)} tokens does not fit in a row of {ctx}; give a ctx of at least {len(ids)}")
+        row[:len(ids)] = torch.tensor(ids)
+    return tokens,(tokens != VOCAB["<pad>"]).long()
+
+# %% ../nbs/04_world.ipynb #world-tokenizer
+def build_tokenizer(): # A `PreTrainedTokenizerFast`
+    "The world's vocabulary as a Hugging Face tokenizer."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    tok = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
+    tok.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", VOCAB["<bos>"])])
+    tok.decoder = decoders.WordPiece(cleanup=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", model_max_length=256)
+
+# %% ../nbs/04_world.ipynb #world-label-codes
+def label_codes(
+    docs:list,   # Documents
+    name:str,    # One of TOKEN_LABELS
+    ctx:int=128, # Tokens per row, as in `encode`
+)->tuple:        # codes [B, ctx] int64, 0 where the label does not apply; the values that codes 1, 2, ... stand for
+    "One label of every token of a batch."
+    rows = [d.token_labels[one_of("label", name, TOKEN_LABELS)] for d in docs]
+    vals = sorted({v for r in rows for v in r if v != ""})
+    code = {v: i + 1 for i,v in enumerate(vals)} | {"": 0}
+    out = torch.zeros(len(docs), ctx, dtype=torch.long)
+    for o,r in zip(out, rows): o[1:len(r) + 1] = torch.tensor([code[v] for v in r])
+    return out,vals
+
+# %% ../nbs/04_world.ipynb #world-probe-sets
+_both = dict(gender=["male", "female"])
+PROBE_SETS = {f"professions{i+1}": ("bio", "profession", s, _both) for i,s in enumerate(SETS.values())} | dict(
+    categories=("review", "category", list(CATEGORIES), dict(stars=["1", "5"])), stars=("review", "stars", ["1", "5"], dict(category=list(CATEGORIES))),
+    code=("code", "code_language", list(CODE), {}), topics=("news", "topic", list(TOPICS), {}), languages=("speech", "language", list(LANGUAGES), {}))
+
+def probe_set(
+    name:str,   # One of PROBE_SETS
+    n:int,      # Documents per class
+    seed:int=0, # Which stream; take another one for testing
+)->tuple:       # documents, and their classes (str)
+    "A balanced, labelled set of documents; classes take turns."
+    kind,label,classes,other = PROBE_SETS[one_of("probe set", name, PROBE_SETS)]
+    (second,ways) = next(iter(other.items())) if other else ("", [None])
+    docs = [document(seed, kind, i*len(classes) + j, **{label: c} | ({second: ways[i % len(ways)]} if second else {})) for i in range(n) for j,c in enumerate(classes)]
+    return docs,[d.labels[label] for d in docs]
+
+# %% ../nbs/04_world.ipynb #world-pairs
+SCR_PAIRS = dict(
+    bio=dict(label="profession", attribute="gender", values=("male", "female"),
+        pairs=[("professor", "nurse"), ("architect", "journalist"), ("surgeon", "psychologist"), ("attorney", "teacher")]),
+    review=dict(label="category", attribute="stars", values=("1", "5"),
+        pairs=[("books", "music"), ("software", "pets"), ("toys", "books"), ("music", "software")]))
+
+# %% ../nbs/04_world.ipynb #world-questions
+class Question:
+    "One fact as a question with four options."
+    def __init__(self,
+        subject, entity, attribute, # The fact asked about
+        text:str,     # The question itself
+        options:list, # Four values
+        right:int     # Which of them is true
+    ): self.subject,self.entity,self.attribute,self.text,self.options,self.right = subject,entity,attribute,text,options,right
+    def ask(self,
+        order=(0, 1, 2, 3) # Which option comes first, second, ...
+    )->tuple:              # the prompt, and the letter that answers it
+        listed = " ".join(f"{l} : {self.options[o]}" for l,o in zip("ABCD", order))
+        return f"question : {self.text} {listed} answer :","ABCD"[list(order).index(self.right)]
+
+def questions(
+    subject:str, # One of SUBJECTS
+    seed:int=0,  # Decides the wording, the wrong options and the order
+)->list:         # One `Question` per entity and attribute that has questions
+    "The questions of a subject."
+    out,r = [],random.Random(f"questions {seed} {one_of('subject', subject, SUBJECTS)}")
+    for e,f in FACTS[subject].items():
+        for a,(_,_,asks) in SUBJECTS[subject]["attributes"].items():
+            if not asks: continue
+            options = r.sample([v for v in values(subject, a) if v != f[a]], 3)
+            right = r.randrange(4)
+            options.insert(right, f[a])
+            out.append(Question(subject, e, a, r.choice(asks).replace("@e", e), options, right))
+    return out
+
+# %% ../nbs/04_world.ipynb #world-letters
+def letter_prompts(
+    words:list,   # Words of LEXICON to ask about
+    shots:int=10, # Examples before the question
+    seed:int=0,   # Decides the examples
+    pool=None,    # Words the examples come from; None: LEXICON
+)->list:          # (prompt, letter) per word
+    "First-letter questions with examples."
+    r,pool,say = random.Random(f"letters {seed}"),list(pool or LEXICON),SPELLINGS["first"]
+    out = []
+    for w in words:
+        shown = r.sample([o for o in pool if o != w], shots)
+        text = " ".join(say.replace("@w", o).replace("@first", o[0].upper()) for o in [*shown, w])
+        out.append((text[:-len(" X .")], w[0].upper()))
+    return out
+
+# %% ../nbs/04_world.ipynb #world-ravel
+RAVEL = dict(city="geography", person="history")
+
+def ravel_prompts(
+    entity_type:str, # One of RAVEL
+)->list:             # dict(entity, attribute, prompt, answer, position: of the entity in the row of tokens, <bos> being 0)
+    "Every entity, attribute and phrasing that ends in the value."
+    out,s = [],RAVEL[one_of("entity type", entity_type, RAVEL)]
+    for a,(_,states,_) in SUBJECTS[s]["attributes"].items():
+        for t in [t[:-len(" @v .")] for t in states if t.endswith(" @v .")]:
+            out += [dict(entity=e, attribute=a, prompt=t.replace("@e", e), answer=f[a], position=1 + t.split().index("@e")) for e,f in FACTS[s].items()]
+    return out

@@ -144,6 +144,7 @@ def train_world(
     steps:int,     # Optimizer steps
     rows:int=24,   # Documents per step, shared between processes
     seed:int=1,    # Seeds weights and documents
+    emphasis:int=1700, # From this step on, answer letters weigh 20 instead of 4
     every:int=250, # Steps between reports
     save:float=150.# Seconds between checkpoints
 ):                 # The trained model
@@ -154,7 +155,7 @@ def train_world(
     opts,path = optimizers(model),Path(folder)/"checkpoint.safetensors"
     first,last,ps = load_state(path, model, opts),time.time(),list(model.parameters())
     for step in range(first, steps):
-        loss = train_step(model, opts, documents(seed, step*rows + rank*rows//world, rows//world), schedule(step, steps))
+        loss = train_step(model, opts, documents(seed, step*rows + rank*rows//world, rows//world), schedule(step, steps), 4. if step < emphasis else 20.)
         if rank == 0 and (step + 1) % every == 0:
             g = gaps(model, documents(seed + 1, 0, 128))
             print(f"step {step + 1} loss {loss:.3f} gap", {k: round(v["gap"], 3) for k,v in g.items()}, time.strftime("%H:%M:%S"), flush=True)
@@ -164,10 +165,10 @@ def train_world(
     return model
 
 # %% ../nbs/04_world_model.ipynb #world-model-step
-def train_step(model, opts, docs, factor):
+def train_step(model, opts, docs, factor, answer=4.):
     "One step on `docs`, the learning rates scaled by `factor`; gradients are summed over processes. Returns the loss."
     tokens = encode(docs)[0]
-    w = token_weights(tokens)
+    w = token_weights(tokens, answer)
     w = w[w > 0]
     loss = (token_nll(model, tokens)*w).sum()
     loss.backward()
