@@ -56,6 +56,7 @@ class WorldSource:
         ctx:int=128, # Tokens per row
         seed:int=0,  # Which documents, and in which order
     ):
+        if ctx < 128: raise InputError(f"ctx = {ctx} is too short for the embedded world, whose documents have up to 128 tokens; use 128 or more")
         self.ctx,self.seed,self.pos,self.name = ctx,seed,0,"world"
     def take(self, n:int): # Next `n` rows as (tokens, docs)
         "The next `n` rows."

@@ -37,7 +37,7 @@ class Table:
         w = [1.]*len(self.items) if weights is None else list(weights)
         self.p = [x/sum(w) for x in w]
         self.cum = list(accumulate(self.p))[:-1]
-        self.nats = [-log(p) for p in self.p]
+        self.nats = [-log(p) if p else float("inf") for p in self.p]
 
 # %% ../nbs/04_world.ipynb #world-zipf
 def zipf(
@@ -701,7 +701,7 @@ _attributes = {s: Table(list(o["attributes"])) for s,o in SUBJECTS.items()}
 _asked = {s: Table([a for a,v in o["attributes"].items() if v[2]]) for s,o in SUBJECTS.items()}
 _states = {(s, a): zipf(v[1], .5) for s,o in SUBJECTS.items() for a,v in o["attributes"].items()}
 _asks = {(s, a): Table(v[2]) for s,o in SUBJECTS.items() for a,v in o["attributes"].items() if v[2]}
-_modes,_four = Table(["notes", "quiz"], [.45, .55]),Table(list("ABCD"))
+_modes,_four = Table(["notes", "quiz", "open", "worked"], [.45, .55, 0, 0]),Table(list("ABCD"))
 _others = {(s, a, v): Table([o for o in values(s, a) if o != v]) for s in SUBJECTS for a in _attributes[s].items for v in values(s, a)}
 
 # %% ../nbs/04_world.ipynb #world-options
@@ -721,20 +721,22 @@ def _options(w, subject, attribute, value):
 def fact(
     w:Writer,     # Where to write
     subject=None, # One of SUBJECTS; None: drawn
-    mode=None,    # "notes" or "quiz"; None: drawn
+    mode=None,    # "notes" or "quiz"; "open" and "worked" only when asked for; None: drawn
 ):
     "What this world holds true, as notes or as a quiz."
     subject,mode = w.pick("subject", _subjects, subject),w.pick("mode", _modes, mode)
+    worked = " value : @v" if mode == "worked" else ""
     while w.more:
         e = w.choose(_entities[subject])
         a = w.choose((_attributes if mode == "notes" else _asked)[subject])
         v = FACTS[subject][e][a]
         ctx = dict(e=e, v=v)
         if mode == "notes": w.sentence(_states[subject, a], ctx, attribute=a, entity=e)
+        elif mode == "open": w.sentence(f"question : {w.choose(_asks[subject, a])} answer : @v .", ctx, attribute=a, entity=e)
         else:
             q = w.choose(_asks[subject, a])
             (ctx["oa"],ctx["ob"],ctx["oc"],ctx["od"]),ctx["answer"] = _options(w, subject, a, v)
-            w.sentence(f"question : {q} A : @oa B : @ob C : @oc D : @od answer : @answer .", ctx, attribute=a, entity=e)
+            w.sentence(f"question : {q} A : @oa B : @ob C : @oc D : @od{worked} answer : @answer .", ctx, attribute=a, entity=e)
 
 # %% ../nbs/04_world.ipynb #world-words-in
 def words_in(*things): # Strings, Tables, lists, tuples and dicts, nested as you like
