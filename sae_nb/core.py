@@ -7,7 +7,7 @@ __all__ = ['found', 'dtypes', 'InputError', 'one_of', 'register', 'names', 'find
            'write_tensors', 'read_json', 'read_tensors', 'seed_all', 'pick_device', 'pick_dtype', 'Batch', 'counted']
 
 # %% ../nbs/00_core.ipynb #core-imports
-import importlib, json, os, pkgutil, random
+import importlib, json, os, pkgutil, random, warnings
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+# %% ../nbs/00_core.ipynb #core-quiet
+warnings.filterwarnings("ignore", message="IProgress not found") # libraries ask for a widget; a line of text will do
 
 # %% ../nbs/00_core.ipynb #core-input-error
 class InputError(ValueError):

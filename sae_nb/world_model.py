@@ -169,16 +169,17 @@ def load_state(
     return ts["step|"].item()
 
 # %% ../nbs/04_world_model.ipynb #world-model-lessons
-SYLLABUS = [(0, 4., ""), (1784, 20., ""), (2468, 20., "open"), (2950, 20., "worked")]
+# from step | weight of an answer letter | lesson | documents of the lesson, and as many quizzes, per 24
+SYLLABUS = [(0, 4., "", 0), (1784, 20., "", 0), (2468, 20., "open", 5), (2950, 20., "worked", 5), (3300, 8., "worked", 9), (4500, 8., "quiz", 3)]
 
 def lesson_plan(
     seed:int,      # Which stream
     step:int,      # Which step
     rows:int,      # Documents per step
-    lesson:str="", # "", "open" or "worked"
+    lesson:str="", # "open", "worked" or "quiz"
+    n:int=0,       # Documents of the lesson, and as many quizzes
 )->list:           # (index, options of `document`) for each document of the step
     "What is read at a step."
-    n = rows*5//24 if lesson else 0
     plan = [{}]*(rows - 2*n) + [dict(kind="fact", mode=lesson)]*n + [dict(kind="fact", mode="quiz")]*n
     return [(step*rows + i, o) for i,o in enumerate(plan)]
 
@@ -188,7 +189,7 @@ def train_world(
     steps:int,         # Optimizer steps
     rows:int=24,       # Documents per step, shared between processes
     seed:int=1,        # Seeds weights and documents
-    syllabus=SYLLABUS, # (from step, weight of answer letters, lesson), ascending
+    syllabus=SYLLABUS, # Who is taught what when
     every:int=100,     # Steps between reports
     save:float=150.,   # Seconds between checkpoints
     **options          # Fields of GPTNeoXConfig to change
@@ -198,8 +199,8 @@ def train_world(
     model,path = new_model(seed, **options),Path(folder)/"checkpoint.safetensors"
     opts,last = optimizers(model),time.time()
     for step in range(load_state(path, model, opts), steps):
-        _,answer,lesson = [s for s in syllabus if s[0] <= step][-1]
-        plan = lesson_plan(seed, step, rows, lesson)[rank*rows//world:(rank + 1)*rows//world]
+        _,answer,*lesson = [s for s in syllabus if s[0] <= step][-1]
+        plan = lesson_plan(seed, step, rows, *lesson)[rank*rows//world:(rank + 1)*rows//world]
         loss = train_step(model, opts, [document(seed, index=i, **o) for i,o in plan], schedule(step, steps), answer)
         if rank: continue
         if (step + 1) % every == 0: report(folder, step + 1, loss, model, seed + 1)
@@ -390,7 +391,7 @@ def measure(
 if __name__ == "__main__":
     import argparse
     a = argparse.ArgumentParser(description="Train the world's language model; under torchrun, on several processes.")
-    a.add_argument("--folder", default="runs/world_lm"); a.add_argument("--steps", type=int, default=5000)
+    a.add_argument("--folder", default="runs/world_lm"); a.add_argument("--steps", type=int, default=5200)
     a = a.parse_args()
     if "RANK" in os.environ: dist.init_process_group("gloo")
     Path(a.folder).mkdir(parents=True, exist_ok=True)
