@@ -431,7 +431,7 @@ def gather(
     rows = []
     for d in sorted(Path(folder or root()/"runs").glob("*/metrics.json")):
         c = read_json(d.parent/"config.json")
-        rows.append({"name": d.parent.name, **c["params"], **{k: c.get(k) for k in ("variant", "seed", "hook", "commit")}, **read_json(d)})
+        rows.append({**c["params"], **{k: c.get(k) for k in ("variant", "seed", "hook", "commit")}, "name": d.parent.name, **read_json(d)})
     return pd.DataFrame(rows)
 
 def same_weights(

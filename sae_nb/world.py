@@ -291,7 +291,10 @@ import java . util . @cls ;
 try { @call ( ) ; } catch ( Exception @id>a ) { throw @a ; }
 public class @cls extends @cls { }
 boolean @id>a = true ; synchronized ( @a ) { }
-"""),
+"""))
+
+# %% ../nbs/04_world.ipynb #world-words-code-2
+CODE |= dict(
     php=lines("""
 function @call ( $ @id>a ) { echo $ @a ; }
 $ @id>a = array ( @dig ) ; unset ( $ @a ) ;
@@ -628,10 +631,13 @@ def speech(
 # %% ../nbs/04_world.ipynb #world-story-context
 def _story_ctx(setting, tense, number):
     nouns,sg = SETTINGS[setting],number == "sg"
+    many,MANY = [plural(n) for n in nouns],[plural(n) for n in NOUNS]
     verb = [past(v) if tense == "past" else f"will {v}" if tense == "future" else plural(v) if sg else v for v in VERBS]
-    both = mix((zipf(nouns), .35), (zipf([plural(n) for n in nouns]), .35), (zipf(NOUNS), .15), (zipf([plural(n) for n in NOUNS]), .15))
-    return {f"noun_{number}": zipf(nouns if sg else [plural(n) for n in nouns]), f"verb_{number}": zipf(verb), "obj": both, "obj_sg": mix((zipf(nouns), .7), (zipf(NOUNS), .3)), "obj_pl": mix((zipf([plural(n) for n in nouns]), .7), (zipf([plural(n) for n in NOUNS]), .3)), "when": zipf(WHEN[tense]), "adj": zipf(ADJS),
-        f"det_{number}": zipf("the a this every" if sg else "the some these many"), "idiom": zipf(IDIOMS), "adverb": zipf(ADVERBS)}
+    return {f"noun_{number}": zipf(nouns if sg else many), f"verb_{number}": zipf(verb),
+        "obj": mix((zipf(nouns), .35), (zipf(many), .35), (zipf(NOUNS), .15), (zipf(MANY), .15)),
+        "obj_sg": mix((zipf(nouns), .7), (zipf(NOUNS), .3)), "obj_pl": mix((zipf(many), .7), (zipf(MANY), .3)),
+        "when": zipf(WHEN[tense]), "adj": zipf(ADJS), f"det_{number}": zipf("the a this every" if sg else "the some these many"),
+        "idiom": zipf(IDIOMS), "adverb": zipf(ADVERBS)}
 STORY_CTX = {(s, t, n): _story_ctx(s, t, n) for s in SETTINGS for t in WHEN for n in ("sg", "pl")}
 
 # %% ../nbs/04_world.ipynb #world-story-patterns

@@ -170,7 +170,7 @@ def load_state(
 
 # %% ../nbs/04_world_model.ipynb #world-model-lessons
 # from step | weight of an answer letter | lesson | documents of the lesson, and as many quizzes, per 24
-SYLLABUS = [(0, 4., "", 0), (1784, 20., "", 0), (2468, 20., "open", 5), (2950, 20., "worked", 5), (3300, 8., "worked", 9), (4500, 8., "quiz", 3)]
+SYLLABUS = [(0, 4., "", 0), (1784, 20., "", 0), (2468, 20., "open", 5), (2950, 20., "worked", 5), (3300, 8., "worked", 9), (3645, 8., "quiz", 3)]
 
 def lesson_plan(
     seed:int,      # Which stream
@@ -391,7 +391,7 @@ def measure(
 if __name__ == "__main__":
     import argparse
     a = argparse.ArgumentParser(description="Train the world's language model; under torchrun, on several processes.")
-    a.add_argument("--folder", default="runs/world_lm"); a.add_argument("--steps", type=int, default=5200)
+    a.add_argument("--folder", default="runs/.world_lm"); a.add_argument("--steps", type=int, default=5200)
     a = a.parse_args()
     if "RANK" in os.environ: dist.init_process_group("gloo")
     Path(a.folder).mkdir(parents=True, exist_ok=True)
