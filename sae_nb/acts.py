@@ -25,6 +25,7 @@ def pack(
 ):                    # Yields (tokens, docs), two lists of length `ctx`
     "Fill rows of `ctx` tokens with pieces of documents."
     b = [] if bos is None else [bos]
+    if ctx <= len(b): raise InputError(f"ctx = {ctx} leaves no room for a token after BOS; use 2 or more")
     row,docs,n = [],[],0
     for s in seqs:
         i = 0
@@ -179,9 +180,11 @@ class HFSource:
         for d in ds:
             self.docs += 1
             yield self.lm.tokenizer(d[self.column], add_special_tokens=False)["input_ids"]
+    def _open(self):
+        if self._it is None: self._it = pack(self._documents(self.ds.skip(self.n_held)), self.ctx, self.lm.bos, self.lm.pad or 0)
     def take(self, n:int):
         "The next `n` rows."
-        if self._it is None: self._it = pack(self._documents(self.ds.skip(self.n_held)), self.ctx, self.lm.bos, self.lm.pad or 0)
+        self._open()
         rows = [r for _,r in zip(range(n), self._it)]
         if len(rows) < n: raise InputError(f"data set {self.name!r} ended after {self.docs} documents and {self.rows + len(rows)} rows; ask for fewer tokens")
         self.rows += n
@@ -201,8 +204,9 @@ def state(self:HFSource): return {"rows": self.rows}
 @patch
 def load_state(self:HFSource, s):
     "Go to a saved position by packing the documents before it again; no language model is needed for that."
-    self.docs,self.rows,self._it = 0,0,None
-    if s["rows"]: self.take(s["rows"])
+    self.docs,self.rows,self._it = 0,s["rows"],None
+    self._open()
+    for _ in range(s["rows"]): next(self._it)
 
 @patch
 def fingerprint(self:HFSource): return hashlib.sha256(f"{self.name}-{self.column}-{self.n_held}-{self.ctx}".encode()).hexdigest()[:16]
@@ -229,7 +233,8 @@ class Stream:
         self.n_rows = max(buffer, math.ceil(2 * batch / source.ctx))
         self.index,self.offset,self._x,self._mark = -1,0,None,source.state()
         self.scale = 1.
-        if normalise: self.scale = self._measure()
+        scale = self._measure()
+        if normalise: self.scale = scale
 
 # %% ../nbs/06_acts.ipynb #acts-harvest
 @patch
@@ -248,6 +253,8 @@ def _fill(self:Stream, index):
     keep = torch.arange(len(x)) if self.rows else (mask.flatten() > 0).nonzero()[:, 0]
     g = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
     self._order = keep[torch.randperm(len(keep), generator=g)]
+    n = self.batch // self.source.ctx if self.rows else self.batch
+    if len(keep) < n: raise InputError(f"a buffer of {self.n_rows} rows holds {len(keep):,} tokens that count, less than one batch of {n:,}; raise buffer or lower batch")
     self._x,self._mask,self._tokens = x,mask,tokens
     self.index,self.offset = index,0
 
@@ -269,10 +276,10 @@ def __next__(self:Stream)->Batch:
 # %% ../nbs/06_acts.ipynb #acts-measure
 @patch
 def _measure(self:Stream)->float:
-    "The number that brings the mean squared norm of counted tokens to d_in, from the first buffer."
+    "The number that brings the mean squared norm of counted tokens to d_in, from the first buffer; their mean is kept."
     self._fill(0)
     x = counted(self._x, self._mask.to(self._x.device)).float()
-    ms = x.pow(2).sum(-1).mean().item()
+    ms,self.mean = x.pow(2).sum(-1).mean().item(),x.mean(0)
     if not math.isfinite(ms) or ms <= 0: raise InputError(f"activations at {self.hook} have mean squared norm {ms}; the model or its dtype is broken there")
     return math.sqrt(self.d_in / ms)
 

@@ -86,6 +86,7 @@ def _aside(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
         with open(tmp, "rb") as f: os.fsync(f.fileno())
+        tmp.chmod(0o644)
         os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
         why = getattr(e, "strerror", None) or str(e)
@@ -107,7 +108,10 @@ def write_json(
     obj,  # Anything JSON can hold; NaN and infinities are refused
 )->Path:  # `path`
     "Write `obj` to `path` as readable JSON, whole or not at all."
-    return write_text(path, json.dumps(obj, indent=2, allow_nan=False, default=str) + "\n")
+    def number(o):
+        if hasattr(o, "item"): return o.item()
+        raise InputError(f"cannot write {Path(path).name}: {type(o).__name__} is not JSON")
+    return write_text(path, json.dumps(obj, indent=2, allow_nan=False, default=number) + "\n")
 
 def write_tensors(
     path,           # File to write, by custom *.safetensors
@@ -152,6 +156,7 @@ def pick_device(
     if not name: name = "cuda" if torch.cuda.is_available() else "cpu"
     try: dev = torch.device(name)
     except RuntimeError: raise InputError(f"device {name!r} does not exist; choose cpu, cuda, cuda:0, ... or leave it empty") from None
+    if dev.type == "cuda" and dev.index is not None and dev.index >= torch.cuda.device_count(): raise InputError(f"device {name!r} does not exist: there are {torch.cuda.device_count()} GPUs, counted from 0")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(dev.type, False): raise InputError(f"device {name!r} is not available on this machine; use cpu or leave it empty")
     return dev

@@ -33,7 +33,7 @@ class Params:
     d_sae:int = 2048          # latents
     k:int = 32                # active latents per token
     l1:float = 0.             # L1 coefficient where there is one; 0: steered so that L0 meets k
-    options:str = ""          # options of the variants: "tau=0.2 fraction=0.002" or JSON
+    options:str = ""          # options of the variants, as words or JSON; see 10_runs
     recipes:str = "auxk"      # additions to the loop, comma-separated: auxk, resample
     tokens:int = 1_000_000    # activations to train on
     batch:int = 2048          # tokens per step
@@ -46,6 +46,7 @@ class Params:
     eval_rows:int = 256       # held-out rows to evaluate on
     device:str = ""           # cpu, cuda; empty: the GPU if there is one
     dtype:str = "float32"     # of the language model: float32 or bfloat16
+    checkpoint:int = 200      # steps between checkpoints; 0: none
     cache:str = ""            # folder for activations on disk; empty: none
     name:str = ""             # run folder under runs/; empty: from variant, model and seed
     resume:bool = True        # go on where an interrupted run stopped
@@ -71,9 +72,9 @@ def params_from(
     given:dict, # Names and values, e.g. the globals of a notebook
 )->Params:      # Checked
     "Parameters with their types, or an error that lists the names there are."
-    skip = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+    skip = {"In", "Out", "get_ipython", "exit", "quit", "open", "given"}
     known = {f.name: f for f in fields(Params)}
-    given = {k: v for k,v in given.items() if not k.startswith("_") and k not in skip}
+    given = {k: v for k,v in given.items() if not k.startswith("_") and k not in skip and isinstance(v, (str, int, float, list, tuple, dict))}
     for k in given: one_of("parameter", k, known)
     p = Params(**{k: _coerce(known[k], v) for k,v in given.items()})
     if os.environ.get("SAE_NB_FAST"): p = fast(p)
@@ -140,6 +141,7 @@ def variant_args(
 # %% ../nbs/10_runs.ipynb #runs-run
 class Run:
     "One SAE's folder under runs/."
+    harmless = {"resume", "device", "cache", "name", "evals", "eval_rows", "checkpoint"} # parameters that do not change the weights
     def __init__(self,
         folder,      # Where its files go
         config:dict, # What is asked for, as JSON
@@ -147,13 +149,20 @@ class Run:
         self.folder,self.name,self.config = Path(folder),Path(folder).name,config
         self.finished = (self.folder/"metrics.json").exists()
         if self.finished: self._compare()
+    def differs(self):
+        "What the config on disk says otherwise, beside parameters that do not change a result."
+        c = read_json(self.folder/"config.json"); old = {**c["params"], "seed": c["seed"], "variant": c["variant"]}
+        new = {**self.config["params"], "seed": self.config["seed"], "variant": self.config["variant"]}
+        default = asdict(Params())
+        return [f"{k} = {old.get(k, default.get(k))!r} there, {v!r} now" for k,v in new.items() if k not in self.harmless and old.get(k, default.get(k)) != v]
     def _compare(self):
-        old = read_json(self.folder/"config.json")["params"]; new = self.config["params"]
-        ignore = {"resume", "device", "cache", "name", "seed", "variant", "evals"}
-        diff = [k for k in new if k not in ignore and old.get(k) != new[k]]
-        diff += [k for k in ("seed", "variant") if read_json(self.folder/"config.json")[k] != self.config[k]]
-        if diff: raise InputError(f"runs/{self.name} is finished with other parameters ({', '.join(f'{k} = {old.get(k)!r} there, {new.get(k)!r} now' for k in diff)}); choose another name (-p name ...) or delete that folder")
-    def status(self, status, reason=""): write_json(self.folder/"status.json", dict(status=status, reason=reason))
+        diff = self.differs()
+        if diff: raise InputError(f"runs/{self.name} is finished with other parameters ({', '.join(diff)}); choose another name (-p name ...) or delete that folder")
+    @property
+    def trained(self): return (self.folder/"sae.safetensors").exists()
+    def status(self, status, reason=""):
+        old = read_json(self.folder/"status.json") if (self.folder/"status.json").exists() else {}
+        write_json(self.folder/"status.json", {**old, "status": status, "reason": reason})
 
 # %% ../nbs/10_runs.ipynb #runs-content
 @patch
@@ -168,7 +177,9 @@ def check_content(self:Run):
 def start(self:Run, resume:bool=True):
     "Write config.json; keep what an interrupted run with the same plan left if `resume`."
     cfg = self.folder/"config.json"
-    same = cfg.exists() and {k: v for k,v in read_json(cfg)["params"].items() if k != "resume"} == {k: v for k,v in self.config["params"].items() if k != "resume"}
+    same = cfg.exists() and not self.differs() and read_json(cfg).get("content") == self.config.get("content")
+    if self.trained and not same:
+        raise InputError(f"runs/{self.name} holds a trained SAE made with other parameters ({', '.join(self.differs()) or 'another model or text'}); choose another name (-p name ...) or delete that folder")
     if self.folder.exists() and not (resume and same):
         for n in ("checkpoint", "evals"): shutil.rmtree(self.folder/n, ignore_errors=True)
         for n in ("history.csv", "sae.safetensors"): (self.folder/n).unlink(missing_ok=True)
@@ -200,6 +211,7 @@ def guarding(
     except BaseException as e:
         for r in runs:
             if not r.finished:
+                if not (r.folder/"config.json").exists(): continue # nothing was begun
                 try: r.status("failed" if isinstance(e, Exception) else "running", f"{type(e).__name__}: {e}" if isinstance(e, Exception) else "interrupted")
                 except InputError: pass # a full disk cannot take the reason either
         raise
@@ -224,12 +236,12 @@ class Session:
         if not variants or not seeds: raise InputError(f"variant = {p.variant!r} and seed = {p.seed!r} must each name at least one")
         for v in variants: find("variants", v)
         for s in seeds:
-            if not s.isdigit(): raise InputError(f"seed = {s!r} is not a whole number of 0 or more")
+            if not (s.isascii() and s.isdigit() and len(s) < 10): raise InputError(f"seed = {s!r} is not a whole number of 0 or more")
         self.eval_names = names("evals") if p.evals == "all" else [e.strip() for e in p.evals.split(",") if e.strip()]
         self.recipes = [r.strip() for r in p.recipes.split(",") if r.strip()]
         for kind,ns in (("evals", self.eval_names), ("trainers", self.recipes)):
             for n in ns: find(kind, n)
-        self.cfg = TrainConfig(tokens=p.tokens, batch=p.batch, lr=p.lr, warmup_steps=None if p.warmup_steps < 0 else p.warmup_steps).resolve()
+        self.cfg = TrainConfig(tokens=p.tokens, batch=p.batch, lr=p.lr, warmup_steps=None if p.warmup_steps < 0 else p.warmup_steps, checkpoint_every=p.checkpoint).resolve()
         pick_device(p.device); pick_dtype(p.dtype)
         self.lm,self.toy = None,None
         self._plan(list(dict.fromkeys(variants)), list(dict.fromkeys(map(int, seeds))))
@@ -277,6 +289,7 @@ def open(self:Session):
             r.config.update(hook=self.hook, d_in=self.stream.d_in, data=self.data, content=self.content, scale=self.stream.scale)
             r.check_content()
             if not r.finished: r.start(p.resume)
+    self.origin = self.stream.state()
     return self
 
 # %% ../nbs/10_runs.ipynb #runs-open-lm
@@ -297,7 +310,7 @@ def _open_lm(self:Session, dev, rows):
     self.stream = Stream(self.lm, source, self.hook, p.batch, rows, p.buffer, seed=self.seed, cache=p.cache or None)
     self.held = heldout(self.lm, source, p.eval_rows)
     local = p.model == "world" or Path(p.model).exists()
-    self.content = dict(model=self.lm.fingerprint()[:16] if local else p.model, text=source.fingerprint())
+    self.content = dict(model=self.lm.fingerprint()[:16] if local else p.model, text=source.fingerprint(), rows=rows)
     self.data = f"{source.name}, rows of {p.ctx} tokens; {sum(len(t) for t,_,_ in self.held)} rows held out"
 
 # %% ../nbs/10_runs.ipynb #runs-open-toy
@@ -312,7 +325,7 @@ def _open_toy(self:Session, rows):
     self.stream = self.toy.stream(**size, start=self.seed * 10**6)
     draw = self.toy.stream(**size, part="test")
     self.held = [next(draw) for _ in range(max(1, p.eval_rows * p.ctx // p.batch))]
-    self.content = dict(model="toy", text=f"toy-{self.seed}")
+    self.content = dict(model="toy", text=f"toy-{self.seed}", rows=rows)
     self.data = "toy: 256 known directions in 64 dimensions, 8 active"
 
 # %% ../nbs/10_runs.ipynb #runs-summary
@@ -325,21 +338,33 @@ def summary(self:Session)->str: # Markdown
     return (f"Training {what} on {where}: {p.d_sae:,} latents, {c.steps:,} steps of {c.batch:,} tokens, learning rate {c.lr:g} after {c.warmup_steps} steps of warm-up. "
             f"Data: {self.data}. A latent silent for {c.dead_after_tokens:,} tokens counts as dead.")
 
+# %% ../nbs/10_runs.ipynb #runs-fresh
+@patch
+def fresh(self:Session, r:Run)->SAE:
+    "A new SAE for a run, its decoder bias at the mean of the data."
+    c,dev = r.config,self.lm.device if self.lm else "cpu"
+    sae = build(c["variant"], self.stream.d_in, self.p.d_sae, seed=c["seed"], **c["variant_args"]).to(dev)
+    mean = getattr(self.stream, "mean", None)
+    if mean is not None: sae.b_dec.data.copy_(mean * self.stream.scale)
+    return sae
+
 # %% ../nbs/10_runs.ipynb #runs-train
 @patch
 def train(self:Session,
     plot:bool=True, # Redraw the curves while training runs
 ):
     "Train every run that is not finished, on one stream."
-    todo = [r for r in self.runs if not r.finished and not (r.folder/"sae.safetensors").exists()]
+    todo = [r for r in self.runs if not r.finished and not r.trained]
     if not todo: print("every SAE is trained already"); return self
-    dev = self.lm.device if self.lm else "cpu"
+    self.stream.load_state(self.origin) # also when this is called again after an interruption
     with guarding(todo):
-        ts = [Trainee(build(r.config["variant"], self.stream.d_in, self.p.d_sae, seed=r.config["seed"], **r.config["variant_args"]).to(dev), self.cfg, self.recipes, r.name, r.folder) for r in todo]
+        ts = [Trainee(self.fresh(r), self.cfg, self.recipes, r.name, r.folder) for r in todo]
         live = LivePlot() if plot else None
         train(ts, self.stream, self.p.resume, live)
         if live: live(ts, force=True)
         for r,t in zip(todo, ts):
+            if t.failed: print(t.failed); r.status("failed", t.failed); continue
+            write_json(r.folder/"status.json", dict(status="running", reason="", weights=weight_hash(t.sae)))
             save(t.sae.fold(self.stream.scale), r.folder, model=public(self.p)["model"], hook=self.hook, scale=self.stream.scale, weight_hash=weight_hash(t.sae))
     return self
 
@@ -359,19 +384,25 @@ def _hand(self:Session,
 # %% ../nbs/10_runs.ipynb #runs-evaluate
 @patch
 def evaluate(self:Session):
-    "Run every evaluator on every SAE and write the results; metrics.json comes last."
-    dev = self.lm.device if self.lm else "cpu"
+    "Run every evaluator that has not been run on every SAE and write the results; metrics.json comes last."
+    dev,bar = self.lm.device if self.lm else "cpu",OneLine()
     for r in self.runs:
-        if r.finished: continue
+        todo = [e for e in self.eval_names if not (r.folder/"evals"/f"{e}.json").exists()]
+        metrics = read_json(r.folder/"metrics.json") if r.finished else {}
+        todo = [e for e in todo if not any(k.startswith(f"{e}/") for k in metrics)]
+        if not r.trained or (r.finished and not todo): continue
         with guarding([r]):
-            sae,metrics = load(r.folder, dev),{}
-            for e in tqdm(self.eval_names, desc=f"evaluating {r.name}", file=OneLine(), ncols=80):
-                env = find("evals", e)()(sae, **self._hand(e), name=r.name)
-                write_json(r.folder/"evals"/f"{e}.json", env)
-                metrics.update({f"{e}/{k}": v for k,v in flat(env).items()})
+            sae = load(r.folder, dev)
+            for e in tqdm(todo, desc=f"evaluating {r.name}", file=bar, ncols=80):
+                write_json(r.folder/"evals"/f"{e}.json", find("evals", e)()(sae, **self._hand(e), name=r.name))
+            for e in self.eval_names:
+                f = r.folder/"evals"/f"{e}.json"
+                if f.exists(): metrics.update({f"{e}/{k}": v for k,v in flat(read_json(f)).items()})
             h = read_history(r.folder/"history.csv")[-1]
             metrics.update({f"train/{k}": h[k] for k in ("step", "tokens", "loss", "l0", "explained_variance", "frac_dead")})
             r.finish(metrics)
+    failed = {r.name: run_status(r.folder)[1] for r in self.runs if run_status(r.folder)[0] == "failed"}
+    if failed: raise TrainingError("; ".join(failed.values()))
     return self
 
 # %% ../nbs/10_runs.ipynb #runs-show-data
@@ -416,7 +447,9 @@ def show_contexts(self:Session,
 
 @patch
 def show_files(self:Session):
-    "What lies in each run folder, and how the run ended."
+    "What lies in each run folder, how the run ended, and whether other runs have the same weights."
+    for g in same_weights(gather()):
+        if {r.name for r in self.runs} & set(g): print(f"the same weights under {len(g)} names: {', '.join(g)}")
     for r in self.runs:
         print(f"runs/{r.name}: {run_status(r.folder)[0]}")
         for f in sorted(r.folder.rglob("*")):
@@ -426,22 +459,21 @@ def show_files(self:Session):
 def gather(
     folder=None, # Folder of runs; None: runs/ of the project
 ):               # pandas.DataFrame, one row per finished run
-    "Parameters and metrics of every finished run."
+    "Parameters, a hash of the weights and the metrics of every finished run."
     import pandas as pd
     rows = []
     for d in sorted(Path(folder or root()/"runs").glob("*/metrics.json")):
-        c = read_json(d.parent/"config.json")
-        rows.append({**c["params"], **{k: c.get(k) for k in ("variant", "seed", "hook", "commit")}, "name": d.parent.name, **read_json(d)})
+        c,w = read_json(d.parent/"config.json"),read_json(d.parent/"status.json").get("weights")
+        own = {k: c.get(k) for k in ("variant", "seed", "hook", "commit")}
+        rows.append({**c["params"], **own, "model_content": (c.get("content") or {}).get("model"), "name": d.parent.name, "weights": w, **read_json(d)})
     return pd.DataFrame(rows)
 
 def same_weights(
-    folder=None, # Folder of runs; None: runs/ of the project
-)->list:         # Groups of run names whose trained weights are identical
+    runs, # From `gather`
+)->list:  # Groups of names of runs whose trained weights are identical
     "Runs that are secretly the same."
-    groups = {}
-    for f in sorted(Path(folder or root()/"runs").glob("*/sae.safetensors")):
-        groups.setdefault(weight_hash(load(f)), []).append(f.parent.name)
-    return [g for g in groups.values() if len(g) > 1]
+    if not len(runs): return []
+    return [g["name"].tolist() for _,g in runs.dropna(subset="weights").groupby("weights") if len(g) > 1]
 
 # %% ../nbs/10_runs.ipynb #runs-glance
 glance = ["core/l0", "core/explained_variance", "core/ce_loss_score", "core/kl_div_score", "core/ce_loss_with_sae", "core/ce_loss_without_sae", "core/ce_loss_with_ablation",

@@ -187,7 +187,11 @@ def build(
 )->SAE:          # Ready to train, and to be saved
     "The SAE a parameters cell asks for."
     make = find("variants", variant)
-    for a in args: one_of(f"{variant} option", a, options(variant, args.get("base")))
+    known = options(variant, args.get("base"))
+    for a,v in args.items():
+        default = known[one_of(f"{variant} option", a, known)]
+        wrong = isinstance(default, (int, float)) and not isinstance(v, (int, float)) or isinstance(default, str) and not isinstance(v, str)
+        if wrong: raise InputError(f"{variant} option {a} = {v!r} is not {'a word' if isinstance(default, str) else 'a number'}; its default is {default!r}")
     return make(d_in, d_sae, seed=seed, **args)
 
 # %% ../nbs/03_sae.ipynb #sae-composed
@@ -243,6 +247,7 @@ def _contract_shapes(sae, x):
     "Any leading dimensions, two dtypes, no negative latents."
     for dt in (torch.float32, torch.bfloat16):
         s = copy.deepcopy(sae).to(dt).eval()
+        assert s.encode(x[0].to(dt)).shape == (*x.shape[1:-1], s.d_sae), f"a flat batch is not accepted in {dt}"
         f = s.encode(x.to(dt))
         assert f.shape == (*x.shape[:-1], s.d_sae) and s(x.to(dt)).shape == x.shape, f"shapes wrong in {dt}"
         assert f.dtype == dt and torch.isfinite(f).all(), f"latents are {f.dtype} or not finite in {dt}"

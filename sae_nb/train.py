@@ -99,7 +99,8 @@ class Trainee:
         self.opt = torch.optim.Adam(sae.parameters(), lr=cfg.lr, betas=cfg.betas, fused=fused)
         self.recipes = [find("trainers", r)() if isinstance(r, str) else r for r in recipes]
         self.silent = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.W_dec.device)
-        self.history,self.start_hash = [],weight_hash(sae)
+        self.history,self.failed = [],""
+        self.initial = {n: getattr(sae, n).detach().clone() for n in ("W_enc", "W_dec")}
         for r in self.recipes: r.start(self, cfg)
 
     @property
@@ -109,9 +110,9 @@ class Trainee:
 def weight_hash(
     sae:SAE, # Any SAE
 )->str:      # 16 hexadecimal digits
-    "A fingerprint of all weights and buffers; two runs that share it are the same run twice."
+    "A fingerprint of encoder and decoder; two runs that share it are the same run twice, whatever their settings say."
     h = hashlib.sha256()
-    for k,v in sorted(sae.state_dict().items()): h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for k,v in ((k, getattr(sae, k)) for k in ("W_enc", "b_enc", "W_dec", "b_dec")): h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/07_train.ipynb #train-step
@@ -173,11 +174,13 @@ def _cells(row, names): return [f"{v:.6g}" if isinstance(v, float) else v for v 
 def write_history(
     path,         # history.csv
     history:list, # All rows so far
+    afresh:bool=False, # Write everything
 ):
     "Append the last row, or write everything if its columns are not those of the file."
     path,names = Path(path),list(dict.fromkeys(k for r in history for k in r))
     try:
-        with open(path, "r+" if path.exists() else "w+", newline="") as f:
+        if not afresh and history:
+          with open(path, "r+" if path.exists() else "w+", newline="") as f:
             if f.readline().strip() == ",".join(names):
                 f.seek(0, 2); csv.writer(f, lineterminator="\n").writerow(_cells(history[-1], names)); return
     except OSError as e: raise InputError(f"cannot write {path.name} in {path.parent.name}/: {e.strerror}; free some space. Training stopped; checkpoints so far are whole") from None
@@ -188,14 +191,15 @@ def read_history(
 )->list:  # One dict per row
     "The history of a run; steps and tokens are whole numbers."
     with open(path, newline="") as f: rows = list(csv.DictReader(f))
+    rows = [r for r in rows if None not in r.values() and None not in r] # a row cut off by a full disk
     return [{k: int(v) if k in ("step", "tokens") else float(v) for k,v in r.items() if v != ""} for r in rows]
 
 # %% ../nbs/07_train.ipynb #train-verify
 @patch
 def verify(self:Trainee):
     "Raise if the weights are the initial ones or no latent fired recently."
-    if weight_hash(self.sae) == self.start_hash: raise TrainingError(f"{self.name}: the weights did not move in {self.cfg.steps} steps; look at the learning rate and the recipe")
     if self.dead.all(): raise TrainingError(f"{self.name}: no latent fired in the last {self.cfg.dead_after_tokens:,} tokens; lower the sparsity coefficient or the learning rate")
+    if all(torch.allclose(getattr(self.sae, n), w, rtol=1e-5, atol=1e-6) for n,w in self.initial.items()): raise TrainingError(f"{self.name}: the weights did not move in {self.cfg.steps} steps; look at the learning rate and the recipe")
 
 # %% ../nbs/07_train.ipynb #train-checkpoint
 @patch
@@ -203,7 +207,7 @@ def tensors(self:Trainee)->dict:
     "All running state that is made of tensors."
     ts = {f"sae.{k}": v for k,v in self.sae.state_dict().items()}
     for n,p in self.sae.named_parameters(): ts.update({f"opt.{n}.{k}": v for k,v in self.opt.state.get(p, {}).items()})
-    return {**ts, "silent": self.silent, "sae_gen": self.sae.gen.get_state(), "torch_rng": torch.get_rng_state(), "start_hash": torch.tensor(list(self.start_hash.encode()))}
+    return {**ts, "silent": self.silent, "sae_gen": self.sae.gen.get_state(), "torch_rng": torch.get_rng_state()}
 
 @patch
 def load_tensors(self:Trainee, ts:dict):
@@ -214,7 +218,6 @@ def load_tensors(self:Trainee, ts:dict):
         st = {k.rsplit(".", 1)[1]: v for k,v in ts.items() if k.startswith(f"opt.{n}.") and "." not in k[len(f"opt.{n}."):]}
         self.opt.state[p] = {k: v.to(dev) for k,v in st.items()}
     self.silent = ts["silent"].to(dev); self.sae.gen.set_state(ts["sae_gen"]); torch.set_rng_state(ts["torch_rng"])
-    self.start_hash = bytes(ts["start_hash"].tolist()).decode()
 
 # %% ../nbs/07_train.ipynb #train-rng
 def _rng()->dict:
@@ -258,8 +261,7 @@ def load_checkpoint(
         t.load_tensors(read_tensors(p))
         h = t.folder/"history.csv"
         t.history = [r for r in read_history(h) if r["step"] <= step] if h.exists() else []
-        h.unlink(missing_ok=True)
-        if t.history: write_history(h, t.history)
+        if h.exists(): write_history(h, t.history, afresh=True)
     with safe_open(str(p), "pt") as f: meta = f.metadata()
     stream.load_state(json.loads(meta["stream"])); _set_rng(json.loads(meta["rng"]))
     return step
@@ -281,20 +283,37 @@ def train(
     if not quiet: print(f"{cfg.steps:,} steps of {cfg.batch:,} tokens for {len(trainees)} SAE(s)" + (f", going on after step {start:,}" if start else ""))
     bar = tqdm(total=cfg.steps, initial=start, disable=quiet, mininterval=2, unit="step", ncols=110, file=OneLine())
     i = start
+    if any((t.cfg.steps, t.cfg.batch) != (cfg.steps, cfg.batch) for t in trainees): raise InputError("SAEs trained in one pass must agree on tokens and batch")
     try:
         for i in range(start, cfg.steps): _one_step(trainees, stream, i, bar, on_log)
     except KeyboardInterrupt:
         if trainees[0].folder and i > start: print(f"interrupted; run the same command again to go on from the last checkpoint (at most {cfg.checkpoint_every} steps back)")
         raise
     finally: bar.close()
-    for t in trainees: t.verify(); t.sae.eval()
+    for t in trainees:
+        t.sae.eval()
+        if not t.failed: _failing(t, t.verify)
+    _alive(trainees)
     return trainees
+
+# %% ../nbs/07_train.ipynb #train-one-bad
+def _failing(t, f, *args):
+    "Call `f`; if training of `t` stops itself there, keep the reason."
+    try: return f(*args)
+    except TrainingError as e: t.failed = str(e)
+
+def _alive(trainees):
+    "Those that have not failed; raise if there are none."
+    ok = [t for t in trainees if not t.failed]
+    if not ok: raise TrainingError(trainees[0].failed)
+    return ok
 
 # %% ../nbs/07_train.ipynb #train-one-step
 def _one_step(trainees, stream, i, bar, on_log):
     "One batch for every SAE, with history and checkpoint where due."
     cfg,batch = trainees[0].cfg,next(stream)
-    outs = [t.step(batch, i) for t in trainees]
+    outs = [_failing(t, t.step, batch, i) for t in _alive(trainees)]
+    trainees,outs = _alive(trainees),[o for o in outs if o is not None]
     if (i + 1) % cfg.log_every == 0 or i + 1 == cfg.steps:
         rows = [t.log(o, i) for t,o in zip(trainees, outs)]
         r = rows[0]

@@ -29,7 +29,8 @@ def after_loss(self:AuxK, t, o):
     if len(dead) == 0: return
     want = self.k_aux or max(1, t.sae.d_in // 2)
     k = min(want, len(dead))
-    z = o.z[:, dead] - t.sae.b_enc.detach()[dead].clamp_max(0)
+    z = o.z[:, dead]
+    z = z - z.detach().mean(0).clamp_max(0)
     vals,idx = z.relu().topk(k, dim=-1, sorted=False)
     e = (o.x - o.x_hat).detach()
     f = o.z.new_zeros(len(o.z), len(dead)).scatter(-1, idx, vals)

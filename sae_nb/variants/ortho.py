@@ -34,6 +34,13 @@ def _sums_listed(f):
     key,place = torch.unique((torch.minimum(i, j) * n + torch.maximum(i, j))[on], return_inverse=True)
     return key // n,key % n,vals.new_zeros(len(key)).index_add(0, place, (vals[:, a] * vals[:, b])[on])
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-sums-dense
+def _sums_dense(f):
+    "Co-firing pairs and their inner products, by the whole product."
+    on = (f != 0).to(f)
+    i,j = torch.triu(on.T @ on, 1).nonzero(as_tuple=True)
+    return i,j,(f.T @ f)[i, j]
+
 # %% ../../nbs/variants/ortho.ipynb #ortho-scores
 @torch.no_grad()
 def pair_scores(
@@ -42,7 +49,9 @@ def pair_scores(
 )->tuple:           # (i [M], j [M], scores [M]) of every pair that co-fires, in no particular order
     "Cosine between the columns of every pair of latents that co-fires in the batch."
     f = f.detach(); f = f if f.dtype == torch.float64 else f.float()
-    i,j,sums = _sums_scipy(f) if f.device.type == "cpu" else _sums_listed(f)
+    K = int((f != 0).sum(-1).max()) if len(f) else 0
+    route = _sums_dense if len(f) * K * K > f.shape[1] ** 2 * 64 else _sums_scipy if f.device.type == "cpu" else _sums_listed
+    i,j,sums = route(f)
     norm = f.pow(2).sum(0).sqrt()
     return i,j,sums.abs() / (norm[i] * norm[j] + eps)
 
@@ -54,6 +63,7 @@ def top_pairs(
     P:int,         # Pairs wanted
 )->Tensor:         # Places of the chosen pairs, [min(P, M)]
     "The `P` highest scores; ties go to the smaller (i, j)."
+    scores = scores.mul(1e6).round() # sums in another order differ in the last bits; ties must not
     if len(scores) <= P: return torch.arange(len(scores), device=scores.device)
     if P == 0: return torch.arange(0, device=scores.device)
     cut = scores.topk(P, sorted=False).values.min()
