@@ -243,7 +243,7 @@ class Session:
             for n in ns: find(kind, n)
         self.cfg = TrainConfig(tokens=p.tokens, batch=p.batch, lr=p.lr, warmup_steps=None if p.warmup_steps < 0 else p.warmup_steps, checkpoint_every=p.checkpoint).resolve()
         pick_device(p.device); pick_dtype(p.dtype)
-        self.lm,self.toy = None,None
+        self.lm,self.toy,self.quiet = None,None,False
         self._plan(list(dict.fromkeys(variants)), list(dict.fromkeys(map(int, seeds))))
 
 # %% ../nbs/10_runs.ipynb #runs-plan
@@ -351,16 +351,19 @@ def fresh(self:Session, r:Run)->SAE:
 # %% ../nbs/10_runs.ipynb #runs-train
 @patch
 def train(self:Session,
-    plot:bool=True, # Redraw the curves while training runs
+    plot:bool=True, # Redraw the curves and show progress; False: work in silence
 ):
     "Train every run that is not finished, on one stream."
+    self.quiet = not plot
     todo = [r for r in self.runs if not r.finished and not r.trained]
-    if not todo: print("every SAE is trained already"); return self
+    if not todo:
+        if plot: print("every SAE is trained already")
+        return self
     self.stream.load_state(self.origin) # also when this is called again after an interruption
     with guarding(todo):
         ts = [Trainee(self.fresh(r), self.cfg, self.recipes, r.name, r.folder) for r in todo]
         live = LivePlot() if plot else None
-        train(ts, self.stream, self.p.resume, live)
+        train(ts, self.stream, self.p.resume, live, self.quiet)
         if live: live(ts, force=True)
         for r,t in zip(todo, ts):
             if t.failed: print(t.failed); r.status("failed", t.failed); continue
@@ -393,7 +396,7 @@ def evaluate(self:Session):
         if not r.trained or (r.finished and not todo): continue
         with guarding([r]):
             sae = load(r.folder, dev)
-            for e in tqdm(todo, desc=f"evaluating {r.name}", file=bar, ncols=80):
+            for e in tqdm(todo, desc=f"evaluating {r.name}", file=bar, ncols=80, disable=self.quiet):
                 write_json(r.folder/"evals"/f"{e}.json", find("evals", e)()(sae, **self._hand(e), name=r.name))
             for e in self.eval_names:
                 f = r.folder/"evals"/f"{e}.json"

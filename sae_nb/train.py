@@ -358,16 +358,17 @@ def train_sae(
 # %% ../nbs/07_train.ipynb #train-plot
 def plot_history(
     histories:dict, # name -> list of history rows
-    axes=None,      # Three matplotlib axes; None: a new figure
+    axes=None,      # Four matplotlib axes; None: a new figure
 ):                  # The figure
-    "Error, active latents and dead latents against tokens."
+    "Loss, explained variance, active latents and dead latents against tokens."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
-    if axes is None: _,axes = plt.subplots(1, 3, figsize=(11, 2.6), layout="constrained")
-    for ax,(k,label) in zip(axes, {"explained_variance": "explained variance", "l0": "L0, latents per token", "frac_dead": "share of latents dead"}.items()):
+    if axes is None: _,axes = plt.subplots(1, 4, figsize=(13, 2.6), layout="constrained")
+    for ax,(k,label) in zip(axes, {"loss": "loss", "explained_variance": "explained variance", "l0": "L0, latents per token", "frac_dead": "share of latents dead"}.items()):
         for n,h in histories.items(): ax.plot([r["tokens"] for r in h], [r[k] for r in h], label=n, lw=1.2)
         ax.xaxis.set_major_formatter(EngFormatter(sep="")); ax.set_xlabel("tokens"); ax.set_title(label, fontsize=10, loc="left"); ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylim(max(-.1, axes[0].get_ylim()[0]), 1); axes[1].set_yscale("log"); axes[2].set_ylim(0, max(.05, axes[2].get_ylim()[1]))
+    for ax in (axes[0], axes[2]): ax.set_yscale("log")
+    axes[1].set_ylim(max(-.1, axes[1].get_ylim()[0]), 1); axes[3].set_ylim(0, max(.05, axes[3].get_ylim()[1]))
     axes[0].legend(frameon=False, fontsize=8)
     return axes[0].figure
 

@@ -49,7 +49,7 @@ def activate(self:BatchTopKSAE,
     if self.training:
         f,tau = batch_topk(z, self.k)
         self.n_batches += 1
-        self.threshold.lerp_(tau.detach().to(self.threshold), max(1 / self.n_batches.item(), .01))
+        self.threshold.lerp_(tau.detach().to(self.threshold), max(1 / self.n_batches.item(), .1))
         return f
     if self.n_batches == 0: return topk(z, self.k)
     return torch.where(z > self.threshold, z, 0).relu()

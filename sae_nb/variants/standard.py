@@ -6,6 +6,7 @@
 __all__ = ['StandardSAE']
 
 # %% ../../nbs/variants/standard.ipynb #standard-imports
+import math
 import torch
 from torch import Tensor
 from fastcore.basics import patch
@@ -29,6 +30,8 @@ class StandardSAE(SAE):
         if target_l0 is not None and not 0 < target_l0 <= d_sae: raise InputError(f"target_l0 = {target_l0} must lie between 0 and d_sae = {d_sae}")
         self.target_l0,self.error = target_l0,one_of("error", error, ["norm", "squared"])
         self.register_buffer("coeff", torch.tensor(float(l1_coeff)))
+        self.register_buffer("log_l0", torch.tensor(math.inf))     # of the last step; infinite before the first
+        self.register_buffer("trend", torch.zeros(()))              # change of log_l0 per step, running mean
 
 # %% ../../nbs/variants/standard.ipynb #standard-activate
 @patch
@@ -45,13 +48,37 @@ def reconstruction(self:StandardSAE, o:Out)->dict:
     if self.error == "squared": return SAE.reconstruction(self, o)
     return {"norm_error": (o.x - o.x_hat).pow(2).sum(-1).clamp_min(1e-12).sqrt().mean()}
 
+# %% ../../nbs/variants/standard.ipynb #standard-start
+@patch
+def pre(self:StandardSAE, x, mask=None)->Tensor:
+    "Affine map into the latents; the first training batch sets the biases if L0 is steered."
+    z = SAE.pre(self, x, mask)
+    if not (self.training and self.target_l0 and self.log_l0.isinf()): return z
+    n = len(z); k = max(1, n - round(n * self.target_l0 / self.d_sae))
+    q = z.detach().float().kthvalue(k, dim=0).values.to(z.dtype)
+    with torch.no_grad(): self.b_enc.sub_(q)
+    return z - q
+
+# %% ../../nbs/variants/standard.ipynb #standard-steer
+@patch
+@torch.no_grad()
+def steer(self:StandardSAE,
+    f:Tensor,          # Latents of the batch, [n_tokens, d_sae]
+    rate:float=.06,    # η, how fast λ moves
+    horizon:float=40., # h, steps looked ahead
+):
+    "Move the weight of the penalty towards where L0 would be `target_l0`."
+    now = (f > 0).float().sum(-1).mean().clamp_min(1e-2).log().to(self.trend)
+    if not self.log_l0.isinf(): self.trend.lerp_((now - self.log_l0).clamp(-.2, .2), .1)
+    self.log_l0.copy_(now)
+    ahead = now - math.log(self.target_l0) + horizon * self.trend
+    self.coeff.mul_((rate * ahead.clamp(-1.5, 1.5)).exp())
+
 # %% ../../nbs/variants/standard.ipynb #standard-sparsity
 @patch
 def sparsity(self:StandardSAE, o:Out)->dict:
     "L1 penalty; in training the controller moves its weight towards `target_l0`."
-    if self.training and self.target_l0:
-        l0 = (o.f.detach() > 0).float().sum(-1).mean().clamp_min(1e-2)
-        self.coeff.mul_((l0 / self.target_l0).clamp(.25, 4.).pow(.03).to(self.coeff))
+    if self.training and self.target_l0: self.steer(o.f.detach())
     o.logs["l1_coeff"] = self.coeff.item()
     warm = 1. if self.target_l0 else self.sparsity_scale
     return {"l1": self.coeff.to(o.f.dtype) * warm * o.f.sum(-1).mean()}
