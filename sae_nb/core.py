@@ -19,6 +19,9 @@ from safetensors.torch import save_file
 # %% ../nbs/00_core.ipynb #core-quiet
 warnings.filterwarnings("ignore", message="IProgress not found") # libraries ask for a widget; a line of text will do
 
+# %% ../nbs/00_core.ipynb #core-threads
+if os.environ.get("IN_TEST"): torch.set_num_threads(1)
+
 # %% ../nbs/00_core.ipynb #core-input-error
 class InputError(ValueError):
     "A mistake in what the user asked for, told in one line."
