@@ -74,14 +74,17 @@ def sparsity_factor(self:TrainConfig, step:int)->float:
 # %% ../nbs/07_train.ipynb #train-recipe
 class Recipe:
     "An addition to the loop. Methods not overridden do nothing."
-    moments = ("start", "after_loss", "after_backward", "after_step")
+    moments = ("start", "after_loss", "after_backward", "after_step", "tensors", "load_tensors")
+    replaces = ()
     def __init_subclass__(cls):
         for n in vars(cls):
-            if not n.startswith("_") and n != "registered" and callable(vars(cls)[n]): one_of(f"{cls.__name__}'s moment", n, cls.moments)
+            if not n.startswith("_") and n not in ("registered", "replaces") and callable(vars(cls)[n]): one_of(f"{cls.__name__}'s moment", n, cls.moments)
     def start(self, t, cfg): pass      # t: Trainee
     def after_loss(self, t, o): pass   # o: sae.Out of the step
     def after_backward(self, t, o): pass
     def after_step(self, t, o): pass
+    def tensors(self): return {}          # name -> tensor: everything a resumed run needs
+    def load_tensors(self, ts): pass      # what `tensors` gave
 
 # %% ../nbs/07_train.ipynb #train-trainee
 class Trainee:
@@ -97,7 +100,10 @@ class Trainee:
         if self.folder: self.folder.mkdir(parents=True, exist_ok=True)
         fused = next(sae.parameters()).device.type in ("cpu", "cuda")
         self.opt = torch.optim.Adam(sae.parameters(), lr=cfg.lr, betas=cfg.betas, fused=fused)
-        self.recipes = [find("trainers", r)() if isinstance(r, str) else r for r in recipes]
+        own = {n for r in sae.recipes for n in r.replaces}
+        self.recipes = [find("trainers", r)() if isinstance(r, str) else r for r in recipes if r not in own] + list(sae.recipes)
+        self.clip,self.accumulate,self.lr_scale,self.norm = cfg.clip,1,1.,0.  # what recipes may change: largest gradient norm,
+        # batches per update, factor on the learning rate; and the norm of the last gradient
         self.silent = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.W_dec.device)
         self.history,self.failed = [],""
         self.initial = {n: getattr(sae, n).detach().clone() for n in ("W_enc", "W_dec")}
@@ -121,23 +127,30 @@ def step(self:Trainee,
     batch:Batch, # Activations, with mask
     i:int,       # Number of the step, from 0
 )->Out:          # The pass
-    "One update of the weights."
+    "One batch: the loss, its gradient, and an update of the weights when `accumulate` batches are in."
     sae,cfg = self.sae,self.cfg
-    for g in self.opt.param_groups: g["lr"] = cfg.lr * cfg.lr_factor(i)
-    sae.sparsity_scale = cfg.sparsity_factor(i)
+    sae.sparsity_scale,sae.progress = cfg.sparsity_factor(i),i / cfg.steps
     o = sae.run(batch.x, batch.mask)
     for r in self.recipes: r.after_loss(self, o)
-    self.opt.zero_grad(set_to_none=True)
-    o.loss.backward()
+    if i % self.accumulate == 0: self.opt.zero_grad(set_to_none=True)
+    (o.loss / self.accumulate).backward()
+    self.silent = torch.where((o.f > 0).any(0), 0, self.silent + len(o.x))
+    if (i + 1) % self.accumulate == 0 or i + 1 == cfg.steps: self.update(o, i)
+    elif not torch.isfinite(o.loss.detach()): self.stop(o, i)
+    return o
+
+@patch
+def update(self:Trainee, o:Out, i:int):
+    "Move the weights along the gradient that has been gathered."
+    sae,cfg = self.sae,self.cfg
     sae.before_step()
     for r in self.recipes: r.after_backward(self, o)
-    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg.clip or math.inf)
-    if not torch.isfinite(norm + o.loss.detach()): self.stop(o, i)
+    self.norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), self.clip or math.inf)
+    if not torch.isfinite(self.norm + o.loss.detach()): self.stop(o, i)
+    for g in self.opt.param_groups: g["lr"] = cfg.lr * cfg.lr_factor(i) * self.lr_scale
     self.opt.step()
     sae.after_step()
-    self.silent = torch.where((o.f > 0).any(0), 0, self.silent + len(o.x))
     for r in self.recipes: r.after_step(self, o)
-    return o
 
 # %% ../nbs/07_train.ipynb #train-stop
 class TrainingError(RuntimeError):
@@ -207,7 +220,9 @@ def tensors(self:Trainee)->dict:
     "All running state that is made of tensors."
     ts = {f"sae.{k}": v for k,v in self.sae.state_dict().items()}
     for n,p in self.sae.named_parameters(): ts.update({f"opt.{n}.{k}": v for k,v in self.opt.state.get(p, {}).items()})
-    return {**ts, "silent": self.silent, "sae_gen": self.sae.gen.get_state(), "torch_rng": torch.get_rng_state()}
+    if self.accumulate > 1: ts.update({f"grad.{n}": p.grad for n,p in self.sae.named_parameters() if p.grad is not None})
+    for i,r in enumerate(self.recipes): ts.update({f"recipe.{i}.{k}": v for k,v in r.tensors().items()})
+    return {**ts, "silent": self.silent, "lr_scale": torch.tensor(self.lr_scale, dtype=torch.float64), "sae_gen": self.sae.gen.get_state(), "torch_rng": torch.get_rng_state()}
 
 @patch
 def load_tensors(self:Trainee, ts:dict):
@@ -217,6 +232,9 @@ def load_tensors(self:Trainee, ts:dict):
     for n,p in self.sae.named_parameters():
         st = {k.rsplit(".", 1)[1]: v for k,v in ts.items() if k.startswith(f"opt.{n}.") and "." not in k[len(f"opt.{n}."):]}
         self.opt.state[p] = {k: v.to(dev) for k,v in st.items()}
+        if f"grad.{n}" in ts: p.grad = ts[f"grad.{n}"].to(dev)
+    for i,r in enumerate(self.recipes): r.load_tensors({k.split(".", 2)[2]: v for k,v in ts.items() if k.startswith(f"recipe.{i}.")})
+    self.lr_scale = ts["lr_scale"].item()
     self.silent = ts["silent"].to(dev); self.sae.gen.set_state(ts["sae_gen"]); torch.set_rng_state(ts["torch_rng"])
 
 # %% ../nbs/07_train.ipynb #train-rng

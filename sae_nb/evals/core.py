@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['no_lm', 'no_harm', 'flags', 'CoreConfig', 'Core', 'Item', 'read', 'row_losses', 'Row', 'by_row', 'random_sae',
-           'through', 'preserved', 'latents', 'misc', 'density_counts', 'categories', 'null_row', 'table']
+           'through', 'skip_only', 'preserved', 'latents', 'misc', 'density_counts', 'categories', 'null_row', 'table']
 
 # %% ../../nbs/evals/core.ipynb #core-eval-imports
 import math
@@ -159,8 +159,15 @@ def through(
 ):       # Function (x, mask) -> (x_hat, f)
     "An SAE as a reconstruction; one that overrides `forward` is asked for its own."
     own = type(sae).forward is not SAE.forward
-    def fn(x, mask): f = sae.encode(x, mask=mask); return (sae(x, mask=mask) if own else sae.decode(f)), f
+    def fn(x, mask): f = sae.encode(x, mask=mask); return (sae(x, mask=mask) if own else sae.rebuild(f, x)), f
     return fn
+
+def skip_only(
+    sae, # An SAE with a skip connection
+):       # Function (x, mask) -> (x_hat, None)
+    "What the skip connection gives without any latent."
+    zero = lambda x: x.new_zeros(*x.shape[:-1], sae.d_sae)
+    return lambda x, mask: (sae.rebuild(zero(x), x), None)
 
 @patch
 def rows(self:Core,
@@ -176,6 +183,7 @@ def rows(self:Core,
     f = torch.cat([counted(sae.encode(it.x, mask=it.mask), it.mask) != 0 for it in head])
     rand,info = random_sae(x, sae.d_sae, f.sum(-1).double().mean().item(), mean, c.seed)
     out.update(mean=Row(lambda x, mask: (mean.expand_as(x), None)), random=Row(rand), identity=Row(lambda x, mask: (x, None)))
+    if getattr(sae, "skip", 0.): out["skip"] = Row(skip_only(sae))
     return out,info
 
 # %% ../../nbs/evals/core.ipynb #core-eval-splice

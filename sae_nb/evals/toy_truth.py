@@ -43,7 +43,7 @@ def gather(self:ToyTruth, sae, toy):
         x,f_true = toy.sequences(n, c.length, part="test", at=i) if seq else toy.sample(n, part="test", at=i)
         x = x.to(sae.W_dec)
         f = sae.encode(x, mask=torch.ones(x.shape[:-1], dtype=torch.int64, device=x.device))
-        out.append([None if o is None else o.reshape(-1, o.shape[-1]) for o in (x, f_true, f, sae.decode(f))])
+        out.append([None if o is None else o.reshape(-1, o.shape[-1]) for o in (x, f_true, f, sae.rebuild(f, x))])
     return [None if o[0] is None else torch.cat(o) for o in zip(*out)]
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-recovery
