@@ -143,3 +143,6 @@ def fold(self:StandardSAE, scale:float)->SAE:
     n = o.W_dec.norm(dim=-1).clamp_min(1e-8)
     o.W_dec.div_(n[:, None]); o.W_enc.mul_(n); o.b_enc.mul_(n)
     return o
+
+# %% ../../nbs/variants/standard.ipynb #standard-preset
+add_preset("standard", "run_0", "the logs' baseline: fixed l1_coeff 0.04, error as a norm", l1_coeff=.04, error="norm")
