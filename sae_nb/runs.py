@@ -26,7 +26,7 @@ from .envelope import flat
 @dataclass
 class Params:
     "What a run can be told."
-    variant:str = "standard"  # registered variants, comma-separated
+    variant:str = "standard"  # registered variants, comma-separated, or all; ortho/jumprelu puts one on another
     model:str = "world"       # "world", "toy", a Hugging Face name, or a local model folder
     hook:str = ""             # e.g. "blocks.12.hook_resid_post"; empty: the model's default
     text:str = ""             # file, folder or hf:<data set>; empty: the model's default
@@ -91,7 +91,7 @@ def fast(
     "A minute-long version of a run, for tests."
     small = dict(tokens=60_000, d_sae=512, eval_rows=32, buffer=64)
     q = Params(**{**asdict(p), **{k: min(v, getattr(p, k)) for k,v in small.items()}})
-    q.name = q.name or f"fast-{q.variant}-{Path(q.model).name}".replace(",", "+")
+    q.name = q.name or f"fast-{q.variant}-{Path(q.model).name}".replace(",", "+").replace("/", ".")
     return q
 
 # %% ../nbs/10_runs.ipynb #runs-notebook-check
@@ -244,9 +244,9 @@ class Session:
         given:dict, # The notebook's parameters
     ):
         self.p = p = params_from(given)
-        variants,seeds = [w.strip() for w in p.variant.split(",") if w.strip()],[w.strip() for w in p.seed.split(",") if w.strip()]
+        variants,seeds = names("variants") if p.variant == "all" else [w.strip() for w in p.variant.split(",") if w.strip()],[w.strip() for w in p.seed.split(",") if w.strip()]
         if not variants or not seeds: raise InputError(f"variant = {p.variant!r} and seed = {p.seed!r} must each name at least one")
-        for v in variants: find("variants", v)
+        for v in variants: options(v)
         for s in seeds:
             if not (s.isascii() and s.isdigit() and len(s) < 10): raise InputError(f"seed = {s!r} is not a whole number of 0 or more")
         self.eval_names = names("evals") if p.evals == "all" else [e.strip() for e in p.evals.split(",") if e.strip()]
@@ -270,7 +270,7 @@ def _plan(self:Session, variants, seeds):
         used |= set(args)
         build(v, 8, p.d_sae, **args)
         for s in seeds:
-            what = "-".join(filter(None, [v, preset]))
+            what = "-".join(filter(None, [v.replace("/", "."), preset]))
             name = f"{what}-{Path(p.model).name}-s{s}" if not p.name else f"{p.name}-{what}-s{s}" if several else p.name
             if Path(name).name != name or name.startswith("."): raise InputError(f"name = {name!r} must be a plain folder name")
             cfg = dict(name=name, variant=v, preset=preset, seed=s, variant_args=args, params=public(p), training=asdict(self.cfg), recipes=self.recipes, **provenance())
@@ -375,6 +375,9 @@ def train(self:Session,
     self.stream.load_state(self.origin) # also when this is called again after an interruption
     with guarding(todo):
         ts = [Trainee(self.fresh(r), self.cfg, self.recipes, r.name, r.folder) for r in todo]
+        for t in ts:
+            gone = {n: type(r).registered for r in t.sae.recipes for n in r.replaces if n in self.recipes}
+            if gone and plot: print(f"{t.name}: " + ", ".join(f"{n} gives way to its own {o}" for n,o in gone.items()))
         live = LivePlot() if plot else None
         train(ts, self.stream, self.p.resume, live, self.quiet)
         if live: live(ts, force=True)
@@ -519,7 +522,7 @@ def launch(
     "Execute run.ipynb with papermill."
     import papermill as pm
     p = params_from(params)
-    plus = lambda w: w.replace(" ", "").replace(",", "+")
+    plus = lambda w: w.replace(" ", "").replace(",", "+").replace("/", ".")
     name = p.name or "-".join(filter(None, [plus(p.variant), plus(p.preset), Path(p.model).name, f"s{plus(p.seed)}"]))
     out = Path(out or root()/"runs"/name/"run.ipynb"); out.parent.mkdir(parents=True, exist_ok=True)
     pm.execute_notebook(str(root()/"nbs"/"run.ipynb"), str(out), parameters=params, progress_bar=True, cwd=str(root()/"nbs"))
