@@ -22,6 +22,7 @@ class Scan:
     where:Tensor   # Their places, row * T + position, [d_sae, n]
     tokens:Tensor  # The rows, [R, T]
     docs:Tensor    # Document numbers, [R, T]
+    mask:Tensor    # The same with 0 where a token does not count, [R, T]
 
 # %% ../nbs/08_look.ipynb #look-scan
 @torch.no_grad()
@@ -45,8 +46,7 @@ def scan(
         if top is not None: v,i = torch.cat([top, v], -1),torch.cat([where, i], -1)
         top,j = v.topk(min(n, v.shape[-1]), dim=-1)
         where = i.gather(-1, j)
-    toks,ds = (torch.cat([b[k] for b in batches]) for k in (0, 1))
-    return Scan(fired / max(total, 1), hist, top, where, toks, ds)
+    return Scan(fired / max(total, 1), hist, top, where, *(torch.cat([b[k] for b in batches]) for k in (0, 1, 2)))
 
 # %% ../nbs/08_look.ipynb #look-spans
 def context(
@@ -86,7 +86,7 @@ def _line(s, sae, lm, hook, j, k):
     if c is None: return ""
     _,at,r,(a, b) = c
     docs = s.docs[r:r+1]; x = lm.acts(s.tokens[r:r+1], hook, docs=docs).float()
-    f = sae.encode(x, docs.to(x.device))[0, a:b, j].cpu() / s.top[j, 0]
+    f = sae.encode(x, s.mask[r:r+1].to(x.device))[0, a:b, j].cpu() / s.top[j, 0]
     words = lm.words(s.tokens[r, a:b])
     spans = [f"<span style='background:rgba(255,140,0,{max(0., v):.2f});{'font-weight:bold' if i == at else ''}'>{html.escape(w)}</span>" for i,(w,v) in enumerate(zip(words, f.tolist()))]
     return "<div style='margin-left:1em;white-space:pre-wrap'>" + "".join(spans) + "</div>"

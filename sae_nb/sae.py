@@ -75,6 +75,7 @@ class Front(nn.Module):
         self.notes = {}    # what the last training pass computed on the way; handed to the pass and forgotten
     def read(self, x, mask=None): return x    # centred activations [..., d_in] -> what the encoder reads, same shape
     def add(self, x, mask=None): return None  # centred activations [..., d_in] -> added to z [..., d_sae], or None
+    def per_latent(self): return []           # (parameter, dimension that counts latents) of each weight that belongs to latents
 
 # %% ../nbs/03_sae.ipynb #sae-pre
 @patch
@@ -137,6 +138,12 @@ def forward(self:SAE,
 )->Tensor:            # Reconstruction, [..., d_in]
     "Encode, then decode."
     return self.rebuild(self.encode(x, mask), x)
+
+# %% ../nbs/03_sae.ipynb #sae-per-latent
+@patch
+def per_latent(self:SAE)->list: # [(parameter, dimension)]
+    "Every parameter that has one entry per latent, with the dimension along which latents are counted."
+    return [(self.W_dec, 0), (self.W_enc, 1), (self.b_enc, 0)] + [o for p in self.fronts.values() for o in p.per_latent()]
 
 # %% ../nbs/03_sae.ipynb #sae-loss
 @patch
@@ -355,14 +362,6 @@ def _contract_eval(sae, x):
     assert torch.equal(f, fresh.encode(x)), "a loaded copy differs: some state is not a parameter or buffer"
 
 # %% ../nbs/03_sae.ipynb #sae-contract-fold
-def _contract_fold(sae, x):
-    "Folding a scale gives the same SAE in other units."
-    s = copy.deepcopy(sae).train()
-    for _ in range(2): s.run(x)
-    s.eval(); raw = s.fold(4.)
-    mask = torch.ones(x.shape[:-1], dtype=torch.long)
-    assert torch.allclose(raw(x / 4, mask), s(x, mask) / 4, atol=1e-5), "folding a scale changes the reconstruction: a tensor is missing from `scaled`"
-
 def _one_step(s, x, mask):
     "What the loop does to an SAE, with a plain gradient step."
     s.zero_grad(); o = s.run(x, mask); o.loss.backward(); s.before_step()
@@ -370,6 +369,13 @@ def _one_step(s, x, mask):
         for p in s.parameters(): p.sub_(1e-3 * p.grad)
     s.after_step()
     return o.loss.detach()
+
+def _contract_fold(sae, x):
+    "Folding a scale gives the same SAE in other units."
+    s,mask = copy.deepcopy(sae).train(),torch.ones(x.shape[:-1], dtype=torch.long)
+    for _ in range(2): _one_step(s, x, mask)
+    s.eval(); raw = s.fold(4.)
+    assert torch.allclose(raw(x / 4, mask), s(x, mask) / 4, atol=1e-5), "folding a scale changes the reconstruction: a tensor is missing from `scaled`"
 
 def _contract_resume(sae, x):
     "Weights, buffers and the generator are the whole running state."

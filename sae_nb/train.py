@@ -25,7 +25,7 @@ class TrainConfig:
     "Everything the loop is told."
     tokens:int=1_000_000           # Activations to train on
     batch:int=2048                 # Tokens per step
-    lr:float=1e-3                  # Adam's learning rate after warm-up
+    lr:float=4e-3                  # Adam's learning rate after warm-up; take less for long training
     warmup_steps:int=None          # Linear rise of the learning rate; None: steps / 20
     decay:float=.2                 # Share of the steps, at the end, over which the learning rate falls to 0
     sparsity_warmup_steps:int=None # Linear rise of sparsity coefficients; None: steps / 10

@@ -138,10 +138,10 @@ def survives_shuffling(
 )->dict:  # gain, gain_shuffled, share and share_se; the share is None where it has no meaning, with a reason
     "Which share of the gain over the base is still there when order is gone."
     d = pd.DataFrame(rows); g,h = d.context - d.base,d.context_shuffled - d.base_shuffled
-    n,se = len(d),(g.std() / math.sqrt(len(d)) if len(d) > 1 else None)
-    out = dict(n_seeds=n, gain=g.mean(), gain_se=se, gain_shuffled=h.mean(), gain_shuffled_se=h.std() / math.sqrt(n) if n > 1 else None, share=None, share_se=None, reason="")
-    if g.mean() <= 2 * (se or 0): return {**out, "reason": "the gain in order is not above twice its standard error" if se is not None else "there is no gain in order"}
-    return {**out, "share": h.sum() / g.sum(), "share_se": ratio_se(torch.tensor(h.values), torch.tensor(g.values))}
+    mean,se = lambda v: float(v.mean()),lambda v: float(v.std() / math.sqrt(len(v))) if len(v) > 1 else None
+    out = dict(n_seeds=len(d), gain=mean(g), gain_se=se(g), gain_shuffled=mean(h), gain_shuffled_se=se(h), share=None, share_se=None, reason="")
+    if mean(g) <= 2 * (se(g) or 0): return {**out, "reason": "the gain in order is not above twice its standard error" if mean(g) > 0 else "there is no gain in order"}
+    return {**out, "share": float(h.sum() / g.sum()), "share_se": ratio_se(torch.tensor(h.values), torch.tensor(g.values))}
 
 # %% ../../nbs/analyses/context.ipynb #context-test
 @torch.no_grad()

@@ -90,8 +90,8 @@ def plot_stability(
         axes[1].plot(t.steps, t.new.rolling(max(1, len(t) // 20), min_periods=1).mean(), f"C{c}")
         axes[2].step(l.index * w.every, l[::-1].cumsum()[::-1] / l.sum(), f"C{c}", where="post")
     axes[0].plot(d.steps, d.null, "k:", lw=1, label="random sets")
-    axes[0].set(xscale="log", xlabel="steps apart (second half of training)", ylabel="Jaccard overlap", ylim=(-.02, 1)); axes[0].legend(frameon=False, fontsize=7)
-    axes[1].set(xlabel="step", ylabel="share of the set that is new", ylim=(-.02, 1)); axes[2].set(xscale="log", yscale="log", xlabel="steps held", ylabel="share of stays\nat least as long")
+    axes[0].set(xscale="log", xlabel="steps apart (second half of training)", ylabel="Jaccard overlap", ylim=(-.02, 1.03)); axes[0].legend(frameon=False, fontsize=7)
+    axes[1].set(xlabel="step", ylabel="share of the set that is new", ylim=(-.02, 1.03)); axes[2].set(xscale="log", yscale="log", xlabel="steps held", ylabel="share of stays\nat least as long")
     for ax in axes: ax.spines[["top", "right"]].set_visible(False)
     return fig
 

@@ -47,7 +47,7 @@ def after_backward(self:GradScale, t, o):
     s = importance_factor(self._sum / max(1, self._n))
     self._sum,self._n = None,0
     o.logs["grad_scale_least"] = s.min().item()
-    own = [(t.sae.W_enc, s), (t.sae.b_enc, s), (t.sae.W_dec, s[:, None])]
+    own = [(p, s.view([-1 if i == dim else 1 for i in range(p.ndim)])) for p,dim in t.sae.per_latent()]
     if self.of == "update": self._before = [(p, v, p.detach().clone()) for p,v in own]; return
     for p,v in own:
         if p.grad is not None: p.grad.mul_(v.to(p.grad))

@@ -37,7 +37,9 @@ def restart(
     sae.W_dec[idx] = d
     sae.W_enc[:, idx] = (enc_norm * size * d).T
     sae.b_enc[idx] = 0
-    for p,dim in ((sae.W_dec, 0), (sae.W_enc, 1), (sae.b_enc, 0)):
+    for m in sae.modules():
+        if hasattr(m, "forget"): m.forget(idx)
+    for p,dim in sae.per_latent():
         for k in ("exp_avg", "exp_avg_sq"):
             if k in t.opt.state.get(p, {}): t.opt.state[p][k].index_fill_(dim, idx, 0)
     t.silent[idx] = 0

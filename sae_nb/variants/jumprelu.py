@@ -29,7 +29,7 @@ class Jump(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, theta, eps):
         ctx.save_for_backward(z, theta); ctx.eps = eps
-        return z * (z > theta)
+        return torch.where(z > theta, z, 0)
     @staticmethod
     def backward(ctx, up):
         z,theta = ctx.saved_tensors

@@ -141,7 +141,9 @@ def fold(self:StandardSAE, scale:float)->SAE:
     "The same SAE on raw activations, its decoder rows of length one."
     o = SAE.fold(self, scale)
     n = o.W_dec.norm(dim=-1).clamp_min(1e-8)
-    o.W_dec.div_(n[:, None]); o.W_enc.mul_(n); o.b_enc.mul_(n)
+    for p,dim in o.per_latent():
+        if p is o.W_dec: p.div_(n[:, None])
+        else: p.mul_(n.view([-1 if i == dim else 1 for i in range(p.ndim)]))
     return o
 
 # %% ../../nbs/variants/standard.ipynb #standard-preset

@@ -70,6 +70,9 @@ class Branches(Front):
 
     @property
     def field(self): return max(self.taken) - min(self.taken) + 1     # receptive field, in positions
+    def per_latent(self): return [(self.W_ctx, 2)]
+    @torch.no_grad()
+    def forget(self, idx): self.W_ctx[:, :, idx] = 0                  # a latent that starts anew starts without context
     def __getstate__(self): return {**self.__dict__, "notes": {}}     # a copy does not carry the graph of the last pass
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-taps
@@ -205,7 +208,6 @@ def _with_branches(a, shuffled=False):
     "The SAE that the arguments of a temporal variant describe."
     sae = build(a["base"], a["d_in"], a["d_sae"], seed=a["seed"], **a["base_options"])
     if "temporal" in sae.fronts: raise InputError(f"base = {a['base']!r} has branches already; choose a per-token variant")
-    if getattr(sae, "decoder", "unit") == "free": raise InputError("decoder = 'free' rescales the encoder when saved, which would leave the branches behind; use decoder = 'unit'")
     front = Branches(a["d_in"], a["d_sae"], a["dilations"], a["kernel"], a["padding"], a["branch_norm"], shuffled, sae.gen, a["seed"])
     if one_of("separation", a["separation"], ["scales", "latents", "none"]) == "scales" and len(front.dilations) < 2:
         raise InputError(f"separation = 'scales' needs at least 2 branches and dilations = {front.dilations} is one; use separation = 'none'")

@@ -37,6 +37,7 @@ def ema_weight(
 class ZScoreSAE(StandardSAE):
     "SAE whose latents fire when they are unusually large for themselves."
     scaled = ("b_enc", "b_dec", "mean", "std")
+    fold = SAE.fold # rows are of length one already
     def __init__(self,
         d_in:int,              # Width of the activations
         d_sae:int,             # Number of latents
