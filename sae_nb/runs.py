@@ -38,7 +38,7 @@ class Params:
     recipes:str = "auxk"      # additions to the loop, comma-separated: auxk, resample
     tokens:int = 1_000_000    # activations to train on
     batch:int = 2048          # tokens per step
-    lr:float = 1e-3           # Adam's learning rate
+    lr:float = 4e-3           # Adam's learning rate; for a hundred million tokens and more take 3e-4
     warmup_steps:int = -1     # rise of the learning rate; -1: a twentieth of the steps
     ctx:int = 128             # tokens per row
     buffer:int = 512          # rows harvested and shuffled at a time

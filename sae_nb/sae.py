@@ -163,6 +163,7 @@ def run(self:SAE,
 )->Out:               # The pass, with the terms of the loss
     "Everything a training step needs to know of one batch."
     if not self.sequential: x,mask = counted(x, mask),None
+    elif mask is None: mask = torch.ones(x.shape[:-1], dtype=torch.long, device=x.device)
     z = self.pre(x, mask)
     x,z = counted(x, mask),counted(z, mask)
     if self.training: z = self.calibrate(z)

@@ -36,14 +36,15 @@ def plot_watch(
 ):                  # The figure
     "Thresholds, effective rank and mean largest cosine against tokens."
     import matplotlib.pyplot as plt
-    fig,ax = plt.subplots(1, 3, figsize=(10, 2.6), layout="constrained")
+    fig,ax = plt.subplots(1, 3, figsize=(11, 2.6), layout="constrained")
     for c,(n,h) in enumerate(histories.items()):
         get = lambda k: [(r["tokens"], r[k]) for r in h if k in r]
         lo,mid,hi = (np.array(get(f"theta_{q}")).reshape(-1, 2) for q in (5, 50, 95))
         if len(mid): ax[0].plot(*mid.T, color=f"C{c}", label=n); ax[0].fill_between(lo[:, 0], lo[:, 1], hi[:, 1], color=f"C{c}", alpha=.15, lw=0)
         for a,k in zip(ax[1:], ("effective_rank", "nearest_cos")): a.plot(*np.array(get(k)).reshape(-1, 2).T, color=f"C{c}", label=n)
     for a,t in zip(ax, ("threshold: median, 5 to 95 %", "effective rank of the decoder", "mean largest cosine")): a.set_title(t, fontsize=10, loc="left"); a.set_xlabel("tokens"); a.xaxis.set_major_locator(plt.MaxNLocator(4)); a.spines[["top", "right"]].set_visible(False)
-    ax[1].legend(frameon=False, fontsize=8); plt.close(fig)
+    if not ax[0].lines: ax[0].set_visible(False)
+    ax[2].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5)); plt.close(fig)
     return fig
 
 # %% ../../nbs/analyses/correction.ipynb #correction-survival
@@ -79,10 +80,10 @@ def summary(
     events:pd.DataFrame, # See `Reactivate.events`
 )->dict:                 # name -> number; None where there is nothing to say
     "A log in numbers."
-    if not len(events): return dict(restarts=0, latents=0, most_often=0, never_fired=None, half_life=None, still_alive=None)
+    if not len(events): return dict(restarts=0, latents=0, most_often=0, by_residual=None, never_fired=None, half_life=None, still_alive=None)
     t,s = survival(events.lived_tokens, events.ended); below = t[s <= .5]
     last = events.sort_values("nth").groupby("latent").last()
-    return dict(restarts=len(events), latents=events.latent.nunique(), most_often=int(events.nth.max()), never_fired=((events.ended == 1) & (events.lived_tokens == 0)).mean(),
+    return dict(restarts=len(events), latents=events.latent.nunique(), most_often=int(events.nth.max()), by_residual=events.by_residual.mean(), never_fired=((events.ended == 1) & (events.lived_tokens == 0)).mean(),
                 half_life=float(below[0]) if len(below) else None, still_alive=(last.ended == 0).mean())
 
 # %% ../../nbs/analyses/correction.ipynb #correction-plot-survival
@@ -91,14 +92,14 @@ def plot_survival(
 ):             # The figure
     "Share of restarted latents still alive, and restarts per look."
     import matplotlib.pyplot as plt
-    fig,ax = plt.subplots(1, 2, figsize=(8, 2.6), layout="constrained")
+    fig,ax = plt.subplots(1, 2, figsize=(9.5, 2.6), layout="constrained"); every = np.gcd.reduce(np.concatenate([e["update"].unique() for e in logs.values()] or [np.ones(1, int)]))
     for n,e in logs.items():
         if not len(e): continue
         t,s = survival(e.lived_tokens, e.ended); end = max(t[-1], e.lived_tokens.max())
-        ax[0].step(np.r_[t, end], np.r_[s, s[-1]], where="post", label=f"{n}, {len(e)} restarts"); b = by_look(e); ax[1].plot(b.index, b.restarted, ".-", label=n); ax[1].plot(b.index, b.again, ":", color=ax[1].lines[-1].get_color())
+        ax[0].step(np.r_[t, end], np.r_[s, s[-1]], where="post", label=f"{n}, {len(e)} restarts"); b = by_look(e); b = b.reindex(np.arange(b.index.min(), b.index.max() + 1, every), fill_value=0); ax[1].plot(b.index, b.restarted, ".-", label=n); ax[1].plot(b.index, b.again, ":", color=ax[1].lines[-1].get_color())
     ax[0].set(ylim=(0, 1.03), xlabel="tokens since the restart", ylabel="share still firing"); ax[1].set(xlabel="update", ylabel="restarted (dotted: again)", ylim=(0, None))
     for a in ax: a.spines[["top", "right"]].set_visible(False)
-    ax[0].legend(frameon=False, fontsize=8); plt.close(fig)
+    ax[1].legend(*ax[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5)); plt.close(fig)
     return fig
 
 # %% ../../nbs/analyses/correction.ipynb #correction-sketch
@@ -109,7 +110,7 @@ def sketch_errors(
     decay:float=.99,       # Of all of them, per batch
     tau:float=.1,          # Threshold of the weights
     seed:int=0,            # Seeds the random columns
-)->pd.DataFrame:           # Per rank: error, best, error off the diagonal, best there, error of the weights (None if no pair exceeds tau), pairs above tau, and those the memory finds of them
+)->pd.DataFrame:           # Per rank: error, smallest possible; the same two matrices off the diagonal; error of the weights (None if no pair exceeds tau), pairs above tau, and how many of them the memory finds
     "How far memories of a few rows are from the dense matrix."
     C,As,gen = None,{},torch.Generator().manual_seed(seed)
     for t,f in enumerate(batches, 1):

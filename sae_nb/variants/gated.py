@@ -70,3 +70,16 @@ def calibrate(self:GatedSAE, z)->Tensor:
     q = q + torch.where(z > q, z - q, math.inf).detach().amin(0).nan_to_num(posinf=0.) / 2
     self.b_enc.data.sub_(q)
     return z - q
+
+# %% ../../nbs/variants/gated.ipynb #gated-latents
+@patch
+def per_latent(self:GatedSAE)->list: # [(parameter, dimension)]
+    "The frame's weights and those of the magnitude."
+    return SAE.per_latent(self) + [(self.r_mag, 0), (self.b_mag, 0)]
+
+@patch
+def forget(self:GatedSAE,
+    idx:Tensor, # Latents that begin anew, [n]
+):
+    "Their magnitudes have no scale and no bias of their own again."
+    self.r_mag.data[idx] = 0.; self.b_mag.data[idx] = 0.

@@ -164,8 +164,9 @@ def random_pairs(
 # %% ../../nbs/variants/ortho.ipynb #ortho-given
 def _dots(R, i, j):
     "Inner products of rows i with rows j, a few at a time."
-    step = max(1, 2**22 // max(1, R.shape[1]))
-    return torch.cat([(R[a] * R[b]).sum(-1) for a,b in zip(i.split(step), j.split(step))])
+    step,out = max(1, 2**20 // max(1, R.shape[1])),R.new_empty(len(i)) # one result: many small ones between large ones tear holes into memory
+    for a in range(0, len(i), step): out[a:a + step] = (R[i[a:a + step]] * R[j[a:a + step]]).sum(-1)
+    return out
 
 @torch.no_grad()
 def scores_of(
@@ -238,7 +239,7 @@ class DecoderCost(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up):
         W,i,j,c = ctx.saved_tensors
-        return (up * 2 * torch.sparse.mm(_symmetric(i, j, c, c.new_zeros(len(W))), _wide(W))).to(W.dtype),None,None,None
+        return torch.sparse.mm(_symmetric(i, j, 2 * up * c, c.new_zeros(len(W))), _wide(W)).to(W.dtype),None,None,None
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-penalty
 class PairPenalty(nn.Module):

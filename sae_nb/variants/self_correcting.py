@@ -87,3 +87,8 @@ _preset("run_9", "normalisation at several scales", norm="scales")
 _preset("run_10", "gradients of 4 batches per update", accumulate=4)
 _preset("ortho_0.01", "a tenth of the penalty", ortho_coeff=.01)
 _preset("c_1.5", "lower thresholds", c=1.5)
+
+# %% ../../nbs/variants/self_correcting.ipynb #selfc-clip-presets
+_preset("base_squared", "squared error", error="squared")
+_preset("run_2_squared", "squared error, gradients clipped at norm 1", error="squared", clip=1.)
+_preset("run_3_squared", "squared error, adaptive learning rate with clipping", error="squared", clip=1., adaptive_lr=True)
