@@ -232,7 +232,7 @@ def guarding(
 def provenance()->dict: # commit, python, versions
     "Which code made this."
     git = lambda *a: subprocess.run(["git", *a], cwd=Path(sae_nb.__file__).parent, capture_output=True, text=True).stdout.strip()
-    try: commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    try: commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else "") # of the module, not of notebooks or runs
     except OSError: commit = ""
     libs = ("torch", "transformers", "nnsight", "datasets", "numpy", "safetensors")
     return dict(commit=commit or "unknown", python=sys.version.split()[0], sae_nb=sae_nb.__version__, versions={n: importlib.metadata.version(n) for n in libs})
