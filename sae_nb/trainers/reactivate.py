@@ -90,8 +90,6 @@ def wake(self:Reactivate, t, o, idx:Tensor):
     dev = t.sae.W_dec.device
     directions,by = self.draw(t, o, len(idx))
     restart(t, idx.to(dev), directions, self.enc_norm)
-    for m in t.sae.modules():
-        if hasattr(m, "forget"): m.forget(idx.to(dev))
     nth = 1 + torch.bincount(self.rows[:, 2], minlength=t.sae.d_sae)[idx]
     same = lambda v: torch.full_like(idx, int(v))
     self.rows = torch.cat([self.rows, torch.stack([same(self.updates), same(self.seen), idx, nth, same(by), same(0), same(0)], 1)])
