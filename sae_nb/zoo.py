@@ -70,22 +70,19 @@ def plot_zoo(
     table,          # DataFrame, one row per variant
     x:str,          # Column across
     y:str,          # Column upwards
-    ax=None,        # Matplotlib axes; None: a new figure
     labels=("", ""),# Axis labels; empty: the columns' names
-):                  # The axes
-    "Every variant as a labelled point; labels are moved apart vertically."
+    beyond=(),      # Rows too far away to be drawn; they are named below the axis
+):                  # The figure
+    "Every variant as a point, its name in a list to the right in the order of height."
     import matplotlib.pyplot as plt
-    if ax is None: _,ax = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    t = table.dropna(subset=[x, y])
-    kinds = {n: i for i,n in enumerate(dict.fromkeys(v.split("/")[0].split("_")[0] for v in t.index if v[0] != "("))}
-    for n,r in t.iterrows():
-        null = n[0] == "("
-        ax.plot(r[x], r[y], "x" if null else "o", color="grey" if null else f"C{kinds[n.split('/')[0].split('_')[0]] % 10}", ms=7)
-    gap = (t[y].max() - t[y].min()) / 28 or 1
-    at = -float("inf")
-    for n,r in t.sort_values(y).iterrows():
-        at = max(r[y], at + gap)
-        ax.annotate(n, (r[x], r[y]), xytext=(t[x].max() + .03 * (t[x].max() - t[x].min()), at), fontsize=8, va="center", arrowprops=dict(arrowstyle="-", color="lightgrey", lw=.6))
-    ax.set_xlim(right=t[x].max() + .25 * (t[x].max() - t[x].min()))
-    ax.set_xlabel(labels[0] or x.replace("_", " ")); ax.set_ylabel(labels[1] or y.replace("_", " ")); ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    t,far = table.dropna(subset=[x, y]).drop(list(beyond)).sort_values(y),table.loc[list(beyond)]
+    fig,ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    low,high = t[y].min(),t[y].max(); pad = .04 * (high - low)
+    for n,(name,r) in enumerate(t.iterrows()):
+        c = "grey" if name[0] == "(" else f"C{n % 10}"
+        ax.plot(r[x], r[y], "x" if name[0] == "(" else "o", color=c, ms=7)
+        at = low - pad + (high - low + 2 * pad) * n / max(1, len(t) - 1)
+        ax.annotate(name, (r[x], r[y]), xytext=(1.06, at), textcoords=("axes fraction", "data"), color=c, fontsize=8, va="center", arrowprops=dict(arrowstyle="-", color=c, lw=.5, alpha=.5))
+    notes = [f"{n} at ({r[x]:.2f}, {r[y]:.2f})" for n,r in far.iterrows()]
+    ax.set_xlabel((labels[0] or x) + (f"\nnot drawn: {', '.join(notes)}" if notes else "")); ax.set_ylabel(labels[1] or y); ax.spines[["top", "right"]].set_visible(False)
+    return fig

@@ -58,7 +58,7 @@ class JumpReLUSAE(SAE):
         target_l0:float=None, # Latents per token to steer towards; None: `l0_coeff` is fixed
         bandwidth:float=.5,   # Width of the kernel, in units of z
         threshold:float=.1,   # Where thresholds start; with `target_l0`, the lowest start
-        pace:float=20.,       # Learning rate of ln θ, in multiples of the loop's
+        pace:float=5.,        # Learning rate of ln θ, in multiples of the loop's
         settle:float=.1,      # With `target_l0`: share of training during which thresholds follow quantiles; 0: the first batch
         penalty:str="step",   # "step" counts active latents, "tanh" is a smooth count
         seed:int=0,           # Seeds the initial weights
