@@ -42,7 +42,7 @@ class Params:
     warmup_steps:int = -1     # rise of the learning rate; -1: a twentieth of the steps
     ctx:int = 128             # tokens per row
     buffer:int = 512          # rows harvested and shuffled at a time
-    seed:str = "0"            # seeds, comma-separated: weights, data order and data
+    seed:str = "0"            # seeds of the weights, comma-separated; the first one also seeds the data, which all share
     evals:str = "core"        # registered evaluators, comma-separated; empty: none
     eval_rows:int = 256       # held-out rows to evaluate on
     device:str = ""           # cpu, cuda; empty: the GPU if there is one
@@ -123,8 +123,8 @@ def parse_options(
 def _value(v):
     "A number, true, false or null if it is one, else the word itself."
     v = v.strip()
-    try: return json.loads(v.lower() if v in ("True", "False", "None") else v)
-    except ValueError: return v
+    try: return {"True": True, "False": False, "None": None}[v] if v in ("True", "False", "None") else json.loads(v)
+    except ValueError: return float(v) if re.fullmatch(r"[-+]?(\.\d+|\d+\.)(e[-+]?\d+)?", v) else v
 
 # %% ../nbs/10_runs.ipynb #runs-variant-args
 def variant_args(
@@ -137,7 +137,8 @@ def variant_args(
     args = {k: v for k,v in opts.items() if k in has}
     if "k" in has: args.setdefault("k", p.k)
     if "l1_coeff" in has and p.l1: args.setdefault("l1_coeff", p.l1)
-    if "target_l0" in has and not p.l1 and not {"l1_coeff", "l0_coeff", "c"} & set(opts): args.setdefault("target_l0", float(p.k))
+    fixed = {"c" if "c" in has else "l0_coeff" if "l0_coeff" in has else "l1_coeff"} & set(args) # what a target would steer
+    if "target_l0" in has and not fixed: args.setdefault("target_l0", float(p.k))
     return args
 
 def presets_of(
@@ -148,6 +149,7 @@ def presets_of(
     if not wanted.strip(): return {"": {}}
     preset_options(variant, next(iter(presets.get(variant, {})), ""))  # an error if there are none
     ns = list(presets[variant]) if wanted.strip() == "all" else [w.strip() for w in wanted.split(",") if w.strip()]
+    if not ns: raise InputError(f"preset = {wanted!r} names none; choose one of: {', '.join(presets[variant])}")
     return {n: preset_options(variant, n) for n in ns}
 
 # %% ../nbs/10_runs.ipynb #runs-run
@@ -182,7 +184,7 @@ def check_content(self:Run):
     "A finished run must have seen the same model and text, whatever they are called."
     if not self.finished: return
     old,new = read_json(self.folder/"config.json").get("content"),self.config["content"]
-    if old != new: raise InputError(f"runs/{self.name} is finished on another model or text of the same name (content {old} there, {new} now); choose another name (-p name ...) or delete that folder")
+    if old != new: raise InputError(f"runs/{self.name} is finished on another model or text of the same name (content {old} there, {new} now; runs made side by side share the data of their first seed); choose another name (-p name ...) or delete that folder")
 
 # %% ../nbs/10_runs.ipynb #runs-start
 @patch
@@ -334,6 +336,7 @@ def _open_toy(self:Session, rows):
     p = self.p
     self.hook = "toy"
     self.toy = Toy(d_in=64, n_true=256, n_active=8, seed=0)
+    if rows and p.batch < p.ctx: raise InputError(f"batch = {p.batch} tokens is less than one row of {p.ctx}, and this SAE needs whole rows; use a batch of at least {p.ctx}")
     size = dict(batch=p.batch // p.ctx, T=p.ctx) if rows else dict(batch=p.batch)
     self.stream = self.toy.stream(**size, start=self.seed * 10**6)
     draw = self.toy.stream(**size, part="test")

@@ -223,6 +223,7 @@ def parts_of(
 )->tuple:          # (name, base or None)
     "The outermost variant of a path, and what it stands on."
     name,_,rest = variant.partition("/")
+    if rest and base and rest != base: raise InputError(f"{variant} stands on {rest!r} and base = {base!r} says otherwise; leave one of them out")
     return name,rest or base
 
 def options(
@@ -233,6 +234,7 @@ def options(
     variant,base = parts_of(variant, base)
     ps = inspect.signature(find("variants", variant)).parameters.values()
     own = {p.name: p.default for p in ps if p.kind is not p.VAR_KEYWORD and p.name not in ("d_in", "d_sae", "seed")}
+    if base and "base" not in own: raise InputError(f"{variant} stands on no other variant; leave {base!r} out")
     base = base or own.get("base") if any(p.kind is p.VAR_KEYWORD for p in ps) else None
     return {**(options(base) if base else {}), **own, **({"base": base} if base and "base" in own else {})}
 
@@ -272,6 +274,7 @@ def preset_options(
     name:str,    # One of its presets
 )->dict:         # Options
     "The options of a preset."
+    if "/" in variant: raise InputError(f"presets belong to a variant by itself; {variant!r} is a path")
     find("variants", variant); names("variants")
     if variant not in presets: raise InputError(f"{variant} has no presets; those that have: {', '.join(sorted(presets)) or 'none'}")
     return dict(presets[variant][one_of(f"preset of {variant}:", name, presets[variant])][0])

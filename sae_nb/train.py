@@ -42,6 +42,8 @@ def resolve(self:TrainConfig)->TrainConfig:
     for n in ("tokens", "batch", "log_every"):
         if getattr(self, n) < 1: raise InputError(f"{n} = {getattr(self, n)} must be at least 1")
     if not self.lr > 0: raise InputError(f"lr = {self.lr} must be above 0")
+    if self.clip < 0: raise InputError(f"clip = {self.clip} is a length; give 0 for none, or more")
+    if self.dead_after_tokens is not None and self.dead_after_tokens < 0: raise InputError(f"dead_after_tokens = {self.dead_after_tokens} must be 0 or more")
     if not 0 <= self.decay <= 1: raise InputError(f"decay = {self.decay} is a share of the steps; give 0 to 1")
     steps = self.tokens // self.batch
     if steps < 1: raise InputError(f"tokens = {self.tokens:,} is less than one batch of {self.batch:,}, which makes 0 training steps; ask for more tokens or a smaller batch")
@@ -271,6 +273,11 @@ def load_checkpoint(
     stream,    # The stream they share
 )->int:        # Steps already taken, 0 if there is no common checkpoint
     "Restore the newest step for which every SAE has a checkpoint."
+    marks = {t.name: t.folder/"checkpoint"/"failed.json" for t in trainees}
+    lost = [t for t in trainees if marks[t.name].exists()]
+    if len(lost) < len(trainees): # those that had failed by then stay out; if all had, everybody tries again
+        for t in lost: t.failed = read_json(marks[t.name])["why"]
+        trainees = _alive(trainees)
     common = set.intersection(*(set(_checkpoints(t)) for t in trainees))
     if not common: return 0
     step = max(common)
@@ -305,7 +312,7 @@ def train(
     try:
         for i in range(start, cfg.steps): _one_step(trainees, stream, i, bar, on_log)
     except KeyboardInterrupt:
-        if trainees[0].folder and i > start: print(f"interrupted; run the same command again to go on from the last checkpoint (at most {cfg.checkpoint_every} steps back)")
+        if trainees[0].folder and i > start: print("interrupted; " + (f"run the same command again to go on from the last checkpoint (at most {cfg.checkpoint_every} steps back)" if cfg.checkpoint_every else "there are no checkpoints to go on from"))
         raise
     finally: bar.close()
     for t in trainees:
@@ -329,15 +336,18 @@ def _alive(trainees):
 # %% ../nbs/07_train.ipynb #train-one-step
 def _one_step(trainees, stream, i, bar, on_log):
     "One batch for every SAE, with history and checkpoint where due."
-    cfg,batch = trainees[0].cfg,next(stream)
+    cfg,batch,everybody = trainees[0].cfg,next(stream),trainees
     outs = [_failing(t, t.step, batch, i) for t in _alive(trainees)]
     trainees,outs = _alive(trainees),[o for o in outs if o is not None]
+    lost = [t for t in everybody if t.failed and t.folder]
     if (i + 1) % cfg.log_every == 0 or i + 1 == cfg.steps:
         rows = [t.log(o, i) for t,o in zip(trainees, outs)]
         r = rows[0]
         bar.set_postfix_str(f"loss {r['loss']:.3g}, L0 {r['l0']:.1f}, EV {r['explained_variance']:.3f}, dead {r['frac_dead']:.1%}", refresh=False)
         if on_log: on_log(trainees)
-    if cfg.checkpoint_every and (i + 1) % cfg.checkpoint_every == 0 and all(t.folder for t in trainees): save_checkpoint(trainees, stream, i + 1)
+    if cfg.checkpoint_every and (i + 1) % cfg.checkpoint_every == 0 and all(t.folder for t in trainees):
+        save_checkpoint(trainees, stream, i + 1)
+        for t in lost: write_json(t.folder/"checkpoint"/"failed.json", dict(why=t.failed))
     bar.update()
 
 # %% ../nbs/07_train.ipynb #train-bar

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core import *
 from ..metrics import Running, ratio_se
 from ..sae import *
-from ..train import Trainee, TrainConfig, train
+from ..train import Trainee, TrainConfig, TrainingError, train
 from ..variants.temporal import Branches
 
 # %% ../../nbs/analyses/context.ipynb #context-parts
@@ -25,6 +25,7 @@ def front_of(
     "The branches of an SAE, or one line that says it has none."
     f = sae.fronts["temporal"] if "temporal" in sae.fronts else None
     if not isinstance(f, Branches): raise InputError(f"{sae.variant or type(sae).__name__} has no temporal branches; give a temporal SAE")
+    if len(sae.fronts) > 1: raise InputError(f"the branches cannot be told from the other fronts ({', '.join(n for n in sae.fronts if n != 'temporal')}); give an SAE whose only front is temporal")
     return f
 
 @torch.no_grad()
@@ -88,6 +89,7 @@ def lag_gradient(
 )->dict:      # lag -> mean norm of the gradient, [len(latents)]
     "By gradient: how strongly each latent reads each lag, at the last position for which the field fits."
     front = front_of(sae); first,last = min(front.taken),max(front.taken)
+    if front.shuffled: raise InputError("a shuffled control has no lags; give an SAE that reads its window in order")
     t = x.shape[1] - 1 + min(first, 0)
     if t < last: raise InputError(f"rows of {x.shape[1]} tokens are shorter than the receptive field of {front.field}; give longer rows")
     y,out = x.detach().clone().requires_grad_(),{l: [] for l in front.taken}
@@ -137,7 +139,7 @@ def survives_shuffling(
     rows, # DataFrame or list of dicts, one per seed: base, context, base_shuffled, context_shuffled, explained variances
 )->dict:  # gain, gain_shuffled, share and share_se; the share is None where it has no meaning, with a reason
     "Which share of the gain over the base is still there when order is gone."
-    d = pd.DataFrame(rows); g,h = d.context - d.base,d.context_shuffled - d.base_shuffled
+    d = pd.DataFrame(rows).dropna(subset=["base", "context", "base_shuffled", "context_shuffled"]); g,h = d.context - d.base,d.context_shuffled - d.base_shuffled
     mean,se = lambda v: float(v.mean()),lambda v: float(v.std() / math.sqrt(len(v))) if len(v) > 1 else None
     out = dict(n_seeds=len(d), gain=mean(g), gain_se=se(g), gain_shuffled=mean(h), gain_shuffled_se=se(h), share=None, share_se=None, reason="")
     if mean(g) <= 2 * (se(g) or 0): return {**out, "reason": "the gain in order is not above twice its standard error" if mean(g) > 0 else "there is no gain in order"}
@@ -161,14 +163,16 @@ def shuffle_test(
     cfg:TrainConfig,  # Resolved
     recipes=(),       # Names of recipes
     seed:int=0,       # Seeds the dealing
-)->tuple:             # ({base, context, base_shuffled, context_shuffled: explained variance}, the four SAEs)
+)->tuple:             # ({base, context, base_shuffled, context_shuffled: explained variance}, the four trainees)
     "Train base and context in order and between strangers, and judge each on rows of its own kind."
     start,ev,saes = stream.state(),{},{}
     gen = torch.Generator().manual_seed(seed + 10**9)
     for suffix,s,h in (("", stream, held), ("_shuffled", Strangers(stream, seed), [deal(b, gen) for b in held])):
         stream.load_state(start)
         ts = [Trainee(sae, cfg, recipes, n + suffix) for n,sae in make().items()]
-        for t in train(ts, s, quiet=True): saes[t.name],ev[t.name] = t,held_ev(t.sae, h)
+        for t in train(ts, s, quiet=True):
+            if t.failed: raise TrainingError(t.failed)
+            saes[t.name],ev[t.name] = t,held_ev(t.sae, h)
     return ev,saes
 
 # %% ../../nbs/analyses/context.ipynb #context-plots

@@ -31,9 +31,9 @@ def usage(
     was,sums,fired,n = sae.training,[],0,0
     sae.eval(); parts = []
     for b in batches:
-        x = b.x.to(sae.W_dec)
-        f = sae.encode(x, b.mask)
-        x,y,f = (counted(o, b.mask) for o in (x, sae.rebuild(f, x), f))
+        x = b.x.to(sae.W_dec); mask = b.mask if b.mask is None else b.mask.to(x.device)
+        f = sae.encode(x, mask)
+        x,y,f = (counted(o, mask) for o in (x, sae.rebuild(f, x), f))
         parts.append((x.double(), y.double())); fired = fired + (f != 0).sum(0); n += len(f)
     sae.train(was)
     x,y = (torch.cat(o) for o in zip(*parts))

@@ -48,8 +48,8 @@ def restart(
 @patch
 def after_step(self:Resample, t, o):
     "Restart the dead at the due steps."
-    step = int(next(iter(t.opt.state.values()))["step"].item())
-    if step % self._every or step > self.until * t.cfg.steps: return
+    done = int(next(iter(t.opt.state.values()))["step"].item()) * t.accumulate  # batches
+    if done // self._every == (done - t.accumulate) // self._every or done > self.until * t.cfg.steps: return
     dead = t.dead.nonzero()[:, 0]
     o.logs["resampled"] = len(dead)
     if len(dead) == 0: return

@@ -59,7 +59,8 @@ class MatryoshkaSAE(BatchTopKSAE):
         if not isinstance(sampled, int) or not 0 <= sampled <= d_sae: raise InputError(f"sampled = {sampled} is not a number of levels; give 0 for fixed ones, or 1 to d_sae = {d_sae}")
         n = sampled or len(self.sizes)
         w = weights.split(",") if isinstance(weights, str) else weights
-        self.weights = [1.] * n if w is None else [float(o) for o in w]
+        try: self.weights = [1.] * n if w is None else [float(o) for o in w]
+        except (TypeError, ValueError): raise InputError(f"weights = {weights!r} cannot be read; write {n} numbers, such as {','.join(['1'] * n)}") from None
         if len(self.weights) != n or min(self.weights) < 0 or self.weights[-1] <= 0: raise InputError(f"weights = {weights!r} does not fit {n} levels; give {n} numbers of at least 0, the last above 0")
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-nested

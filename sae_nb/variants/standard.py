@@ -23,7 +23,8 @@ class Price(nn.Module):
         name:str="l1_coeff",  # For messages
     ):
         super().__init__()
-        if coeff < 0: raise InputError(f"{name} = {coeff} is negative; give 0 or more")
+        if not coeff >= 0: raise InputError(f"{name} = {coeff} is negative or no number; give 0 or more")
+        if target_l0 is not None and not isinstance(target_l0, (int, float)): raise InputError(f"target_l0 = {target_l0!r} is not a number; give one between 0 and d_sae, or None")
         if target_l0 is not None and not 0 < target_l0 <= d_sae: raise InputError(f"target_l0 = {target_l0} must lie between 0 and d_sae = {d_sae}")
         if target_l0 and not coeff: raise InputError(f"{name} = 0 leaves nothing to steer towards target_l0 = {target_l0}; give a start above 0")
         self.target_l0 = target_l0

@@ -105,7 +105,7 @@ def tsae(
 )->SAE:                    # A two-level Matryoshka SAE with the contrast in its loss
     "Temporal SAE."
     n = round(high * d_sae) if 0 < high <= 1 else high
-    if n != int(n) or not 1 <= n < d_sae: raise InputError(f"high = {high} does not make a part of d_sae = {d_sae} latents; give a share such as 0.2, or a number of latents above 1")
+    if n != n or n != int(n) or not 1 <= n < d_sae: raise InputError(f"high = {high} does not make a part of d_sae = {d_sae} latents; give a share such as 0.2, or a number of latents above 1")
     sae = MatryoshkaSAE(d_in, d_sae, k, prefixes=(int(n), d_sae), weights=weights, seed=seed)
     sae.penalties["tsae"] = Contrast(sae.sizes[0], contrast_coeff, similarity, temperature, partner, max_pairs)
     return sae
