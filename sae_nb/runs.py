@@ -196,7 +196,7 @@ def start(self:Run, resume:bool=True):
         raise InputError(f"runs/{self.name} holds a trained SAE made with other parameters ({', '.join(self.differs()) or 'another model or text'}); choose another name (-p name ...) or delete that folder")
     if self.folder.exists() and not (resume and same):
         for n in ("checkpoint", "evals"): shutil.rmtree(self.folder/n, ignore_errors=True)
-        for n in ("history.csv", "sae.safetensors"): (self.folder/n).unlink(missing_ok=True)
+        for n in ("history.csv", "reactivations.csv", "sae.safetensors"): (self.folder/n).unlink(missing_ok=True)
     write_json(cfg, self.config); self.status("running")
 
 @patch
@@ -379,7 +379,7 @@ def train(self:Session,
     with guarding(todo):
         ts = [Trainee(self.fresh(r), self.cfg, self.recipes, r.name, r.folder) for r in todo]
         for t in ts:
-            gone = {n: type(r).registered for r in t.sae.recipes for n in r.replaces if n in self.recipes}
+            gone = {n: type(r).registered for r in t.sae.recipes for n in (*r.replaces, getattr(r, "registered", "")) if n in self.recipes}
             if gone and plot: print(f"{t.name}: " + ", ".join(f"{n} gives way to its own {o}" for n,o in gone.items()))
         live = LivePlot() if plot else None
         train(ts, self.stream, self.p.resume, live, self.quiet)

@@ -139,6 +139,16 @@ def forward(self:SAE,
     "Encode, then decode."
     return self.rebuild(self.encode(x, mask), x)
 
+# %% ../nbs/03_sae.ipynb #sae-penalise
+@patch
+def penalise(self:SAE,
+    name:str,       # What its term is called
+    part:nn.Module, # Called with the SAE and the pass
+):
+    "Add a penalty."
+    if name in self.penalties: raise InputError(f"{self.variant or type(self).__name__} has the penalty {name} already; put another variant under this one")
+    self.penalties[name] = part
+
 # %% ../nbs/03_sae.ipynb #sae-per-latent
 @patch
 def per_latent(self:SAE)->list: # [(parameter, dimension)]

@@ -102,7 +102,7 @@ class Trainee:
         if self.folder: self.folder.mkdir(parents=True, exist_ok=True)
         fused = next(sae.parameters()).device.type in ("cpu", "cuda")
         self.opt = torch.optim.Adam(sae.parameters(), lr=cfg.lr, betas=cfg.betas, fused=fused)
-        own = {n for r in sae.recipes for n in r.replaces}
+        own = {n for r in sae.recipes for n in (*r.replaces, getattr(r, "registered", None))}
         self.recipes = [find("trainers", r)() if isinstance(r, str) else r for r in recipes if r not in own] + list(sae.recipes)
         self.clip,self.accumulate,self.lr_scale,self.norm = cfg.clip,1,1.,0.  # what recipes may change: largest gradient norm,
         # batches per update, factor on the learning rate; and the norm of the last gradient

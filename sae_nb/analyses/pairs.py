@@ -57,7 +57,7 @@ def stability(
     sets = watch.sets[int(since * len(watch.sets)):]
     p = np.mean([len(s) for s in sets]) / (watch.n * (watch.n - 1) / 2)
     lags = sorted({int(round(2**(e / 2))) for e in range(40)} & set(range(1, len(sets))))
-    return pd.DataFrame([dict(steps=lag * watch.every, jaccard=np.mean([jaccard(a, b) for a,b in zip(sets, sets[lag:])]), null=p / (2 - p)) for lag in lags])
+    return pd.DataFrame([dict(steps=lag * watch.every, jaccard=np.mean([jaccard(a, b) for a,b in zip(sets, sets[lag:])]), null=p / (2 - p)) for lag in lags], columns=["steps", "jaccard", "null"])
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-lifetimes
 def turnover(
@@ -115,7 +115,8 @@ def batch_overlap(
 )->dict:               # size -> mean overlap
     "Jaccard overlap of the sets that two independent batches select from the same SAE."
     key,pen = lambda n, at: pen.select(sae, X(toy.sample(n, part="test", at=at)[0])),copy.deepcopy(penalty).eval()
-    X = lambda x: (topk(sae.pre(x), min(pen.pre_k, sae.d_sae)) if pen.selector == "pre" else sae.encode(x)).detach()
+    if pen.selector == "random": raise InputError("random pairs are drawn anew in training and not chosen by the batch; their overlap is that of random sets")
+    X = lambda x: (topk(sae.pre(x), pen.pre_k) if pen.selector == "pre" and 0 < pen.pre_k < sae.d_sae else sae.pre(x).relu() if pen.selector == "pre" else sae.encode(x)).detach()
     sets = lambda n, at: (lambda i, j, s: i * sae.d_sae + j)(*key(n, at))
     return {n: float(np.mean([jaccard(sets(n, 2*t), sets(n, 2*t + 1)) for t in range(times)])) for n in sizes}
 

@@ -61,10 +61,9 @@ def draw(self:Reactivate,
     "Residuals of tokens on which the heaviest pairs fire together."
     e = (o.x - o.x_hat).detach()
     p = conflicts(o.f.detach(), *t.sae.penalties["interference"].pairs()[:2], self.heaviest).cpu()
-    by_residual = not bool(p.sum() > 0)
-    if by_residual: p = e.float().pow(2).sum(-1).cpu() + 1e-12
-    pick = torch.multinomial(p / p.sum(), k, replacement=k > int((p > 0).sum()), generator=t.sae.gen)
-    return e[pick.to(e.device)],by_residual
+    r,by_residual = e.float().pow(2).sum(-1).cpu() + 1e-12,not bool(p.sum() > 0)
+    p = r / r.sum() if by_residual else p / p.sum() + 1e-6 * r / r.sum()  # where conflicts run out, the residual decides
+    return e[torch.multinomial(p, k, generator=t.sae.gen).to(e.device)],by_residual
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-look
 @patch
@@ -87,7 +86,7 @@ def look(self:Reactivate, t, o,
 @torch.no_grad()
 def wake(self:Reactivate, t, o, idx:Tensor):
     "Restart latents `idx` and write them down."
-    dev = t.sae.W_dec.device
+    dev,idx = t.sae.W_dec.device,idx[:len(o.x)] # one token each: two latents with one direction would never part; the rest wait
     directions,by = self.draw(t, o, len(idx))
     restart(t, idx.to(dev), directions, self.enc_norm)
     nth = 1 + torch.bincount(self.rows[:, 2], minlength=t.sae.d_sae)[idx]

@@ -55,7 +55,7 @@ class Interference(nn.Module):
     ):
         super().__init__()
         if not isinstance(rank, int) or rank < 1: raise InputError(f"rank = {rank} is not a number of rows; give a whole number of at least 1")
-        if coeff < 0: raise InputError(f"ortho_coeff = {coeff} is negative; give 0 or more")
+        if not coeff >= 0: raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
         if tau < 0 or normalise and tau >= 1: raise InputError(f"tau = {tau} is out of range; give 0 or more" + (" and less than 1, since it is a cosine" if normalise else ""))
         if not 0 <= decay < 1: raise InputError(f"decay = {decay} is out of range; give 0 (the last batch only) or more and less than 1")
         if one_of("sketch", sketch, ["sketch", "dense"]) == "dense" and n > 8192: raise InputError(f"sketch = 'dense' would hold {n:,} x {n:,} numbers; use sketch = 'sketch' beyond 8,192 latents")
@@ -107,7 +107,7 @@ def forward(self:Interference,
     total = W.sum()
     o.logs.update(pairs=int((W > 0).sum()) // 2, top_weight=W.max().item() if len(idx) else 0., uncompared=left)
     if not total > 0: return {"interference": sae.W_dec.sum() * 0}
-    D = sae.W_dec[idx].float()
+    D = nn.functional.normalize(sae.W_dec[idx].float(), dim=-1)
     return {"interference": self.coeff * (W * (D @ D.T).pow(2)).sum() / total}
 
 # %% ../../nbs/variants/interference.ipynb #interference-forget
@@ -138,5 +138,5 @@ def interference(
 )->SAE:                   # The base with the penalty in its loss
     "Penalty in proportion to running co-activation, on top of any variant."
     sae = build(base, d_in, d_sae, seed=seed, **base_options)
-    sae.penalties["interference"] = Interference(d_sae, ortho_coeff, tau, rank, decay, sketch, normalise)
+    sae.penalise("interference", Interference(d_sae, ortho_coeff, tau, rank, decay, sketch, normalise))
     return sae

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['entries', 'cofiring', 'alike', 'pair_scores', 'top_pairs', 'best_pairs', 'random_pairs', 'scores_of', 'PairCost',
-           'pair_cost', 'DecoderCost', 'PairPenalty', 'ortho']
+           'pair_cost', 'DecoderCost', 'unit_rows', 'PairPenalty', 'ortho']
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-imports
 import math
@@ -87,7 +87,11 @@ def cofiring(
     if E is None: yield from _row_blocks(X.T, True, w, budget); return
     t,i,v = E; n = X.shape[1]
     norm = v.new_zeros(n).index_add_(0, i, v * v).sqrt_()
-    if v.device.type != "cpu": yield partial(_listed_block, E, X.shape, norm); return
+    if v.device.type != "cpu": # every product of a token in a list, unless that would not fit
+        most = int(torch.bincount(t).max()) if len(t) else 0
+        if 1 < most and len(X) * most**2 < 2**28: yield partial(_listed_block, E, X.shape, norm)
+        else: yield from _row_blocks(X.T, True, w, budget)
+        return
     S = _csr(E, X.shape); A = S.T.tocsr()
     work = np.bincount(i.numpy(), weights=np.diff(S.indptr)[t.numpy()], minlength=n).cumsum()
     ends = np.unique([0, *np.searchsorted(work, np.arange(budget, work[-1], budget)), n])
@@ -241,6 +245,10 @@ class DecoderCost(torch.autograd.Function):
         W,i,j,c = ctx.saved_tensors
         return torch.sparse.mm(_symmetric(i, j, 2 * up * c, c.new_zeros(len(W))), _wide(W)).to(W.dtype),None,None,None
 
+def unit_rows(sae):
+    "The decoder with rows of length one; where they are kept at it, as it is."
+    return torch.nn.functional.normalize(sae.W_dec, dim=-1) if getattr(sae, "decoder", "unit") == "free" else sae.W_dec
+
 # %% ../../nbs/variants/ortho.ipynb #ortho-penalty
 class PairPenalty(nn.Module):
     "Penalty on the pairs of latents that are most alike."
@@ -269,7 +277,7 @@ class PairPenalty(nn.Module):
 def _check(fraction, coeff, tau, tau_mode, penalise, pre_k):
     "One line for what cannot be."
     if not 0 < fraction <= 1: raise InputError(f"fraction = {fraction} is a share of all pairs; give a number above 0 and at most 1")
-    if coeff < 0: raise InputError(f"ortho_coeff = {coeff} is negative; give 0 or more")
+    if not coeff >= 0: raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
     if not 0 <= tau < 1: raise InputError(f"tau = {tau} is a cosine; give 0 or more and less than 1")
     one_of("tau_mode", tau_mode, ["fixed", "mean", "mean_std"]); one_of("penalise", penalise, ["activations", "decoder"])
     if penalise == "decoder" and tau_mode != "fixed": raise InputError(f"tau_mode = {tau_mode!r} would change nothing: tau has no part in penalise = 'decoder'; leave it 'fixed'")
@@ -339,7 +347,7 @@ def forward(self:PairPenalty,
     if self.penalise == "activations": o.logs["tau"] = self.tau.item()
     if not len(i): return {"ortho": sae.W_dec.new_zeros(())}
     w = torch.ones(len(i), device=i.device) if w is None else w[i] * w[j]
-    if self.penalise == "decoder": return {"ortho": self.coeff * DecoderCost.apply(sae.W_dec, i, j, w)}
+    if self.penalise == "decoder": return {"ortho": self.coeff * DecoderCost.apply(unit_rows(sae), i, j, w)}
     if self.selector in ("geometric", "random"): s = scores_of(X, i, j)
     return {"ortho": self.coeff * pair_cost(X, E, i, j, s, w, self.tau)}
 
@@ -365,7 +373,7 @@ def ortho(
     all_pairs = d_sae * (d_sae - 1) // 2
     if not all_pairs: raise InputError(f"d_sae = {d_sae} makes no pair; ortho needs at least 2 latents")
     if 0 < fraction * all_pairs < 1: raise InputError(f"fraction = {fraction} of {all_pairs} pairs is less than one pair, so nothing would be penalised; use at least {1.001 / all_pairs:.2g}")
-    sae.penalties["ortho"] = PairPenalty(fraction, ortho_coeff, tau, tau_mode, penalise, selector, pre_k, importance, d_sae)
+    sae.penalise("ortho", PairPenalty(fraction, ortho_coeff, tau, tau_mode, penalise, selector, pre_k, importance, d_sae))
     return sae
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-presets

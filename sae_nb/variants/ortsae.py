@@ -53,7 +53,7 @@ class Crowding(nn.Module):
         cosine:str="positive", # "positive" or "absolute"
     ):
         super().__init__()
-        if coeff < 0: raise InputError(f"ortho_coeff = {coeff} is negative; give 0 or more")
+        if not coeff >= 0: raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
         if not isinstance(chunk, int) or chunk < 2: raise InputError(f"chunk = {chunk} leaves no pair to compare; give a whole number of at least 2")
         if not isinstance(every, int) or every < 1: raise InputError(f"every = {every} is not a number of steps; give 1 or more")
         self.coeff,self.chunk,self.every,self.cosine = coeff,chunk,every,one_of("cosine", cosine, ["positive", "absolute"])
@@ -91,5 +91,5 @@ def ortsae(
 )->SAE:                   # The base with the penalty in its loss
     "Orthogonal decoder rows on top of any variant."
     sae = build(base, d_in, d_sae, seed=seed, **base_options)
-    sae.penalties["ortsae"] = Crowding(ortho_coeff, chunk, every, cosine)
+    sae.penalise("ortsae", Crowding(ortho_coeff, chunk, every, cosine))
     return sae

@@ -51,7 +51,7 @@ def self_correcting(
     sae = build(base, d_in, d_sae, seed=seed, **base_options)
     if norm != "none": sae.fronts["norm"] = norms[norm](d_in)
     if attention: sae.fronts["attention"] = Attention(d_in, sae.gen)
-    if ortho_coeff or reactivate_every: sae.penalties["interference"] = Interference(d_sae, ortho_coeff, tau, rank)
+    if ortho_coeff or reactivate_every: sae.penalise("interference", Interference(d_sae, ortho_coeff, tau, rank))
     sae.skip,sae.recipes = skip,[*sae.recipes, Clip(clip)]
     for on,recipe in ((adaptive_lr, AdaptiveLR), (grad_scale, GradScale)):
         if on: sae.recipes.append(recipe())
