@@ -60,6 +60,7 @@ def comparison(
     runs, # From `expected`
 ):        # The figure
     "Main metrics of every variant and seed, beside the random dictionary."
+    seed_all(0) # where points are spread apart is drawn
     fig,axes = plt.subplots(1, 4, figsize=(10, 2.7), layout="constrained")
     for ax,(m,label) in zip(axes, panels.items()):
         sns.stripplot(runs, x="variant", y=m, hue="variant", palette=palette, order=order, ax=ax, size=6, jitter=.12, legend=False)
