@@ -66,8 +66,7 @@ def sparsity(self:GatedSAE, o:Out)->dict:
 def calibrate(self:GatedSAE, z)->Tensor:
     "The first training batches set the gate's biases if L0 is steered."
     if not self.price.target_l0 or not (self.price.unset or self.progress < self.settle): return z
-    q = self.price.start(z)
-    q = q + torch.where(z > q, z - q, math.inf).detach().amin(0).nan_to_num(posinf=0.) / 2
+    q = self.price.between(z)
     self.b_enc.data.sub_(q)
     return z - q
 

@@ -89,8 +89,7 @@ def activate(self:JumpReLUSAE,
 def calibrate(self:JumpReLUSAE, z)->Tensor:
     "The first training batches set the thresholds if L0 is steered."
     if not self.price.target_l0 or not (self.price.unset or self.progress < self.settle): return z
-    q = self.price.start(z)
-    q = q + torch.where(z > q, z - q, math.inf).detach().amin(0).nan_to_num(posinf=0.) / 2
+    q = self.price.between(z)
     up = (self.start - q).clamp_min(0)
     self.b_enc.data.add_(up); self.slow_log_threshold.data.copy_((q + up).log() / self.pace)
     return z + up

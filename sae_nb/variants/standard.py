@@ -47,6 +47,15 @@ def start(self:Price,
 
 @patch
 @torch.no_grad()
+def between(self:Price,
+    z:Tensor, # Pre-activations of a batch, [n_tokens, d_sae]
+)->Tensor:    # [d_sae]
+    "`start`, moved halfway to the next larger pre-activation, so that no token sits on it."
+    q = self.start(z)
+    return q + torch.where(z > q, z - q, math.inf).amin(0).nan_to_num(posinf=0.) / 2
+
+@patch
+@torch.no_grad()
 def follow(self:Price,
     l0:Tensor,         # Latents per token of the batch
     rate:float=.06,    # η, how fast the weight moves
