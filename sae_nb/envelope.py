@@ -54,7 +54,7 @@ def envelope(
     sae,                # What was evaluated
     metrics:dict,       # category -> {name: number or None}
     details:list=(),    # One flat object per latent, letter, dataset ...
-    unstructured:dict=None, # Ours: undefined, nulls, standard_errors, extra and small data to plot
+    unstructured:dict=None, # Ours: undefined, nulls, standard_errors, intervals, extra and small data to plot
     name:str="",        # What to call the SAE; empty: its variant
 )->dict:                # The twelve keys
     "SAEBench's JSON object."
@@ -75,5 +75,6 @@ def flat(
     for c,m in cats.items(): out.update({k if count.count(k) == 1 else f"{c}/{k}": v for k,v in m.items()})
     out.update(u.get("extra", {}))
     out.update({f"{k}_se": v for k,v in u.get("standard_errors", {}).items()})
+    for k,(lo,hi) in u.get("intervals", {}).items(): out.update({f"{k}_low": lo, f"{k}_high": hi})
     for row,m in u.get("nulls", {}).items(): out.update({f"null_{row}/{k}": v for k,v in m.items()})
     return {k: v for k,v in out.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
