@@ -99,7 +99,7 @@ def null_saes(
     d_sae:int,        # Latents
     l0:float,         # Latents per token to match
     seed:int=0,       # Any integer
-    steps:int=200,    # Updates of the frozen one's encoder; 0: leave it out
+    steps:int=100,    # Updates of the frozen one's encoder; 0: leave it out
     batch:int=1024,   # Tokens per update
 )->dict:              # "random" and "frozen" -> SAE
     "Two SAEs with random directions at a given L0."

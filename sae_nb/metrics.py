@@ -297,8 +297,12 @@ def _variance(self:Running,
     x:Tensor, # float64, [n_tokens, d_in]
 ):
     "Merge mean and squared deviations of a batch into those seen so far."
-    n,mean = len(x),x.mean(0)
-    dev = (x - mean).square().sum()
+    mean = x.mean(0)
+    self._join(len(x), mean, (x - mean).square().sum())
+
+@patch
+def _join(self:Running, n, mean, dev):
+    "Merge a count, a mean and a sum of squared deviations."
     if not self.n: self.mean,self.dev = mean,dev
     else:
         gap = mean - self.mean
@@ -331,7 +335,7 @@ def _errors(self:Running,
     err,n_in,n_out = (x - x_hat).square().sum(-1), x.norm(dim=-1), x_hat.norm(dim=-1)
     self._add(n_hat=len(x), err=err.sum(), l2_norm_in=n_in.sum(), l2_norm_out=n_out.sum(), l2_ratio=l2_ratio(x, x_hat)*len(x),
               cossim=cossim(x, x_hat)*len(x), legacy=explained_variance_legacy(x, x_hat)*len(x))
-    for k,v in dict(R=err.mean(), S=n_in.square().mean(), mse=mse_saebench(x, x_hat)*len(x),
+    for k,v in dict(R=err.mean(), S=n_in.square().mean(), mse=err.sum()/len(x),
                     bias=relative_reconstruction_bias(x, x_hat)).items(): self.batches.setdefault(k, []).append(v)
 
 # %% ../nbs/02_metrics.ipynb #metrics-running-latents
@@ -374,7 +378,7 @@ def result(self:Running,
     if not self.n: raise InputError("no token counted: every mask was 0 or the stream was empty; hand over at least one batch with counted tokens")
     out,s,n = dict(n_tokens=self.n),self.s,self.n
     if "err" in s:
-        b = {k: torch.stack([torch.as_tensor(o) for o in v]).mean() for k,v in self.batches.items()}
+        b = {k: torch.stack([torch.as_tensor(o, dtype=torch.float64, device="cpu") for o in v]).mean() for k,v in self.batches.items()}
         n = s["n_hat"]
         out.update(mse=s["err"]/n, explained_variance=1 - s["err"]/self.dev, l2_norm_in=s["l2_norm_in"]/n, l2_norm_out=s["l2_norm_out"]/n,
             l2_ratio=s["l2_ratio"]/n, cossim=s["cossim"]/n, explained_variance_legacy=s["legacy"]/n, relative_reconstruction_bias=b["bias"],
@@ -394,6 +398,27 @@ def l0_histogram(self:Running)->list: # Entry i: number of tokens with i active 
     "Counts of L0 per token, cut after the largest one seen."
     c = self.s["l0_counts"]
     return c[:int(c.nonzero().max()) + 1].tolist()
+
+# %% ../nbs/02_metrics.ipynb #metrics-running-merge
+@patch
+def tensors(self:Running)->dict: # name -> tensor
+    "Everything the sums hold."
+    num = lambda v: torch.as_tensor(v).detach()
+    out = dict(n=num(self.n), n_f=num(self.n_f), **{f"s.{k}": num(v) for k,v in self.s.items()})
+    out.update({f"b.{k}": torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in vs]) for k,vs in self.batches.items()})
+    return {**out, **(dict(mean=self.mean, dev=self.dev) if self.n else {})}
+
+@patch
+def merge(self:Running,
+    ts:dict, # From `tensors`
+)->Running:
+    "Take in another stream's sums, as if it had followed."
+    n = int(ts["n"])
+    self._add(**{k[2:]: v for k,v in ts.items() if k.startswith("s.")}); self.n_f += int(ts["n_f"])
+    for k,v in ts.items():
+        if k.startswith("b."): self.batches.setdefault(k[2:], []).extend(v)
+    if n: self._join(n, ts["mean"], ts["dev"])
+    return self
 
 # %% ../nbs/02_metrics.ipynb #metrics-ratio-se
 def ratio_se(

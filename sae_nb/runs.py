@@ -8,7 +8,7 @@ __all__ = ['glance', 'Params', 'params_from', 'fast', 'declared', 'parse_options
 
 # %% ../nbs/10_runs.ipynb #runs-imports
 import importlib.metadata, inspect, json, math, os, re, shutil, subprocess, sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, asdict, fields
 from pathlib import Path
 import torch
@@ -21,6 +21,8 @@ from .acts import *
 from .train import *
 from .look import *
 from .envelope import flat
+from .store import Store
+from .suite import Bench, chosen, evaluators, reasons, scoreboard
 
 # %% ../nbs/10_runs.ipynb #runs-params
 @dataclass
@@ -43,8 +45,12 @@ class Params:
     ctx:int = 128             # tokens per row
     buffer:int = 512          # rows harvested and shuffled at a time
     seed:str = "0"            # seeds of the weights, comma-separated; the first one also seeds the data, which all share
-    evals:str = "core"        # registered evaluators, comma-separated; empty: none
+    evals:str = "core"        # registered evaluators, comma-separated, or all; empty: none
     eval_rows:int = 256       # held-out rows to evaluate on
+    eval_options:str = ""     # options of evaluators, as words (tpp.random_seed=1) or JSON
+    eval_nulls:str = "random,frozen" # SAEs that know nothing, beside every evaluation; empty: none
+    probe_data:str = ""       # csv, parquet or jsonl with columns text and label, for sparse_probing
+    data_dir:str = ""         # folder that mirrors the hub, for the evaluations' data sets; empty: the hub
     device:str = ""           # cpu, cuda; empty: the GPU if there is one
     dtype:str = "float32"     # of the language model: float32 or bfloat16
     checkpoint:int = 200      # steps between checkpoints; 0: none
@@ -117,7 +123,7 @@ def parse_options(
     if not s: return {}
     try:
         if s.startswith("{"): return json.loads(s)
-        return {k: _value(v) for k,v in (w.split("=", 1) for w in re.split(r"[,\s]+(?=\w+\s*=)", s))}
+        return {k: _value(v) for k,v in (w.split("=", 1) for w in re.split(r"[,\s]+(?=[\w.]+\s*=)", s))}
     except ValueError: raise InputError(f"options = {s!r} cannot be read; write \"tau=0.2 fraction=0.002\" or JSON such as '{{\"tau\": 0.2}}'") from None
 
 def _value(v):
@@ -155,7 +161,7 @@ def presets_of(
 # %% ../nbs/10_runs.ipynb #runs-run
 class Run:
     "One SAE's folder under runs/."
-    harmless = {"resume", "device", "cache", "name", "evals", "eval_rows", "checkpoint"} # parameters that do not change the weights
+    harmless = {"resume", "device", "cache", "name", "evals", "eval_rows", "checkpoint", "eval_options", "eval_nulls", "probe_data", "data_dir"} # parameters that do not change the weights
     def __init__(self,
         folder,      # Where its files go
         config:dict, # What is asked for, as JSON
@@ -251,10 +257,9 @@ class Session:
         for v in variants: options(v)
         for s in seeds:
             if not (s.isascii() and s.isdigit() and len(s) < 10): raise InputError(f"seed = {s!r} is not a whole number of 0 or more")
-        self.eval_names = names("evals") if p.evals == "all" else [e.strip() for e in p.evals.split(",") if e.strip()]
         self.recipes = [r.strip() for r in p.recipes.split(",") if r.strip()]
-        for kind,ns in (("evals", self.eval_names), ("trainers", self.recipes)):
-            for n in ns: find(kind, n)
+        for n in self.recipes: find("trainers", n)
+        self.evals = self._evaluators()
         self.cfg = TrainConfig(tokens=p.tokens, batch=p.batch, lr=p.lr, warmup_steps=None if p.warmup_steps < 0 else p.warmup_steps, checkpoint_every=p.checkpoint).resolve()
         pick_device(p.device); pick_dtype(p.dtype)
         self.lm,self.toy,self.quiet = None,None,False
@@ -286,7 +291,7 @@ def public(
 )->dict:      # The same, fit to be kept
     "Parameters with local paths reduced to names."
     name = lambda v: Path(v).name if v and Path(v).exists() else v
-    return {**asdict(p), **{k: name(getattr(p, k)) for k in ("model", "text", "cache")}}
+    return {**asdict(p), **{k: name(getattr(p, k)) for k in ("model", "text", "cache", "probe_data", "data_dir")}}
 
 # %% ../nbs/10_runs.ipynb #runs-open
 @patch
@@ -299,7 +304,6 @@ def open(self:Session):
     with guarding(self.runs):
         if p.model == "toy": self._open_toy(rows)
         else: self._open_lm(dev, rows)
-        for e in self.eval_names: self._hand(e)
         for r in self.runs:
             r.config.update(hook=self.hook, d_in=self.stream.d_in, data=self.data, content=self.content, scale=self.stream.scale)
             r.check_content()
@@ -390,42 +394,67 @@ def train(self:Session,
             save(t.sae.fold(self.stream.scale), r.folder, model=public(self.p)["model"], hook=self.hook, scale=self.stream.scale, weight_hash=weight_hash(t.sae))
     return self
 
-# %% ../nbs/10_runs.ipynb #runs-needs
+# %% ../nbs/10_runs.ipynb #runs-evaluators
 @patch
-def _hand(self:Session,
-    name:str, # Registered evaluator
-)->dict:      # Keyword arguments for it
-    "What the session has for an evaluator, or an error that says what is missing."
-    has = dict(batches=self.held, lm=self.lm, hook=self.hook, toy=self.toy)
-    ps = {k: v for k,v in inspect.signature(find("evals", name).__call__).parameters.items() if k in has}
-    for k,v in ps.items():
-        if v.default is v.empty and has[k] is None:
-            raise InputError(f"evaluator {name!r} needs {dict(lm='a language model; it cannot run with -p model toy', toy='known directions; run it with -p model toy').get(k, k)}")
-    return {k: has[k] for k in ps}
+def _evaluators(self:Session)->dict:
+    "The evaluators asked for, with their settings."
+    p,toy = self.p,self.p.model == "toy"
+    opts = parse_options(p.eval_options)
+    wanted = chosen(p.evals, toy)
+    if p.probe_data:
+        if "sparse_probing" not in wanted: raise InputError("probe_data is read by sparse_probing, which is not among the evals; add -p evals core,sparse_probing")
+        opts["sparse_probing.dataset_names"] = [p.probe_data]
+    self.null_names = [n.strip() for n in p.eval_nulls.split(",") if n.strip()]
+    for n in self.null_names: one_of("eval_nulls:", n, ("random", "frozen"))
+    return evaluators(wanted, p.model == "world", bool(os.environ.get("SAE_NB_FAST")), opts, **({"data_dir": p.data_dir} if p.data_dir else {}))
+
+# %% ../nbs/10_runs.ipynb #runs-bench
+@patch
+def _sample(self:Session, n:int=32_768):
+    "Training activations, in their own units, for SAEs that know nothing."
+    self.stream.load_state(self.origin)
+    xs = []
+    while sum(map(len, xs)) < n: b = next(self.stream); xs.append(counted(b.x, b.mask if b.x.ndim == 3 else None) / self.stream.scale)
+    self.stream.load_state(self.origin)
+    return torch.cat(xs)[:n]
+
+@patch
+def bench(self:Session)->Bench:
+    "What the evaluators of this session share; made once."
+    if not hasattr(self, "_bench"):
+        store = Store(Path(self.p.cache)/"evals" if self.p.cache else None)
+        need = self.null_names and any("nulls" in inspect.signature(type(e).__call__).parameters for e in self.evals.values())
+        self._bench = Bench(self.lm, self.hook if self.lm else None, self.held, self.toy, self._sample() if need else None, store, self.null_names, 10 if os.environ.get("SAE_NB_FAST") else 100, self.quiet)
+    return self._bench
 
 # %% ../nbs/10_runs.ipynb #runs-evaluate
 @patch
 def evaluate(self:Session):
-    "Run every evaluator that has not been run on every SAE and write the results; metrics.json comes last."
+    "Run every evaluator on every SAE that was not evaluated so, and write the results; metrics.json comes last."
     dev,bar = self.lm.device if self.lm else "cpu",OneLine()
-    for r in self.runs:
-        todo = [e for e in self.eval_names if not (r.folder/"evals"/f"{e}.json").exists()]
-        metrics = read_json(r.folder/"metrics.json") if r.finished else {}
-        todo = [e for e in todo if not any(k.startswith(f"{e}/") for k in metrics)]
-        if not r.trained or (r.finished and not todo): continue
-        with guarding([r]):
-            sae = load(r.folder, dev)
-            for e in tqdm(todo, desc=f"evaluating {r.name}", file=bar, ncols=80, disable=self.quiet):
-                write_json(r.folder/"evals"/f"{e}.json", find("evals", e)()(sae, **self._hand(e), name=r.name))
-            for e in self.eval_names:
-                f = r.folder/"evals"/f"{e}.json"
-                if f.exists(): metrics.update({f"{e}/{k}": v for k,v in flat(read_json(f)).items()})
-            h = read_history(r.folder/"history.csv")[-1]
-            metrics.update({f"train/{k}": h[k] for k in ("step", "tokens", "loss", "l0", "explained_variance", "frac_dead")})
-            r.finish(metrics)
+    old = {r.name: read_json(r.folder/"metrics.json") if r.finished else {} for r in self.runs}
+    known = lambda r, e: any(k.startswith(f"{e}/") for k in old[r.name]) and not (r.folder/"evals"/f"{e}.json").exists()   # a reported run keeps its numbers, not its files
+    todo = {r.name: [e for e in self.evals if not known(r, e)] for r in self.runs if r.trained}
+    runs = [r for r in self.runs if todo.get(r.name) or (r.trained and not r.finished)]
+    self.envs = {r.name: {} for r in runs}
+    with guarding(runs), redirect_stderr(bar) if bar.kernel else nullcontext():   # the evaluators' own bars share the line
+        saes = {r.name: load(r.folder, dev) for r in runs}
+        for n,e in tqdm(self.evals.items(), desc="evaluating", file=bar, ncols=80, disable=self.quiet or not runs):
+            for r in runs:
+                if n in todo[r.name]: self.envs[r.name][n] = self.bench().run(e, saes[r.name], r.folder, r.name)
+        for r in runs: self._metrics(r, old[r.name])
     failed = {r.name: run_status(r.folder)[1] for r in self.runs if run_status(r.folder)[0] == "failed"}
     if failed: raise TrainingError("; ".join(failed.values()))
     return self
+
+@patch
+def _metrics(self:Session, r:Run, old:dict):
+    "Write metrics.json of a run."
+    new = {e: flat(env) for e,env in self.envs[r.name].items()}
+    m = {k: v for k,v in old.items() if k.split("/")[0] not in new} | {f"{e}/{k}": v for e,d in new.items() for k,v in d.items()}
+    h = read_history(r.folder/"history.csv")[-1]
+    m.update({f"train/{k}": h[k] for k in ("step", "tokens", "loss", "l0", "explained_variance", "frac_dead")})
+    if m != old: r.finish(m)
 
 # %% ../nbs/10_runs.ipynb #runs-show-data
 @patch
@@ -513,9 +542,30 @@ def table(self:Session,
             e,_,rest = k.partition("/null_")
             if rest: n,_,metric = rest.partition("/"); nulls.setdefault(f"({n})", {}).setdefault(f"{e}/{metric}", []).append(v)
     df = pd.DataFrame({**ms, **{n: {k: sum(v) / len(v) for k,v in d.items()} for n,d in nulls.items()}})
-    keep = [k for k in df.index if "/null_" not in k and (everything or k in glance or not k.startswith(("core/", "train/")))]
+    keep = [k for k in df.index if "/null_" not in k and (everything or k in glance or k.startswith("toy_truth/"))]
     df = df.loc[sorted(keep, key=lambda k: glance.index(k) if k in glance else len(glance))]
     return df.map(lambda v: "" if pd.isna(v) else f"{v:.4g}")
+
+# %% ../nbs/10_runs.ipynb #runs-board
+@patch
+def scoreboard(self:Session): # HTML
+    "Headline numbers of every evaluator beside their nulls, and why some are missing."
+    from html import escape
+    from IPython.display import HTML
+    df = scoreboard(self.envs)
+    why = "".join(f"<li>{escape(w)}</li>" for w in reasons(self.envs))
+    return HTML(df.to_html(border=0) + (f"<p>– not measurable:</p><ul>{why}</ul>" if why else ""))
+
+@patch
+def show_evals(self:Session):
+    "One figure per evaluation."
+    import matplotlib.pyplot as plt
+    from IPython.display import display, Markdown
+    for n,e in self.evals.items():
+        envs = {r: es[n] for r,es in self.envs.items() if n in es}
+        if not envs or not hasattr(e, "plot"): continue
+        display(Markdown(f"### {n}"))
+        fig = e.plot(envs); display(fig); plt.close(fig)
 
 # %% ../nbs/10_runs.ipynb #runs-launch
 def launch(

@@ -352,18 +352,18 @@ def _one_step(trainees, stream, i, bar, on_log):
 
 # %% ../nbs/07_train.ipynb #train-bar
 class OneLine:
-    "A file for tqdm that rewrites one line of a notebook's output; elsewhere it is stderr."
+    "A file for tqdm that rewrites one line of a notebook's output; elsewhere it is stderr. What is no progress bar goes to stderr."
     def __init__(self):
         from IPython import get_ipython
-        self.kernel,self.handle = getattr(get_ipython(), "kernel", None),None
+        self.kernel,self.handle,self.err = getattr(get_ipython(), "kernel", None),None,sys.stderr
     def write(self, s):
-        if self.kernel is None: return sys.stderr.write(s)
+        if self.kernel is None or (s.strip() and not s.startswith(("\r", "\n", "\x1b[A"))): return self.err.write(s)
         from IPython.display import display
-        data = {"text/plain": s.strip("\r\n ")}
+        data = {"text/plain": s.replace("\x1b[A", "").strip("\r\n ")}
         if not data["text/plain"]: return
         if self.handle is None: self.handle = display(data, raw=True, display_id=True)
         else: self.handle.update(data, raw=True)
-    def flush(self): sys.stderr.flush()
+    def flush(self): self.err.flush()
 
 # %% ../nbs/07_train.ipynb #train-sae
 def train_sae(

@@ -10,6 +10,7 @@ __all__ = ['no_lm', 'no_harm', 'flags', 'CoreConfig', 'Core', 'Item', 'read', 'r
 import math
 from dataclasses import dataclass
 from itertools import chain, islice
+from tqdm import tqdm
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from ..metrics import Running, loss_recovered, nearest_cos, random_like, ratio_s
 from ..sae import SAE
 from ..lm import next_in_doc
 from ..envelope import configure, envelope, settle
+from ..store import Store
 
 # %% ../../nbs/evals/core.ipynb #core-eval-config
 @dataclass
@@ -43,10 +45,12 @@ class CoreConfig:
     null_batches:int = 8                              # Batches on which the rows beside the SAE are measured; 0: none
     seed:int = 0                                      # Seeds the random dictionary
     calibration_tokens:int = 16384                    # At most so many tokens set the mean and the scale of those rows
+    piece:int = 25                                    # Batches to a piece: what an interruption may cost
 
 @register("evals", "core")
 class Core:
     "Reconstruction, sparsity and what the language model loses."
+    headline = dict(explained_variance=+1, ce_loss_score=+1, kl_div_score=+1, l0=0, frac_alive=+1)
     def __init__(self, **config): self.config = configure(CoreConfig, **config)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-read
@@ -174,15 +178,17 @@ def rows(self:Core,
     sae,              # What is evaluated
     head:list,        # First batches, read
     mean:Tensor=None, # Mean of the training activations
+    nulls:dict=None,  # name -> SAE that knows nothing
 )->tuple:             # name -> Row, and what is worth knowing of the random one
     "The SAE's row and those beside it."
-    out,c = dict(sae=Row(through(sae))),self.config
+    out,c = dict(sae=Row(through(sae)), **{n: Row(through(s)) for n,s in (nulls or {}).items()}),self.config
     x = torch.cat([counted(it.x, it.mask) for it in head])[:c.calibration_tokens] if head else ()
     if not len(x): return out,{}
     mean = (x.float().mean(0) if mean is None else mean).to(x)
     f = torch.cat([counted(sae.encode(it.x, mask=it.mask), it.mask) != 0 for it in head])
     rand,info = random_sae(x, sae.d_sae, f.sum(-1).double().mean().item(), mean, c.seed)
-    out.update(mean=Row(lambda x, mask: (mean.expand_as(x), None)), random=Row(rand), identity=Row(lambda x, mask: (x, None)))
+    out = dict(random=Row(rand)) | out
+    out.update(mean=Row(lambda x, mask: (mean.expand_as(x), None)), identity=Row(lambda x, mask: (x, None)))
     if getattr(sae, "skip", 0.): out["skip"] = Row(skip_only(sae))
     return out,info
 
@@ -209,24 +215,65 @@ def splice(self:Core,
     for row,x_hat in recs.values():
         for to,v in zip((row.ce, row.kl), run(edit(x_hat), base)): to.append(v)
 
+# %% ../../nbs/evals/core.ipynb #core-eval-row-tensors
+@patch
+def tensors(self:Row)->dict: # name -> tensor
+    "Everything the row has summed."
+    out = {f"run.{k}": v for k,v in self.run.tensors().items()} | {k: torch.cat(v) for k,v in (("ce", self.ce), ("kl", self.kl)) if v}
+    if self.seq: out.update({f"seq.{i}": torch.cat(v) for i,v in enumerate(zip(*self.seq))})
+    return out | ({"rows_fired": self.rows_fired} if isinstance(self.rows_fired, Tensor) else {})
+
+@patch
+def merge(self:Row, ts:dict):
+    "Take in what another row has summed."
+    self.run.merge({k[4:]: v for k,v in ts.items() if k.startswith("run.")})
+    for k,to in (("ce", self.ce), ("kl", self.kl)):
+        if k in ts: to.append(ts[k])
+    if "seq.0" in ts: self.seq.append(tuple(ts[f"seq.{i}"] for i in range(4)))
+    if "rows_fired" in ts: self.rows_fired = self.rows_fired + ts["rows_fired"]
+
+# %% ../../nbs/evals/core.ipynb #core-eval-piece
+@patch
+def piece(self:Core,
+    sae, rows, lm, hook, # As in `walk`
+    batches:list,  # Of this piece, each with what was read of it already, or None
+    first:int,     # Number of the first of them in the whole
+    bar,           # Progress, told of each batch
+)->dict:           # name -> tensor
+    "The sums of some batches."
+    c,ref,out = self.config,{},{n: Row(r.fn) for n,r in rows.items()}
+    for i,(b,it) in enumerate(batches, first):
+        it = it or read(b, sae, lm, hook)
+        recs = {n: (r, *r.fn(it.x, it.mask)) for n,r in out.items() if n == "sae" or i < c.null_batches}
+        if i < c.n_eval_sparsity_variance_batches:
+            for r,x_hat,f in recs.values(): r.take(it, x_hat, f)
+            ref.setdefault("seen_x", []).append(torch.tensor([it.mask.numel()]))
+        if lm is not None and i < c.n_eval_reconstruction_batches:
+            self.splice(it, {n: o[:2] for n,o in recs.items()}, lm, hook, ref)
+            ref.setdefault("seen_lm", []).append(torch.tensor([it.mask.numel()]))
+        bar.update()
+    return {**{f"{n}/{k}": v for n,r in out.items() for k,v in r.tensors().items()}, **{f"ref/{k}": torch.cat(v) for k,v in ref.items()}}
+
 # %% ../../nbs/evals/core.ipynb #core-eval-walk
 @patch
-def walk(self:Core, sae, batches, lm, hook, mean):
+def walk(self:Core, sae, batches, lm, hook, mean, nulls=None, parts=None, quiet=True):
     "Go through the batches; returns the rows, the model's sums, what the random row used, and nominal token counts."
-    c,ref,seen = self.config,{},dict(total_tokens_eval_reconstruction=0, total_tokens_eval_sparsity_variance=0)
-    n_lm,n_x = (c.n_eval_reconstruction_batches if lm is not None else 0),c.n_eval_sparsity_variance_batches
-    items = (read(b, sae, lm, hook) for b in islice(batches, max(n_lm, n_x)))
-    head = list(islice(items, c.null_batches))
-    rows,info = self.rows(sae, head, mean)
-    for i,it in enumerate(chain(head, items)):
-        recs = {n: (r, *r.fn(it.x, it.mask)) for n,r in rows.items() if n == "sae" or i < len(head)}
-        if i < n_x:
-            for r,x_hat,f in recs.values(): r.take(it, x_hat, f)
-            seen["total_tokens_eval_sparsity_variance"] += it.mask.numel()
-        if i < n_lm:
-            self.splice(it, {n: o[:2] for n,o in recs.items()}, lm, hook, ref)
-            seen["total_tokens_eval_reconstruction"] += it.mask.numel()
+    c,ref,own,j = self.config,{},{k: v for k,v in vars(self.config).items() if k != "verbose"},0
+    n = max(c.n_eval_reconstruction_batches if lm is not None else 0, c.n_eval_sparsity_variance_batches)
+    batches = (b if isinstance(b, Batch) else tuple(b) for b in islice(batches, n))
+    head = [(b, read(b, sae, lm, hook)) for b in islice(batches, c.null_batches)]
+    rows,info = self.rows(sae, [it for _,it in head], mean, nulls)
+    stream = chain(head, ((b, None) for b in batches))
+    with tqdm(desc="core", unit=" batches", disable=quiet, leave=False, ncols=80) as bar:
+        while some := list(islice(stream, c.piece)):
+            make = lambda: self.piece(sae, rows, lm, hook, some, j, bar)
+            ts = make() if parts is None else parts.get("core", [sae, lm, hook, own, mean, nulls or {}, j, [tuple(b) for b,_ in some]], make)
+            for name,r in rows.items(): r.merge({k[len(name) + 1:]: v for k,v in ts.items() if k.startswith(f"{name}/")})
+            for k,v in ts.items():
+                if k.startswith("ref/"): ref.setdefault(k[4:], []).append(v)
+            j += len(some)
     if not rows["sae"].run.n: raise InputError("no token counted: the batches were empty or every mask was 0; hand over held-out batches with counted tokens")
+    seen = dict(total_tokens_eval_reconstruction=sum(int(v.sum()) for v in ref.pop("seen_lm", [])), total_tokens_eval_sparsity_variance=sum(int(v.sum()) for v in ref.pop("seen_x", [])))
     return rows, {k: torch.cat(v) for k,v in ref.items()}, info, seen
 
 # %% ../../nbs/evals/core.ipynb #core-eval-preserved
@@ -370,6 +417,9 @@ def __call__(self:Core,
     details:bool=True, # Keep one object per latent
     name:str="",       # What to call the SAE
     mean:Tensor=None,  # Mean of the training activations, for the `mean` row; None: of the first batches
+    nulls:dict=None,   # name -> SAE that knows nothing, e.g. from `codes.null_saes`; rows of their own
+    parts:Store=None,  # Where finished pieces stay, so that an interrupted evaluation goes on
+    quiet:bool=True,   # No progress bar
 )->dict:               # SAEBench's envelope
     "Evaluate one SAE; nothing about it changes."
     was = sae.training
@@ -377,5 +427,31 @@ def __call__(self:Core,
         hook = hook or lm.default_hook
         self.config.model_name = self.config.model_name or lm.name
     sae.eval()
-    try: return self.report(sae, *self.walk(sae, batches, lm, hook, mean), details, name)
+    try: return self.report(sae, *self.walk(sae, batches, lm, hook, mean, nulls, parts, quiet), details, name)
     finally: sae.train(was)
+
+# %% ../../nbs/evals/core.ipynb #core-eval-plot
+@patch
+def plot(self:Core,
+    envs:dict, # name of the SAE -> envelope
+):             # A matplotlib figure
+    "Explained variance and loss beside their nulls, L0 per token, density of latents."
+    import matplotlib.pyplot as plt
+    fig,ax = plt.subplots(1, 4, figsize=(12, 1.9 + .22*len(envs)), layout="constrained", width_ratios=[1, 1, 1.1, 1.1])
+    nulls,ms = {},{n: {k: v for c in e["eval_result_metrics"].values() for k,v in c.items()} for n,e in envs.items()}
+    for e in envs.values():
+        for n,m in e["eval_result_unstructured"]["nulls"].items(): nulls.setdefault(n, []).append(m)
+    for a,k in zip(ax, ("explained_variance", "ce_loss_score")):
+        a.set(title=k.replace("_", " "), xlim=(0, 1.02)); a.tick_params(axis="y", length=0)
+        if all(m[k] is None for m in ms.values()): a.text(.5, .5, "needs a language model", ha="center", transform=a.transAxes); a.set(yticks=[]); continue
+        a.barh(list(ms), [m[k] or 0 for m in ms.values()], color=[f"C{i % 10}" for i in range(len(ms))], height=.6); a.invert_yaxis()
+        for n,style in dict(mean=":", random="--", frozen="-").items():
+            v = [m[k] for m in nulls.get(n, []) if m.get(k) is not None]
+            if v: a.axvline(sum(v)/len(v), color=".35", ls=style, lw=1, label=n)
+    if ax[0].get_legend_handles_labels()[0]: ax[0].legend(fontsize=7, framealpha=.9, loc="upper right")
+    for i,(n,e) in enumerate(envs.items()):
+        u = e["eval_result_unstructured"]; h,d = torch.tensor(u["l0_histogram"]).double(),u["density_histogram"]
+        ax[2].step(range(len(h)), h/h.sum(), where="mid", color=f"C{i % 10}", label=n); ax[3].stairs(d["counts"], d["log10_edges"], color=f"C{i % 10}")
+    ax[1].set(yticklabels=[]) if all(m["ce_loss_score"] is not None for m in ms.values()) else None
+    ax[2].set(title="share of tokens by L0", xlabel="active latents", ylim=(0, None)); ax[3].set(title="latents by how often they fire", xlabel="log10 density")
+    return fig

@@ -30,6 +30,7 @@ class ToyTruthConfig:
 @register("evals", "toy_truth")
 class ToyTruth:
     "What was recovered of a toy's true features."
+    headline = dict(mcc=+1, f1=+1, explained_variance=+1, l0=0, frac_dead=-1)
     def __init__(self, **config): self.config = configure(ToyTruthConfig, **config)
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-gather
@@ -162,3 +163,23 @@ def table(self:ToyTruth, W, D, f, f_true):
     j = best_feature(W, D)
     d = dict(feature=j, cos=cosines(W, D).gather(1, j[:, None])[:, 0], density=density(f), **({} if f_true is None else f1_detector(f, f_true, j)))
     return [dict(index=i, **dict(zip(d, v))) for i,v in enumerate(zip(*(t.tolist() for t in d.values())))]
+
+# %% ../../nbs/evals/toy_truth.ipynb #truth-plot
+@patch
+def plot(self:ToyTruth,
+    envs:dict, # name of the SAE -> envelope
+):             # A matplotlib figure
+    "Scores beside chance and ceiling; the nearest latent of every true direction."
+    import matplotlib.pyplot as plt
+    fig,ax = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
+    keys,rows = ("mcc", "mean_max_cos", "f1"),{}
+    for n,e in envs.items(): rows[n] = {k: v for c in e["eval_result_metrics"].values() for k,v in c.items()}
+    for n in ("random", "probe", "truth"):
+        ms = [e["eval_result_unstructured"]["nulls"].get(n, {}) for e in envs.values()]
+        rows[f"({n})"] = {k: next((m[k] for m in ms if m.get(k) is not None), None) for k in keys}
+    for i,(n,m) in enumerate(rows.items()):
+        ax[0].bar([j + (i + .5)*.8/len(rows) - .4 for j in range(3)], [m[k] or 0 for k in keys], .75/len(rows), label=n, color=str(.45 + .15*(i - len(envs))) if n[0] == "(" else f"C{i % 10}")
+    ax[0].set(xticks=range(3), xticklabels=keys, ylim=(0, 1.05)); ax[0].legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    for i,(n,e) in enumerate(envs.items()): ax[1].plot(sorted(e["eval_result_unstructured"]["found"], reverse=True), color=f"C{i % 10}")
+    ax[1].set(xlabel="true directions, best found first", ylabel="largest cosine", ylim=(0, 1.02))
+    return fig
