@@ -329,14 +329,14 @@ def halves(
     return out
 
 def choose(
-    hits:Tensor,      # True where the answer is right, [n_settings, n]
-    forget:Tensor,    # True for questions on the subject to forget, [n]
-    use:Tensor,       # Questions that may be looked at, [n]
-    gate:float=.99,   # Pooled accuracy on the retained subjects that must remain
-)->int:               # A setting, or None
+    hits:Tensor,    # True where the answer is right, [n_settings, n]
+    look:Tensor,    # True for the questions on the subject to forget that may be looked at, [n]
+    retain:Tensor,  # True for the questions on retained subjects, [n]
+    gate:float=.99, # Accuracy that must remain on those
+)->int:             # A setting, or None
     "The setting that forgets most without harm."
     if not len(hits): return None
-    bad,good = hits[:, forget & use].double().mean(1),hits[:, ~forget & use].double().mean(1)
+    bad,good = hits[:, look].double().mean(1),hits[:, retain].double().mean(1)
     ok = [(bad[i].item(), -good[i].item(), i) for i in range(len(hits)) if good[i] >= gate and bad[i] < 1]
     return min(ok)[2] if ok else None
 

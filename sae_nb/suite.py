@@ -105,7 +105,8 @@ def nulls(self:Bench,
 def content(self:Bench, e, sae)->str:
     "Fingerprint of an evaluation."
     seen = [b.x if self.lm is None else b[0] for b in self.batches] if "batches" in inspect.signature(type(e).__call__).parameters else []
-    return digest(type(e).registered, asdict(e.config), sae, self.lm, self.hook, seen, [*self.null_names, self.null_steps], None if self.toy is None else self.toy.directions)
+    asked = {k: v for k,v in asdict(e.config).items() if k not in ("model_name", "llm_dtype")}   # filled in on the way; the model's weights are here
+    return digest(type(e).registered, asked, sae, self.lm, self.hook, seen, [*self.null_names, self.null_steps], None if self.toy is None else self.toy.directions)
 
 @patch
 def run(self:Bench,
@@ -125,8 +126,12 @@ def run(self:Bench,
     ps = inspect.signature(type(e).__call__).parameters
     if "nulls" in ps: has["nulls"] = self.nulls(sae)
     env = e(sae, **{k: v for k,v in has.items() if k in ps})
-    env["eval_result_unstructured"] = {**(env["eval_result_unstructured"] or {}), "content": c}
-    if path: write_json(path, env); shutil.rmtree(path.parent/f"parts-{what}", ignore_errors=True)
+    u = env["eval_result_unstructured"] or {}
+    again = any("run again" in str(w) for w in u.get("undefined", {}).values())   # a judge that was out of reach may be back
+    env["eval_result_unstructured"] = {**u, "content": "" if again else c}
+    if path:
+        write_json(path, env)
+        if not again: shutil.rmtree(path.parent/f"parts-{what}", ignore_errors=True)
     return env
 
 # %% ../nbs/09_suite.ipynb #suite-board-def
@@ -135,26 +140,29 @@ def _flat(env):
     m = {k: v for c in env["eval_result_metrics"].values() for k,v in c.items()}
     return {**m, **(env["eval_result_unstructured"] or {}).get("extra", {})}
 
-def scoreboard(
-    envs:dict, # SAE -> {evaluator: envelope}
-):             # pandas.DataFrame of text, (evaluator, metric) in the columns
-    "Headline numbers of SAEs and of their nulls."
-    import pandas as pd
-    cols = [(e, m, s) for e in dict.fromkeys(k for v in envs.values() for k in v) for m,s in getattr(find("evals", e), "headline", {}).items()]
-    rows,show = {},lambda v: "–" if v is None else f"{v:.3f}" if abs(v) < 100 else f"{v:.0f}"
-    for n,es in envs.items(): rows[n] = {(e, m): show(_flat(es[e]).get(m)) for e,m,_ in cols if e in es}
+def _nulls(envs, e, m):
+    "row -> mean over SAEs of one number of the nulls."
     seen = {}
     for es in envs.values():
-        for e,env in es.items():
-            for row,m in (env["eval_result_unstructured"] or {}).get("nulls", {}).items():
-                for k,v in m.items():
-                    if v is not None: seen.setdefault(f"({row})", {}).setdefault((e, k), []).append(v)
-    keep = {(e, m) for e,m,_ in cols}
-    for row,m in seen.items():
-        got = {k: show(sum(v)/len(v)) for k,v in m.items() if k in keep}
-        if got: rows[row] = got
-    df = pd.DataFrame(rows).T.reindex(columns=[(e, m) for e,m,_ in cols]).fillna("")
-    df.columns = pd.MultiIndex.from_tuples([(e, f"{m} {'↑' if s > 0 else '↓' if s < 0 else ''}".strip()) for e,m,s in cols]) if cols else []
+        for row,d in ((es[e]["eval_result_unstructured"] or {}).get("nulls", {}) if e in es else {}).items():
+            if d.get(m) is not None: seen.setdefault(row, []).append(d[m])
+    return {row: sum(v)/len(v) for row,v in seen.items()}
+
+def scoreboard(
+    envs:dict, # SAE -> {evaluator: envelope}
+):             # pandas.DataFrame of text, (evaluator, metric) down, SAEs and nulls across
+    "Headline numbers of SAEs and of what stands beside them."
+    import pandas as pd
+    show = lambda v: "–" if v is None else f"{v:.3f}" if abs(v) < 100 else f"{v:.0f}"
+    rows = {}
+    for e in dict.fromkeys(k for v in envs.values() for k in v):
+        for m,s in getattr(find("evals", e), "headline", {}).items():
+            beside = _nulls(envs, e, m)
+            row = {n: show(_flat(es[e]).get(m)) if e in es else "" for n,es in envs.items()}
+            row.update({f"({n})": show(beside.pop(n)) if n in beside else "" for n in ("random", "frozen")})
+            rows[e, f"{m} {'↑' if s > 0 else '↓' if s < 0 else ''}".strip()] = {**row, "beside": ", ".join(f"{n} {show(v)}" for n,v in beside.items())}
+    df = pd.DataFrame(rows).T
+    if len(df): df.index = pd.MultiIndex.from_tuples(df.index)
     return df
 
 def reasons(

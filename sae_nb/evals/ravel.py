@@ -23,7 +23,7 @@ from ..core import *
 from ..envelope import configure, envelope, settle
 from ..store import Store, blocks
 from ..codes import bootstrap, latents_of
-from ..texts import _why_not
+from ..texts import why_not
 from .. import world as W
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config
@@ -105,7 +105,7 @@ def _file(name, data_dir):
     if p is None:
         from huggingface_hub import hf_hub_download
         try: p = Path(hf_hub_download(ravel_repo, name, repo_type="dataset"))
-        except Exception as e: raise InputError(_why_not(ravel_repo, e)) from None
+        except Exception as e: raise InputError(why_not(ravel_repo, e)) from None
     if not p.exists(): raise InputError(f"{name} is not in {Path(data_dir).name!r}; put the files of the data set {ravel_repo} there under {ravel_repo}/, or leave data_dir empty to use the hub")
     try: return json.loads(p.read_text(encoding="utf-8"))
     except ValueError: raise InputError(f"{name} is not JSON; download it again") from None

@@ -46,7 +46,7 @@ class UnlearningConfig:
     multiplier_unit:str = "raw"            # "raw", or "mean": multiples of the latent's mean where it fires on the corpus to forget
     side_effect_gate:float = .99           # Pooled accuracy on the retained subjects that must remain
     gate_percentile:float = 95.            # Of the retained rows' share of firing tokens: threshold of the sequence gate
-    val_share:float = .5                   # Part of the questions that the setting is chosen on
+    val_share:float = .5                   # Part of the questions on the subject that the setting is chosen on
     random_latents:int = 3                 # Draws of random latents; 0: none
     min_questions:int = 20                 # Fewer known questions than this, on either side, and nothing is measured
     max_questions:int = 0                  # At most so many of each subject; 0: all
@@ -77,12 +77,14 @@ class Prep:
     qs:list        # Known questions, of `Mcq`
     quiz:Quiz      # The same in their own order
     forget:Tensor  # True on the subject to forget, [n]
-    val:Tensor     # True on the half that settings are chosen on, [n]
+    val:Tensor     # True on the half of those that settings are chosen on, [n]
     corpora:dict   # "forget" and "retain" -> (tokens, docs)
     counts:dict    # subject -> {asked, right, known, too_long}
 
     @property
-    def test(self): return ~self.val
+    def test(self): return self.forget & ~self.val
+    @property
+    def retain(self): return ~self.forget
 
 @patch
 def prepare(self:Unlearning,
@@ -98,15 +100,15 @@ def prepare(self:Unlearning,
         k = known(lm, got, c.prompt_format, store, c.llm_batch_size or 0)
         qs += [got[j] for j in k["kept"]]; counts[s] = dict(asked=len(got), right=k["first"], known=len(k["kept"]), too_long=k["too_long"])
     corpora = world_corpora(c.dataset_names[0], c.retain_corpus, c.dataset_size, c.random_seed) if c.forget_corpus == "world" else real_corpora(lm, c.forget_corpus, c.retain_corpus, c.dataset_size, c.seq_len, c.random_seed, c.data_dir)
-    subject = [q.subject for q in qs]
-    return Prep(qs, quiz(lm, qs, orders[0], c.prompt_format) if qs else None, torch.tensor([s == c.dataset_names[0] for s in subject], dtype=torch.bool), halves(subject, c.val_share, c.random_seed), corpora, counts)
+    bad = torch.tensor([q.subject == c.dataset_names[0] for q in qs], dtype=torch.bool)
+    return Prep(qs, quiz(lm, qs, orders[0], c.prompt_format) if qs else None, bad, bad & halves([q.subject for q in qs], c.val_share, c.random_seed), corpora, counts)
 
 @patch
 def unfit(self:Unlearning,
     p:Prep, # From `prepare`
 )->str:     # Why nothing can be measured; empty: it can
     "Are there enough questions?"
-    n = [int(p.forget.sum()), int((~p.forget).sum())]
+    n = [int(p.forget.sum()), int(p.retain.sum())]
     if min(n) >= self.config.min_questions: return ""
     return (f"not measurable, because the model answers only {n[0]} questions on {self.config.dataset_names[0]} and {n[1]} on the retained subjects correctly under all 24 orders of their options; "
             f"{self.config.min_questions} of each are needed")
@@ -121,10 +123,9 @@ class Table:
 def accuracies(
     t:Table, # A method
     p:Prep,  # The questions
-)->list:     # The rows, with accuracy on both kinds of questions, of the validation and the test half and of all
+)->list:     # The rows, with accuracy on the subject to forget (validation half, test half, all) and on the retained ones
     "What each setting does."
-    acc = lambda i, m: t.hits[i, m].double().mean().item() if m.any() else None
-    return [dict(r, **{f"{k}_{h}": acc(i, s & m) for k,s in (("forget", p.forget), ("retain", ~p.forget)) for h,m in (("val", p.val), ("test", p.test), ("all", p.val | p.test))}) for i,r in enumerate(t.rows)]
+    return [dict(r, **{k: t.hits[i, m].double().mean().item() for k,m in dict(forget_val=p.val, forget_test=p.test, forget=p.forget, retain=p.retain).items()}) for i,r in enumerate(t.rows)]
 
 # %% ../../nbs/evals/unlearning.ipynb #unl-sets
 @patch
@@ -193,10 +194,10 @@ def result(self:Unlearning,
     p:Prep,   # The questions
 )->dict:      # index (of the setting, None: no intervention), hits [n] bool, and the numbers
     "Choose on one half, report on the other."
-    g = self.config.side_effect_gate; i = choose(t.hits, p.forget, p.val, g)
+    g = self.config.side_effect_gate; i = choose(t.hits, p.val, p.retain, g)
     h = torch.ones_like(p.forget) if i is None else t.hits[i]
-    acc = lambda m: h[m & p.test].double().mean().item()
-    return dict(index=i, hits=h, unlearning_score=1 - acc(p.forget), forget_accuracy=acc(p.forget), retained_accuracy=acc(~p.forget), unlearning_score_saebench=saebench_score(t, p.forget, g))
+    acc = lambda m: h[m].double().mean().item()
+    return dict(index=i, hits=h, unlearning_score=1 - acc(p.test), forget_accuracy=acc(p.test), retained_accuracy=acc(p.retain), unlearning_score_saebench=saebench_score(t, p.forget, g))
 
 def numbers(r): return {k: v for k,v in r.items() if k not in ("index", "hits")}
 
@@ -204,7 +205,7 @@ def numbers(r): return {k: v for k,v in r.items() if k not in ("index", "hits")}
 @patch
 def all_orders(self:Unlearning, sae, lm, hook, p, row, store, keep):
     "Mean accuracy of one setting on the test half of the subject over all orders of the options."
-    qs = [q for q,u in zip(p.qs, (p.forget & p.test).tolist()) if u]
+    qs = [q for q,u in zip(p.qs, p.test.tolist()) if u]
     d = {k: firing(sae, lm, hook, p.corpora[k], store, keep) for k in p.corpora}
     s = chosen(d["forget"]["density"], d["retain"]["density"], row["retain_threshold"], row["n_features"])
     make = lambda q: Held(sae, lm, hook, q, s, Store(), Store(), self.config.llm_batch_size or 0).hits(s, self.targets(s, d["forget"]["mean"], [row["multiplier"]]))[0]
@@ -216,14 +217,14 @@ def hard_hit(
     p:Prep,  # The questions
 )->int:      # A setting, or None
     "The least harmful of the settings that lose half of the subject on the validation half."
-    bad,good = t.hits[:, p.forget & p.val].double().mean(1),t.hits[:, ~p.forget & p.val].double().mean(1)
+    bad,good = t.hits[:, p.val].double().mean(1),t.hits[:, p.retain].double().mean(1)
     ok = [(-good[i].item(), i) for i in range(len(bad)) if bad[i] <= .5]
     return min(ok)[1] if ok else None
 
 @patch
 def relearning(self:Unlearning, sae, lm, hook, p, t, store, keep):
     "Numbers of the relearning check, and why there are none."
-    c,use = self.config,lambda m: [q for q,u in zip(p.qs, (p.forget & m).tolist()) if u]
+    c,use = self.config,lambda m: [q for q,u in zip(p.qs, m.tolist()) if u]
     A,B,kw = use(p.val),use(p.test),dict(steps=c.relearn_steps, lr=c.relearn_lr, seed=c.random_seed, batch=c.llm_batch_size or 0)
     if not c.relearn_steps: return {},"not measured, because relearn_steps is 0"
     i = hard_hit(t, p)
@@ -244,15 +245,15 @@ relearn_names = ("relearn_before", "relearn_after", "relearn_trained_half", "rel
 def rest(self:Unlearning, sae, lm, hook, p, tables, main, store, keep):
     "Further numbers, their intervals and reasons."
     c,why = self.config,{}
-    gate,n_test = self.result(tables["gate"], p),int((p.forget & p.test).sum()); m = mcnemar(torch.ones_like(main["hits"][p.forget & p.test]), main["hits"][p.forget & p.test])
+    gate,n_test = self.result(tables["gate"], p),int(p.test.sum()); m = mcnemar(torch.ones(n_test, dtype=torch.bool), main["hits"][p.test])
     x = dict(numbers(main), unlearning_score_gate=gate["unlearning_score"], unlearning_score_gate_saebench=gate["unlearning_score_saebench"], retained_accuracy_gate=gate["retained_accuracy"])
-    x.update({f"mcnemar_{k}": v for k,v in m.items()}, n_forget=int(p.forget.sum()), n_retain=int((~p.forget).sum()), settings_within_gate=int((tables["clamp"].hits[:, ~p.forget & p.val].double().mean(1) >= c.side_effect_gate).sum()))
+    x.update({f"mcnemar_{k}": v for k,v in m.items()}, n_forget=int(p.forget.sum()), n_retain=int(p.retain.sum()), settings_within_gate=int((tables["clamp"].hits[:, p.retain].double().mean(1) >= c.side_effect_gate).sum()))
     x["forget_accuracy_all_orders"] = 1. if main["index"] is None else keep.get("all-orders", [sae, lm, hook, p.quiz.tokens, p.val, tables["clamp"].rows[main["index"]], c.multiplier_unit, *p.corpora["forget"], *p.corpora["retain"]],
         lambda: self.all_orders(sae, lm, hook, p, tables["clamp"].rows[main["index"]], store, keep))
     got,say = self.relearning(sae, lm, hook, p, tables["clamp"], store, keep)
     x.update({k: got.get(k) for k in relearn_names}); why.update({k: say for k in relearn_names if k not in got})
-    hit = lambda r, m: wilson(int(r["hits"][m & p.test].sum()), int((m & p.test).sum())); a,b = hit(main, p.forget),hit(gate, p.forget)
-    iv = dict(unlearning_score=(1 - a[1], 1 - a[0]), forget_accuracy=a, retained_accuracy=hit(main, ~p.forget), unlearning_score_gate=(1 - b[1], 1 - b[0]))
+    hit = lambda r, m: wilson(int(r["hits"][m].sum()), int(m.sum())); a,b = hit(main, p.test),hit(gate, p.test)
+    iv = dict(unlearning_score=(1 - a[1], 1 - a[0]), forget_accuracy=a, retained_accuracy=hit(main, p.retain), unlearning_score_gate=(1 - b[1], 1 - b[0]))
     iv.update({k: wilson(round(got[k]*n_test), n_test) for k in relearn_names if k in got and k != "relearn_trained_half"})
     x.pop("unlearning_score")
     return x,{k: list(v) for k,v in iv.items()},why
@@ -306,9 +307,9 @@ def _panel(ax, env, name):
     u = env["eval_result_unstructured"]; gate = env["eval_config"]["side_effect_gate"]
     for m in ("random", "clamp", "gate", "zero"):
         rows = [r for r in u.get("settings", []) if r["method"].startswith(m)]
-        ax.plot([r["forget_all"] for r in rows], [r["retain_all"] for r in rows], "o", ms=4 if m != "random" else 2.5, color=_colours[m], label=_labels[m], alpha=.8, mew=0)
+        ax.plot([r["forget"] for r in rows], [r["retain"] for r in rows], "o", ms=4 if m != "random" else 2.5, color=_colours[m], label=_labels[m], alpha=.8, mew=0)
         k = u.get("chosen", {}).get(m)
-        if k is not None: ax.plot(rows[k]["forget_all"], rows[k]["retain_all"], "o", ms=dict(clamp=11, gate=8).get(m, 5), mfc="none", mec=_colours[m], mew=1.5)
+        if k is not None: ax.plot(rows[k]["forget"], rows[k]["retain"], "o", ms=dict(clamp=11, gate=8).get(m, 5), mfc="none", mec=_colours[m], mew=1.5)
     ax.axhline(gate, color="k", lw=.8, ls=":"); ax.axvline(.25, color="0.8", lw=.8)
     ax.set(title=name, xlim=(-.03, 1.05), ylim=(-.03, 1.05)); ax.spines[["top", "right"]].set_visible(False)
     if "settings" not in u: ax.text(.5, .5, "not measurable", ha="center", transform=ax.transAxes)
