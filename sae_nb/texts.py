@@ -182,7 +182,7 @@ def text_set(
         out = []
         for s,n in parts:
             ds,labels = W.probe_set(name, n, seed=500_000 + s)
-            out.append(Texts(name, *W.encode(ds, max(ctx, 128)), labels, [d.labels.get(second, "") for d in ds]))
+            out.append(Texts(name, *(t[:, :ctx] for t in W.encode(ds, max(ctx, 128))), labels, [d.labels.get(second, "") for d in ds]))
         return tuple(out)
     if name in saebench_sets: rows = _real(name, n_train, n_test, seed, data_dir)
     elif Path(name).suffix in _formats: rows = _own(name, n_train, n_test, seed)
@@ -201,11 +201,11 @@ def scr_pairs(
     one_of("SCR data set", name, [*W.SCR_PAIRS, *_pairs])
     return (("male", "female") if name.startswith(_bios) else ("1.0", "5.0")),_pairs[name]
 
-def _world_pair(name, pair, n, seed):
+def _world_pair(name, pair, n, seed, ctx):
     "Documents of the four cells of a pair."
     s = W.SCR_PAIRS[name]
     ds = [W.document(seed, name, i*4 + 2*a + b, **{s["label"]: c, s["attribute"]: v}) for i in range(n) for a,c in enumerate(pair) for b,v in enumerate(s["values"])]
-    return Texts(name, *W.encode(ds), [d.labels[s["label"]] for d in ds], [d.labels[s["attribute"]] for d in ds])
+    return Texts(name, *(t[:, :ctx] for t in W.encode(ds, max(ctx, 128))), [d.labels[s["label"]] for d in ds], [d.labels[s["attribute"]] for d in ds])
 
 def pair_set(
     name:str,         # As in `scr_pairs`
@@ -219,7 +219,7 @@ def pair_set(
 )->tuple:             # Texts for training, Texts for testing; `labels` are classes, `other` the attribute
     "All four cells of a pair of classes and an attribute."
     values,_ = scr_pairs(name)
-    if name in W.SCR_PAIRS: return tuple(_world_pair(name, pair, n, 600_000 + 2*seed + i) for i,n in enumerate((n_train, n_test)))
+    if name in W.SCR_PAIRS: return tuple(_world_pair(name, pair, n, 600_000 + 2*seed + i, ctx) for i,n in enumerate((n_train, n_test)))
     ds,text,label,other,_ = saebench_sets[name]
     known = professions if ds == _bios else products
     codes = {str(known.index(one_of("class", c, known))): c for c in pair}
