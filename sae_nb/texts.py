@@ -51,7 +51,10 @@ def records(
     "The records of a data set, one after the other, without downloading all of it."
     import datasets
     where = _local(name, data_dir)
-    if where is not None and config and (where/config).is_dir(): where,config = where/config,None
+    if where is not None and config:
+        subs = sorted(o.name for o in where.iterdir() if o.is_dir()) if where.is_dir() else []
+        if subs: where = where/one_of(f"configuration of the local copy of {name}:", config, subs)
+        config = None
     try:
         if where is None: ds = datasets.load_dataset(name, config, split=split, streaming=True)
         elif where.is_file():

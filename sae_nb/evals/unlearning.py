@@ -37,7 +37,7 @@ class UnlearningConfig:
     target_metric:str = "correct"          # Questions right under all orders of their options; there is no other
     save_metrics:bool = True               # For the record; every setting is kept
     model_name:str = ""                    # Filled in from the model
-    llm_batch_size:int = None              # Prompts at a time; None: some 8000 tokens
+    llm_batch_size:int = 0                 # Prompts at a time; 0: some 8000 tokens, fewer with a large vocabulary
     llm_dtype:str = ""                     # Filled in from the model
     data_dir:str = ""                      # Folder that mirrors the hub; empty: none
     forget_corpus:str = "bio-forget-corpus.jsonl" # On request only, see `forget.real_corpora`; "world": documents of the world
@@ -62,7 +62,7 @@ class Unlearning:
     fast = dict(dataset_names=["alchemy", "geography"], max_questions=24, dataset_size=32, retain_thresholds=[.03], n_features_list=[10], multipliers=[5, 40], random_latents=1, relearn_steps=3)
     headline = dict(unlearning_score=+1, unlearning_score_gate=+1, retained_accuracy=+1)
     def __init__(self, **config):
-        c = self.config = configure(UnlearningConfig, **config)
+        c = self.config = configure(UnlearningConfig, **config); c.data_dir,c.llm_batch_size = str(c.data_dir or ""),c.llm_batch_size or 0
         one_of("intervention_method", c.intervention_method, ("clamp_feature_activation",)); one_of("target_metric", c.target_metric, ("correct",)); one_of("multiplier_unit", c.multiplier_unit, ("raw", "mean"))
         if len(c.dataset_names) < 2: raise InputError(f"dataset_names = {c.dataset_names} names no subject to retain; give the one to forget first and at least one other")
         for n,ok,say in (("retain_thresholds", all(0 < t <= 1 for t in c.retain_thresholds), "shares of tokens above 0"), ("n_features_list", all(n >= 1 for n in c.n_features_list), "whole numbers of at least 1"),
@@ -97,7 +97,7 @@ def prepare(self:Unlearning,
     for i,s in enumerate(tqdm(c.dataset_names, desc=desc, disable=not desc, leave=False, ncols=80)):
         if i and s == "college_biology": continue
         got = mcqs(s, lm, c.data_dir); got = got[:c.max_questions or len(got)]
-        k = known(lm, got, c.prompt_format, store, c.llm_batch_size or 0)
+        k = known(lm, got, c.prompt_format, store, c.llm_batch_size)
         qs += [got[j] for j in k["kept"]]; counts[s] = dict(asked=len(got), right=k["first"], known=len(k["kept"]), too_long=k["too_long"])
     corpora = world_corpora(c.dataset_names[0], c.retain_corpus, c.dataset_size, c.random_seed) if c.forget_corpus == "world" else real_corpora(lm, c.forget_corpus, c.retain_corpus, c.dataset_size, c.seq_len, c.random_seed, c.data_dir)
     bad = torch.tensor([q.subject == c.dataset_names[0] for q in qs], dtype=torch.bool)
@@ -164,7 +164,7 @@ def sweep(self:Unlearning,
     for i in range(c.random_latents if "random" in methods else 0):
         draw = {t: matched(density, max((s for u,_,s in sets if u == t), key=len), 1000*c.random_seed + i) for t in c.retain_thresholds}
         plan += [(f"random{i}", t, n, draw[t][:len(s)], c.multipliers) for t,n,s in sets]
-    h,out = Held(sae, lm, hook, p.quiz, [i for _,_,_,s,_ in plan for i in s], store, keep, c.llm_batch_size or 0),{}
+    h,out = Held(sae, lm, hook, p.quiz, [i for _,_,_,s,_ in plan for i in s], store, keep, c.llm_batch_size),{}
     for m,t,n,s,mult in tqdm(plan, desc=desc, disable=not desc, leave=False, ncols=80):
         got = h.hits(s, self.targets(s, mean, mult)); a = out.setdefault(m, Table([], got[:0]))
         a.rows += [dict(retain_threshold=t, n_features=n, multiplier=k, latents=len(s)) for k in mult]; a.hits = torch.cat([a.hits, got])
@@ -208,7 +208,7 @@ def all_orders(self:Unlearning, sae, lm, hook, p, row, store, keep):
     qs = [q for q,u in zip(p.qs, p.test.tolist()) if u]
     d = {k: firing(sae, lm, hook, p.corpora[k], store, keep) for k in p.corpora}
     s = chosen(d["forget"]["density"], d["retain"]["density"], row["retain_threshold"], row["n_features"])
-    make = lambda q: Held(sae, lm, hook, q, s, Store(), Store(), self.config.llm_batch_size or 0).hits(s, self.targets(s, d["forget"]["mean"], [row["multiplier"]]))[0]
+    make = lambda q: Held(sae, lm, hook, q, s, Store(), Store(), self.config.llm_batch_size).hits(s, self.targets(s, d["forget"]["mean"], [row["multiplier"]]))[0]
     return torch.stack([make(quiz(lm, qs, o, self.config.prompt_format)) for o in orders]).double().mean().item()
 
 # %% ../../nbs/evals/unlearning.ipynb #unl-relearn
@@ -225,7 +225,7 @@ def hard_hit(
 def relearning(self:Unlearning, sae, lm, hook, p, t, store, keep):
     "Numbers of the relearning check, and why there are none."
     c,use = self.config,lambda m: [q for q,u in zip(p.qs, m.tolist()) if u]
-    A,B,kw = use(p.val),use(p.test),dict(steps=c.relearn_steps, lr=c.relearn_lr, seed=c.random_seed, batch=c.llm_batch_size or 0)
+    A,B,kw = use(p.val),use(p.test),dict(steps=c.relearn_steps, lr=c.relearn_lr, seed=c.random_seed, batch=c.llm_batch_size)
     if not c.relearn_steps: return {},"not measured, because relearn_steps is 0"
     i = hard_hit(t, p)
     if i is None: return {},"not measurable, because no setting makes the model lose half of the subject on the validation half"
