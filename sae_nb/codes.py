@@ -138,4 +138,5 @@ def bootstrap(
     gen = torch.Generator().manual_seed(seed)
     stat = stat or (lambda o: o.mean().item())
     s = torch.tensor([stat(v[torch.randint(len(v), (len(v),), generator=gen)]) for _ in range(draws)], dtype=torch.float64)
-    return s.quantile(.025).item(), s.quantile(.975).item()
+    s = s[~s.isnan()]   # a draw in which the statistic has no value
+    return (s.quantile(.025).item(), s.quantile(.975).item()) if len(s) > 1 else (None, None)

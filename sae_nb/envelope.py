@@ -6,8 +6,9 @@
 __all__ = ['saebench_commit', 'envelope_keys', 'configure', 'settle', 'describe', 'envelope', 'flat']
 
 # %% ../nbs/09_envelope.ipynb #env-imports
-import math, time, uuid
+import math, os, time, uuid
 from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from .core import InputError, one_of
 
 # %% ../nbs/09_envelope.ipynb #env-keys-def
@@ -48,6 +49,12 @@ def describe(
     return dict(architecture=getattr(sae, "variant", None) or type(sae).__name__, d_in=sae.d_in, d_sae=sae.d_sae,
                 dtype=str(sae.W_dec.dtype).removeprefix("torch."), args=args, **getattr(sae, "meta", {}))
 
+def _named(v):
+    "Local paths reduced to names, also inside lists and dictionaries."
+    if isinstance(v, dict): return {k: _named(o) for k,o in v.items()}
+    if isinstance(v, (list, tuple)): return [_named(o) for o in v]
+    return Path(v).name if isinstance(v, str) and v and (v[0] in "/~" or v.startswith((".", os.sep)) or (os.sep in v and Path(v).exists())) else v
+
 def envelope(
     kind:str,           # Registered name of the evaluator
     config,             # Its config, a dataclass
@@ -62,7 +69,7 @@ def envelope(
         bad = [k for k,v in m.items() if isinstance(v, (dict, list)) or (isinstance(v, float) and not math.isfinite(v))]
         if bad: raise InputError(f"{kind}: {c}/{bad[0]} = {m[bad[0]]} is not a number or null; pass it through settle")
     cfg = describe(sae)
-    return dict(zip(envelope_keys, (kind, asdict(config) if is_dataclass(config) else dict(config), str(uuid.uuid4()), int(time.time()*1000), metrics, list(details),
+    return dict(zip(envelope_keys, (kind, _named(asdict(config) if is_dataclass(config) else dict(config)), str(uuid.uuid4()), int(time.time()*1000), metrics, list(details),
         saebench_commit, "custom_sae", name or cfg["architecture"], None, cfg, unstructured or {})))
 
 # %% ../nbs/09_envelope.ipynb #env-flat-def

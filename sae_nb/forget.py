@@ -199,7 +199,7 @@ def firing(
         n,count,total = 0,0,0
         for _,x,m in blocks(store, lm, hook, *corpus):
             f = latents_of(sae, x, m); n += int((m > 0).sum())
-            count,total = count + (f > 0).sum((0, 1)).double().cpu(),total + f.clamp(min=0).double().sum((0, 1)).cpu()
+            count,total = count + (f > 0).sum((0, 1)).double().cpu(),total + f.clamp(min=0).sum((0, 1), dtype=torch.float64).cpu()
         return dict(density=count / max(n, 1), mean=total / count.clamp(min=1))
     return keep.get("firing", [sae, lm, hook, *corpus], make)
 
@@ -401,9 +401,8 @@ def relearn(
 )->dict:             # Accuracy of `train` and `test` before and after, on the questions' own order
     "Fine-tune on some facts and ask about others."
     m = copy.deepcopy(lm.model); copied = type(lm)(m, lm.tokenizer, lm.name); ids,r = letter_ids(lm),random.Random(f"relearn {seed}")
-    bos = {lm.bos} if lm.bos is not None else set()
     def edit(q):
-        k = count_mask(q.tokens, q.docs, bos)
+        k = count_mask(q.tokens, q.docs, lm.special_ids)
         return None if change is None else lambda rows, x: spliced(sae, x, k[rows, :x.shape[1]], change)
     ask = lambda qs: (lambda q: (answer(copied, q, ids, hook, edit(q), batch) == q.right).double().mean().item())(quiz(lm, qs, orders[0], template))
     out = dict(train_before=ask(train), test_before=ask(test))

@@ -41,6 +41,7 @@ class Judge:
         max_requests:int=5000,# Most questions in one go; None: no limit
         extra:dict=None,      # Further fields of the request; None takes a field out
     ):
+        if any(not "!" <= o <= "~" for o in key): raise InputError("the judge's key holds a line break, a space or a letter beyond ASCII; set SAE_NB_JUDGE_KEY to the key alone")
         if not model: raise InputError("no judge model named; set SAE_NB_JUDGE_MODEL to a model the address serves")
         if concurrent < 1 or timeout <= 0 or retries < 0 or per_minute < 0: raise InputError(f"concurrent = {concurrent}, timeout = {timeout}, retries = {retries}, per_minute = {per_minute}: give at least 1, more than 0, at least 0, at least 0")
         if max_cost is not None and None in (price_in, price_out): raise InputError(f"max_cost = {max_cost} cannot be watched without prices; give price_in and price_out in dollars per million tokens")

@@ -18,13 +18,22 @@ from .core import *
 from .acts import count_mask
 
 # %% ../nbs/09_store.ipynb #store-digest-def
+def _reads(o):
+    "How a language model splits text, which is not in its weights."
+    tok = getattr(o, "tokenizer", None)
+    if tok is None: return ""
+    if getattr(o, "_reads", None) is None:
+        whole = tok.backend_tokenizer.to_str() if hasattr(tok, "backend_tokenizer") else json.dumps(sorted(tok.get_vocab().items()))
+        o._reads = hashlib.sha256((whole + repr(sorted(getattr(o, "special_ids", ())))).encode()).hexdigest()
+    return o._reads
+
 def _feed(h, o):
     "Hash one thing."
     put = lambda kind, v="": h.update(f"{kind}:{v};".encode())
     if isinstance(o, Tensor):
         put("tensor", f"{o.dtype} {list(o.shape)}")
         h.update(o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif hasattr(o, "fingerprint"): put("own", o.fingerprint())
+    elif hasattr(o, "fingerprint"): put("own", o.fingerprint()); put("reads", _reads(o))
     elif isinstance(o, nn.Module):
         put("module", f"{getattr(o, 'variant', None) or type(o).__name__} {json.dumps(getattr(o, 'args', {}), sort_keys=True, default=str)}")
         for k,v in sorted(o.state_dict().items()): put("name", k); _feed(h, v)
@@ -76,7 +85,8 @@ def get(self:Store,
     for ext,read in ((".safetensors", read_tensors), (".json", read_json)) if self.folder else ():
         if (self.folder/(key + ext)).exists(): return self._remember(key, read(self.folder/(key + ext)))
     v = make()
-    if not _is_tensors(v): v = json.loads(json.dumps(v, allow_nan=False, default=lambda o: o.item()))  # what a later reading of the file would give
+    if _is_tensors(v) and what != "acts": v = {k: t.detach().cpu() for k,t in v.items()}   # what a later reading of the file would give
+    if not _is_tensors(v): v = json.loads(json.dumps(v, allow_nan=False, default=lambda o: o.item()))
     if self.folder: (write_tensors if _is_tensors(v) else write_json)(self.folder/(key + (".safetensors" if _is_tensors(v) else ".json")), v)
     return self._remember(key, v)
 
@@ -87,14 +97,16 @@ def blocks(
     hook:str,        # Hook point
     tokens:Tensor,   # Token ids, [n_rows, T]
     docs:Tensor,     # Document numbers, 0 on padding, [n_rows, T]
-    rows:int=128,    # Rows to a block
+    rows:int=0,      # Rows to a block; 0: as many as make 16,384 tokens
     desc:str="",     # Words before a progress bar; empty: no bar
 ):                   # Yields (slice of the rows, x [B, T', d_in], mask [B, T'])
     "Activations of many rows; `mask` is 0 on padding and special tokens. Columns that are padding throughout a block are cut off."
+    rows = rows or max(1, 16384 // tokens.shape[1])
     starts = range(0, len(tokens), rows)
     for i in tqdm(starts, desc=desc, disable=not desc, leave=False, ncols=80):
         t,d = tokens[i:i+rows],docs[i:i+rows]
         T = max(1, int((d > 0).sum(-1).max()))
         t,d = t[:, :T],d[:, :T]
         x = store.get("acts", [lm, hook, t, d], lambda: dict(x=lm.acts(t, hook, docs=d)))["x"]
+        x = x.to(getattr(lm, "device", x.device))   # from a file it comes on the CPU
         yield slice(i, i + len(t)), x, count_mask(t, d, lm.special_ids).to(x.device)

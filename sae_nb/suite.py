@@ -6,7 +6,7 @@
 __all__ = ['needs', 'chosen', 'evaluators', 'Bench', 'scoreboard', 'reasons']
 
 # %% ../nbs/09_suite.ipynb #suite-imports
-import inspect, shutil
+import hashlib, inspect, shutil
 from dataclasses import asdict
 from pathlib import Path
 import torch
@@ -74,12 +74,13 @@ class Bench:
     ):
         for n in nulls: one_of("null", n, ("random", "frozen"))
         self.lm,self.hook,self.batches,self.toy,self.quiet = lm,hook or (lm.default_hook if lm else None),list(batches),toy,quiet
-        self.store,self._sample,self.null_names,self.null_steps,self._nulls = store or Store(),sample,tuple(nulls),null_steps,{}
+        self.store,self._sample,self.given,self.null_names,self.null_steps,self._nulls = store or Store(),sample,sample,tuple(nulls),null_steps,{}
 
     def reads(self, b): # A batch -> activations, mask
         if self.lm is None: return b.x, torch.ones(b.x.shape[:-1]) if b.mask is None else b.mask
         tokens,docs,mask = b
-        return self.store.get("acts", [self.lm, self.hook, tokens, docs], lambda: dict(x=self.lm.acts(tokens, self.hook, docs=docs)))["x"],mask
+        x = self.store.get("acts", [self.lm, self.hook, tokens, docs], lambda: dict(x=self.lm.acts(tokens, self.hook, docs=docs)))["x"]
+        return x.to(self.lm.device),mask
 
     @property
     def sample(self): # Activations of tokens that count, [n_tokens, d_in]
@@ -104,9 +105,13 @@ def nulls(self:Bench,
 @patch
 def content(self:Bench, e, sae)->str:
     "Fingerprint of an evaluation."
-    seen = [b.x if self.lm is None else b[0] for b in self.batches] if "batches" in inspect.signature(type(e).__call__).parameters else []
+    ps = inspect.signature(type(e).__call__).parameters
+    seen = [b.x if self.lm is None else b[0] for b in self.batches] if "batches" in ps else []
     asked = {k: v for k,v in asdict(e.config).items() if k not in ("model_name", "llm_dtype")}   # filled in on the way; the model's weights are here
-    return digest(type(e).registered, asked, sae, self.lm, self.hook, seen, [*self.null_names, self.null_steps], None if self.toy is None else self.toy.directions)
+    paths = {v for o in asked.values() for v in (o if isinstance(o, list) else [o]) if isinstance(v, str) and v and Path(v).is_file()}
+    files = {v: hashlib.sha256(Path(v).read_bytes()).hexdigest() for v in sorted(paths)}
+    made = [self.batches[i][0] if self.lm is not None else self.batches[i].x for i in range(min(4, len(self.batches)))] + [self.given] if "nulls" in ps else []
+    return digest(type(e).registered, asked, files, made, sae, self.lm, self.hook, seen, [*self.null_names, self.null_steps], None if self.toy is None else self.toy.directions)
 
 @patch
 def run(self:Bench,
@@ -116,11 +121,13 @@ def run(self:Bench,
     name:str="", # What to call the SAE
 )->dict:         # The envelope
     "Evaluate one SAE, or read back what is there."
-    what,c = type(e).registered,self.content(e, sae)
+    what,who = type(e).registered,e.who() if hasattr(e, "who") else None   # who: whom it asks, e.g. a judge
+    c = self.content(e, sae) + (f" {digest(who)}" if who is not None else "")
     path = Path(folder)/"evals"/f"{what}.json" if folder else None
     if path and path.exists():
         old = read_json(path)
-        if (old["eval_result_unstructured"] or {}).get("content") == c: return old
+        there = (old["eval_result_unstructured"] or {}).get("content")
+        if there == c or (there and who is None and there.split()[0] == c): return old   # what a judge answered is kept when there is none
     has = dict(batches=self.batches, lm=self.lm, hook=self.hook, toy=self.toy, store=self.store, quiet=self.quiet, name=name,
                parts=Store(path.parent/f"parts-{what}") if path else Store(), nulls=None)
     ps = inspect.signature(type(e).__call__).parameters

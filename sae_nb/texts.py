@@ -105,16 +105,17 @@ _europarl_pair = dict(en="en-fr", fr="fr-it", de="de-en", es="es-fr", nl="nl-pt"
 
 # %% ../nbs/09_texts.ipynb #texts-draw-def
 def _cells(rows, name, classes, ways, n, seed, spare=2):
-    "Draw `n` texts for each cell (class, way) from a stream of (text, class, way)."
+    "Draw `n` texts (a number, or one per cell) for each cell (class, way) from a stream of (text, class, way)."
     bins = {(c, w): [] for c in classes for w in ways}
+    need = n if isinstance(n, dict) else dict.fromkeys(bins, n)
     for t,c,w in rows:
         b = bins.get((c, w))
-        if b is not None and len(b) < n * spare: b.append(t)
-        if all(len(b) >= n * spare for b in bins.values()): break
-    short = [f"{c} {w}".strip() + f" ({len(b)})" for (c, w),b in bins.items() if len(b) < n]
-    if short: raise InputError(f"data set {name!r} has fewer than the {n} texts asked for in: {', '.join(short[:6])}; ask for smaller sets, or leave those classes out")
+        if b is not None and len(b) < need[c, w] * spare: b.append(t)
+        if all(len(b) >= need[k] * spare for k,b in bins.items()): break
+    short = [f"{c} {w}".strip() + f" ({len(b)} of {need[c, w]})" for (c, w),b in bins.items() if len(b) < need[c, w]]
+    if short: raise InputError(f"data set {name!r} has fewer texts than asked for in: {', '.join(short[:6])}; ask for smaller sets, or leave those classes out")
     r = random.Random(f"{name} {seed}")
-    return [(t, c, w) for (c, w),b in bins.items() for t in r.sample(b, n)]
+    return [(t, c, w) for (c, w),b in bins.items() for t in r.sample(b, need[c, w])]
 
 def _tabular(name, split, data_dir):
     "(text, class, second attribute) of one of the eight."
@@ -204,28 +205,30 @@ def scr_pairs(
     one_of("SCR data set", name, [*W.SCR_PAIRS, *_pairs])
     return (("male", "female") if name.startswith(_bios) else ("1.0", "5.0")),_pairs[name]
 
-def _world_pair(name, pair, n, seed, ctx):
-    "Documents of the four cells of a pair."
+def _world_pair(name, pair, n, seed, ctx, mixed):
+    "Documents of the four cells of a pair; `mixed` in the two that are not of the confounded set."
     s = W.SCR_PAIRS[name]
-    ds = [W.document(seed, name, i*4 + 2*a + b, **{s["label"]: c, s["attribute"]: v}) for i in range(n) for a,c in enumerate(pair) for b,v in enumerate(s["values"])]
+    ds = [W.document(seed, name, i*4 + 2*a + b, **{s["label"]: c, s["attribute"]: v}) for i in range(n) for a,c in enumerate(pair) for b,v in enumerate(s["values"]) if a == b or i < mixed]
     return Texts(name, *(t[:, :ctx] for t in W.encode(ds, max(ctx, 128))), [d.labels[s["label"]] for d in ds], [d.labels[s["attribute"]] for d in ds])
 
 def pair_set(
     name:str,         # As in `scr_pairs`
     pair:tuple,       # Two classes
     lm,               # Language model: its tokenizer is used
-    n_train:int=2000, # Training texts per cell
+    n_train:int=2000, # Training texts in the cells (first class, first value) and (second, second); half as many in the other two
     n_test:int=500,   # Test texts per cell
     ctx:int=128,      # Tokens per text
     seed:int=42,      # Which texts
     data_dir="",      # Folder that mirrors the hub, see `records`
 )->tuple:             # Texts for training, Texts for testing; `labels` are classes, `other` the attribute
     "All four cells of a pair of classes and an attribute."
-    values,_ = scr_pairs(name)
-    if name in W.SCR_PAIRS: return tuple(_world_pair(name, pair, n, 600_000 + 2*seed + i, ctx) for i,n in enumerate((n_train, n_test)))
+    values,pair = scr_pairs(name)[0],tuple(pair)
+    if name in W.SCR_PAIRS: return tuple(_world_pair(name, pair, n, 600_000 + 2*seed + i, ctx, m) for i,(n,m) in enumerate(((n_train, -(-n_train//2)), (n_test, n_test))))
     ds,text,label,other,_ = saebench_sets[name]
     known = professions if ds == _bios else products
     codes = {str(known.index(one_of("class", c, known))): c for c in pair}
     way = {"0": "male", "1": "female"} if ds == _bios else {v: v for v in values}
-    cells = lambda s, n: [(t, codes[c], way[w]) for t,c,w in _cells(_tabular(name, s, data_dir), name, list(codes), list(way), n, seed)]
-    return tuple(_texts(name, lm, cells(s, n), ctx) for s,n in (("train", n_train), ("test", n_test)))
+    own = lambda c, w: (pair.index(codes[c]) == values.index(way[w]))   # of the confounded set
+    need = lambda n, m: {(c, w): n if own(c, w) else m for c in codes for w in way}
+    cells = lambda s, *n: [(t, codes[c], way[w]) for t,c,w in _cells(_tabular(name, s, data_dir), name, list(codes), list(way), need(*n), seed)]
+    return tuple(_texts(name, lm, cells(s, n, m), ctx) for s,n,m in (("train", n_train, -(-n_train//2)), ("test", n_test, n_test)))

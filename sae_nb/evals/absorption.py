@@ -10,7 +10,7 @@ __all__ = ['alphabet', 'AbsorptionConfig', 'Absorption', 'ascii_words', 'first_l
 
 # %% ../../nbs/evals/absorption.ipynb #abs-imports
 import math, random, re, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 import matplotlib.pyplot as plt
 from torch import Tensor
@@ -201,6 +201,7 @@ def contributions(
     as_unit:bool=False, # Take decoder rows to have length one, as SAEBench does
 )->tuple:             # s [n, d_sae], c [d_sae]
     "What each latent puts along the direction, and its cosine with it."
+    W_dec = W_dec.to(z.device)   # latents of a whole vocabulary stay where they are
     u = unit(direction[None])[0].to(W_dec.device)
     c = unit(W_dec) @ u
     return z.float() * (c if as_unit else W_dec.detach().float() @ u), c
@@ -337,7 +338,7 @@ class Letters:
     drill:Tensor=None # Which of them are spelling exercises
 
     def sure(self, l): # Test words of letter `l` that the probe finds
-        return [i for i,y in enumerate(self.test.y.tolist()) if y == l and self.logits[i, l] > 0]
+        return ((self.test.y == l) & (self.logits[:, l] > 0)).nonzero()[:, 0].tolist()
     @property
     def logits(self): return self.test.x @ self.w.T + self.b
 
@@ -543,14 +544,14 @@ def __call__(self:Absorption,
     "Evaluate one SAE."
     if lm is None: raise InputError("absorption needs a language model; hand over lm, for example load_lm('world')")
     c,hook,store,parts = self.config,hook or lm.default_hook,store or Store(),parts or Store()
-    c.model_name = c.model_name or getattr(lm, "name", "")
+    said = replace(c, model_name=getattr(lm, "name", ""), llm_dtype=str(getattr(lm, "dtype", "")).removeprefix("torch."))
     try: D = self.data(lm, hook, store, quiet)
     except NoScore as e:
         u = dict(undefined=dict.fromkeys(_names, e.why), nulls={}, intervals={}, extra=e.known, warnings=self.warned(sae, lm, {}))
-        return envelope("absorption_first_letter", c, sae, dict(mean=dict.fromkeys(_names)), [], u, name)
+        return envelope("absorption_first_letter", said, sae, dict(mean=dict.fromkeys(_names)), [], u, name)
     made = {}
     rows = self.measured(sae, lm, hook, D, parts, made, "", quiet)
-    return self.report(sae, lm, D, rows, self.beside(sae, lm, hook, D, store, parts, made, nulls or {}, quiet), name)
+    return self.report(sae, lm, D, rows, self.beside(sae, lm, hook, D, store, parts, made, nulls or {}, quiet), name, said)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-beside
 @patch
@@ -563,7 +564,7 @@ def beside(self:Absorption, sae, lm, hook, D, store, parts, made, nulls, quiet)-
     return out
 
 @patch
-def report(self:Absorption, sae, lm, D, rows, beside, name)->dict:
+def report(self:Absorption, sae, lm, D, rows, beside, name, said)->dict:
     "Numbers, reasons, nulls and what the figure needs."
     c,why = self.config,{}
     m,extra,per = self.summary(rows)
@@ -578,7 +579,7 @@ def report(self:Absorption, sae, lm, D, rows, beside, name)->dict:
     u = dict(undefined=why, nulls=nulls, intervals={k: bootstrap(v, seed=c.random_seed) for k,v in per.items() if len(v) > 1}, extra=settle({**D.known, **extra}, why),
              warnings=self.warned(sae, lm, extra | dict(n_train=len(D.train))), letters=table, main_latents={r["letter"]: r["main"] for r in rows},
              null_letters={n: {r["letter"]: r["full"]/r["n"] for r in rs if r["n"]} for n,(rs,_) in beside.items()})
-    return envelope("absorption_first_letter", c, sae, dict(mean=settle(m, why)), details, u, name)
+    return envelope("absorption_first_letter", said, sae, dict(mean=settle(m, why)), details, u, name)
 
 @patch
 def null_row(self:Absorption, rows, guard)->dict:

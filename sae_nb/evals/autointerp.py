@@ -35,7 +35,7 @@ class AutoInterpConfig:
     random_seed:int = 42                    # Which texts of the world, latents, windows and halves
     dataset_name:str = "monology/pile-uncopyrighted" # "world", a data set with a text column, or a file
     llm_context_size:int = 128              # Tokens per row
-    llm_batch_size:int = None               # For the record
+    llm_batch_size:int = 128                # For the record
     llm_dtype:str = ""                      # Filled in from the model
     buffer:int = 10                         # Tokens on either side of a window's centre
     no_overlap:bool = True                  # No strongest window has its centre within another
@@ -454,7 +454,7 @@ def read_numbers(
     t = re.sub(r"\band\b", ",", text.strip().lower()).strip(" .[]()")
     if t == "none": return []
     items = [o for o in re.split(r"[,;\s]+", t) if o]
-    if not items or not all(o.isdigit() and 1 <= int(o) <= n for o in items): return None
+    if not items or not all(o.isdecimal() and 1 <= int(o) <= n for o in items): return None
     return sorted({int(o) for o in items})
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-rating
@@ -631,7 +631,7 @@ def one(self:AutoInterp, sae, judge, labels, first, lm, hook, data, store, keep,
             why.update(dict.fromkeys(_judge_names, "scoring is off" if not c.scoring else "no answer of the judge could be used"))
             for k,on in dict(autointerp_score_swapped=c.judge_nulls, autointerp_score_saebench=c.compatible).items():
                 if not on: why[k] = f"{dict(autointerp_score_swapped='judge_nulls', autointerp_score_saebench='compatible')[k]} is off"
-        except InputError as e: why.update(dict.fromkeys(_judge_names, str(e)))
+        except InputError as e: why.update(dict.fromkeys(_judge_names, str(e) if "run again" in str(e) else f"{e}; then run again"))
     return out,why,recs,curve,(o,info),f,key
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-main
@@ -662,7 +662,7 @@ def __call__(self:AutoInterp,
         r,_,_,cv,*_ = self.one(s, judge if c.judge_nulls else None, labels, first, lm, hook, data, acts, store, quiet, n)
         rows[n],curves[n] = {k: v for k,v in r.items() if v is not None},cv
     if more and labels is not None:
-        full,part = self.label_rows(more[0], f, [key, c.n_latents, c.override_latents], labels, first, lm, hook, data, store, parts, sae.d_in)
+        full,part = self.label_rows(more[0], f, [key, c.n_latents, c.override_latents, c.dead_latent_threshold], labels, first, lm, hook, data, store, parts, sae.d_in)
         for n,o in full.items(): rows[n],curves[n] = summary(o),_curve(o["f1"])
         rows.update(part)
     return self.report(c, sae, name, out, why, recs, more, rows, curves, labels, data, judge)

@@ -448,7 +448,7 @@ def plot(self:Core,
         for n,style in dict(mean=":", random="--", frozen="-").items():
             v = [m[k] for m in nulls.get(n, []) if m.get(k) is not None]
             if v: a.axvline(sum(v)/len(v), color=".35", ls=style, lw=1, label=n)
-    if ax[0].get_legend_handles_labels()[0]: ax[0].legend(fontsize=7, framealpha=.9, loc="upper right")
+    ax[0].set_xlabel("lines: mean (dotted), random (dashed), frozen (solid)", fontsize=7)
     for i,(n,e) in enumerate(envs.items()):
         u = e["eval_result_unstructured"]; h,d = torch.tensor(u["l0_histogram"]).double(),u["density_histogram"]
         ax[2].step(range(len(h)), h/h.sum(), where="mid", color=f"C{i % 10}", label=n); ax[3].stairs(d["counts"], d["log10_edges"], color=f"C{i % 10}")

@@ -494,7 +494,10 @@ def beside(self:RAVEL, t:Task, lm, hook, store, nulls, bar=None):
         C = codes_at(None, lm, hook, P, store)
         Q = train_rotation(C, lm, hook, P, t.train, c, bar)
         return dict(hits=same(lambda k, b, s: C.x[b] + torch.einsum("bd,bde->be", C.x[s] - C.x[b], Q[k])))
-    out = {"nothing": (t.test, store.get("ravel-none", [lm, hook, t.key(c), t.test], lambda: dict(hits=hits(lm, hook, P, t.test, lambda k, b, s: codes_at(None, lm, hook, P, store).x[b], c.n_generated_tokens)))["hits"]),
+    def untouched():
+        x = codes_at(None, lm, hook, P, store).x
+        return dict(hits=same(lambda k, b, s: x[b]))
+    out = {"nothing": (t.test, store.get("ravel-none", [lm, hook, t.key(c), t.test], untouched)["hits"]),
            "everything": (t.test, moved(lm, hook, P, t.test, c, store))}
     for n,s in (nulls or {}).items(): p,g = self.masks(s, t, lm, hook, store, store, (t.train, t.test), bar=bar); out[n] = (p, g["hits"])
     if c.residual: p,g = self.masks(None, t, lm, hook, store, store, (t.train, t.test), bar=bar); out["residual"] = (p, g["hits"])

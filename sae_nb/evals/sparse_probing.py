@@ -287,7 +287,7 @@ def measure(
                 if not (a.isfinite().all() and b.isfinite().all()): continue
                 for i,w in enumerate(plan):
                     if w.pool == pool and w.k <= a.shape[1]: hits[i, t, task.test] = (probe(a, b, task, w.rule, w.k, ranks, c, device) == task.y_test).to(torch.int8)
-                if pool == "mean": i = ranks["difference"]; latents[t, :len(i)] = i; C[t] = ranks.get("C", 0.)
+                if pool == "mean": i = ranks.get("difference", latents[t, :0]); latents[t, :len(i)] = i; C[t] = ranks.get("C", 0.)
     return dict(hits=hits, latents=latents, strength=C)
 
 def accuracy(
@@ -463,7 +463,7 @@ def null_rows(self:Result,
 def chosen(self:Result):
     "Which latents were chosen first, and what that says."
     first = [p["latents"][:, :5].tolist() for p in self.rows["sae"][1]]
-    ones = [l[0] for s in first for l in s]
+    ones = [l[0] for s in first for l in s if l[0] >= 0]
     return {s.name: {t.cls: l for t,l in zip(s.tasks, f)} for s,f in zip(self.sets, first)}, dict(n_tasks=len(ones), n_data_sets=len(first), distinct_first_latents=len(set(ones)))
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-call

@@ -78,7 +78,7 @@ class Prep:
     quiz:Quiz      # The same in their own order
     forget:Tensor  # True on the subject to forget, [n]
     val:Tensor     # True on the half of those that settings are chosen on, [n]
-    corpora:dict   # "forget" and "retain" -> (tokens, docs)
+    corpora:dict   # "forget" and "retain" -> (tokens, docs); None where there are too few questions to need them
     counts:dict    # subject -> {asked, right, known, too_long}
 
     @property
@@ -99,9 +99,11 @@ def prepare(self:Unlearning,
         got = mcqs(s, lm, c.data_dir); got = got[:c.max_questions or len(got)]
         k = known(lm, got, c.prompt_format, store, c.llm_batch_size)
         qs += [got[j] for j in k["kept"]]; counts[s] = dict(asked=len(got), right=k["first"], known=len(k["kept"]), too_long=k["too_long"])
-    corpora = world_corpora(c.dataset_names[0], c.retain_corpus, c.dataset_size, c.random_seed) if c.forget_corpus == "world" else real_corpora(lm, c.forget_corpus, c.retain_corpus, c.dataset_size, c.seq_len, c.random_seed, c.data_dir)
+    corpora = lambda: world_corpora(c.dataset_names[0], c.retain_corpus, c.dataset_size, c.random_seed) if c.forget_corpus == "world" else real_corpora(lm, c.forget_corpus, c.retain_corpus, c.dataset_size, c.seq_len, c.random_seed, c.data_dir)
     bad = torch.tensor([q.subject == c.dataset_names[0] for q in qs], dtype=torch.bool)
-    return Prep(qs, quiz(lm, qs, orders[0], c.prompt_format) if qs else None, bad, bad & halves([q.subject for q in qs], c.val_share, c.random_seed), corpora, counts)
+    p = Prep(qs, quiz(lm, qs, orders[0], c.prompt_format) if qs else None, bad, bad & halves([q.subject for q in qs], c.val_share, c.random_seed), None, counts)
+    if not self.unfit(p): p.corpora = corpora()   # a model that knows too little needs no corpus that has to be asked for
+    return p
 
 @patch
 def unfit(self:Unlearning,
@@ -229,7 +231,7 @@ def relearning(self:Unlearning, sae, lm, hook, p, t, store, keep):
     if not c.relearn_steps: return {},"not measured, because relearn_steps is 0"
     i = hard_hit(t, p)
     if i is None: return {},"not measurable, because no setting makes the model lose half of the subject on the validation half"
-    go = lambda a, b, keep, *how: keep.get("relearn", [lm, a, b, c.prompt_format, kw, *how[:1], hook, t.rows[i] if how else 0, digest(*p.corpora["forget"], *p.corpora["retain"]) if how else 0], lambda: relearn(lm, a, b, c.prompt_format, *how, **kw))
+    go = lambda a, b, keep, *how: keep.get("relearn", [lm, a, b, c.prompt_format, kw, *how[:1], hook, [t.rows[i], c.multiplier_unit] if how else 0, digest(*p.corpora["forget"], *p.corpora["retain"]) if how else 0], lambda: relearn(lm, a, b, c.prompt_format, *how, **kw))
     d = {k: firing(sae, lm, hook, p.corpora[k], store, keep) for k in p.corpora}; row = t.rows[i]
     s = chosen(d["forget"]["density"], d["retain"]["density"], row["retain_threshold"], row["n_features"])
     r = go(A, B, keep, sae, hook, held(s, self.targets(s, d["forget"]["mean"], [row["multiplier"]])[0]))
