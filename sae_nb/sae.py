@@ -15,6 +15,8 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from safetensors import safe_open
 from .core import *
+from . import sparse
+from .sparse import Active, affine, decode_active, dense, encode_active, matmul
 
 # %% ../nbs/03_sae.ipynb #sae-out
 @dataclass
@@ -28,9 +30,23 @@ class Out:
     terms:dict = field(default_factory=dict) # name -> scalar; the loss is their sum
     logs:dict = field(default_factory=dict)  # name -> number worth keeping, no part of the loss
     notes:dict = field(default_factory=dict) # front -> what it computed on the way, for penalties to read
+    active:Active = None # Where latents are on, if the pass was a sparse one; `f` is then made when somebody asks
+    vals:Tensor = None   # Their sizes, [n_on]
 
     @property
     def loss(self): return sum(self.terms.values())
+    @property
+    def fired(self)->Tensor: # Which latents are on for some token, [d_sae] bool
+        if self.active is None: return (self.f > 0).any(0)
+        return torch.zeros(self.active.d_sae, dtype=torch.bool, device=self.vals.device).index_fill(0, self.active.cols[self.vals > 0], True)
+    @property
+    def l0(self)->Tensor: # Latents per token
+        return (self.f != 0).float().sum(-1).mean() if self.active is None else (self.vals != 0).sum() / len(self.x)
+
+def _latents(o): # f of a sparse pass, dense, part of the graph
+    if o._f is None and o.active is not None: o._f = dense(o.active, o.vals)
+    return o._f
+Out.f = property(_latents, lambda o, v: setattr(o, "_f", v))
 
 # %% ../nbs/03_sae.ipynb #sae-class
 class SAE(nn.Module):
@@ -84,12 +100,13 @@ def pre(self:SAE,
     mask:Tensor=None, # Document numbers, [...]; read by sequence-aware parts only
 )->Tensor:            # Pre-activations, [..., d_sae]
     "Affine map of `x` into the latents, through the fronts."
+    if not self.fronts: return affine(x, self.W_enc, self.b_enc, self.b_dec)
     x = x - self.b_dec
     seen,more = x,[]
     for p in self.fronts.values():
         seen = p.read(seen * p.units, mask) / p.units
         more.append((p.add(x * p.units, mask), p.units))
-    z = seen @ self.W_enc + self.b_enc
+    z = affine(seen, self.W_enc, self.b_enc)
     for a,units in more: z = z if a is None else z + a / units
     return z
 
@@ -99,6 +116,13 @@ def activate(self:SAE,
 )->Tensor:    # Latents, same shape, none negative
     "What survives of `z`; each variant says its own."
     raise NotImplementedError(f"{type(self).__name__} does not say how it activates")
+
+@patch
+def active(self:SAE,
+    z:Tensor, # Pre-activations of the tokens that count, without a graph, [n_tokens, d_sae]
+)->Active:    # Where `activate` would leave max(z, 0); None: not of that kind
+    "Called in training only, in the place of `activate`, by variants that choose places and keep what is there."
+    return None
 
 @patch
 def calibrate(self:SAE,
@@ -121,7 +145,7 @@ def decode(self:SAE,
     f:Tensor, # Latents, [..., d_sae]
 )->Tensor:    # Reconstruction, [..., d_in]
     "Weighted sum of the decoder's rows."
-    return f @ self.W_dec + self.b_dec
+    return matmul(f, self.W_dec) + self.b_dec
 
 @patch
 def rebuild(self:SAE,
@@ -177,12 +201,27 @@ def run(self:SAE,
     z = self.pre(x, mask)
     x,z = counted(x, mask),counted(z, mask)
     if self.training: z = self.calibrate(z)
-    f = self.activate(z)
-    o = Out(x, z, f, self.rebuild(f, x), mask)
+    a = self.active(z.detach()) if self.training and torch.is_grad_enabled() and self.chooses else None
+    o = self.sparse_pass(x, z, a, mask) if a is not None else Out(x, z, f := self.activate(z), self.rebuild(f, x), mask)
     for n,p in self.fronts.items(): o.notes[n],p.notes = p.notes,{}
     for part in (self.reconstruction, self.sparsity): o.terms.update(part(o))
     for p in self.penalties.values(): o.terms.update(p(self, o))
     return o
+
+# %% ../nbs/03_sae.ipynb #sae-sparse
+@patch(as_prop=True)
+def chooses(self:SAE)->bool: # Whether `active` may stand in for `activate`
+    "Nothing stands before the encoder, and whoever wrote `activate` last wrote `active` too."
+    if self.fronts or not sparse.sparse_below: return False
+    owner = lambda n: next(i for i,c in enumerate(type(self).__mro__) if n in vars(c))
+    return owner("active") <= owner("activate")
+
+@patch
+def sparse_pass(self:SAE, x, z, a, mask)->Out:
+    "The pass, from the active places on."
+    v = encode_active(a, x, self.b_dec, self.W_enc, self.b_enc, z.detach()).relu()
+    x_hat = decode_active(a, v, self.W_dec) + self.b_dec
+    return Out(x, z, None, x_hat + self.skip * x if self.skip else x_hat, mask, active=a, vals=v)
 
 # %% ../nbs/03_sae.ipynb #sae-loss-pair
 @patch
@@ -193,7 +232,7 @@ def loss(self:SAE,
     "The loss of a batch and what is worth logging of it."
     o = self.run(x, mask)
     logs = {k: v.detach().item() for k,v in o.terms.items()}
-    return o.loss, {**logs, **o.logs, "l0": (o.f != 0).float().sum(-1).mean().item()}
+    return o.loss, {**logs, **o.logs, "l0": o.l0.item()}
 
 # %% ../nbs/03_sae.ipynb #sae-norm
 @patch

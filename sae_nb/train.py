@@ -136,7 +136,7 @@ def step(self:Trainee,
     for r in self.recipes: r.after_loss(self, o)
     if i % self.accumulate == 0: self.opt.zero_grad(set_to_none=True)
     (o.loss / self.accumulate).backward()
-    self.silent = torch.where((o.f > 0).any(0), 0, self.silent + len(o.x))
+    self.silent = torch.where(o.fired, 0, self.silent + len(o.x))
     if (i + 1) % self.accumulate == 0 or i + 1 == cfg.steps: self.update(o, i)
     elif not torch.isfinite(o.loss.detach()): self.stop(o, i)
     return o
@@ -176,7 +176,7 @@ def stop(self:Trainee, o:Out, i:int):
 def log(self:Trainee, o:Out, i:int)->dict:
     "Add one row to the history, in memory and on disk."
     err = (o.x - o.x_hat).float().pow(2).sum(); var = (o.x - o.x.mean(0)).float().pow(2).sum()
-    row = dict(step=i + 1, tokens=(i + 1) * self.cfg.batch, loss=o.loss.item(), l0=(o.f != 0).float().sum(-1).mean().item(),
+    row = dict(step=i + 1, tokens=(i + 1) * self.cfg.batch, loss=o.loss.item(), l0=o.l0.item(),
                explained_variance=1 - (err / var).item(), frac_dead=self.dead.float().mean().item(), lr=self.opt.param_groups[0]["lr"])
     row.update({k: float(v) for k,v in {**o.terms, **o.logs}.items()})
     self.history.append(row)

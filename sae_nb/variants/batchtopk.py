@@ -11,6 +11,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core import *
 from ..sae import *
+from ..sparse import Active, active_batch
 from .topk import TopKSAE, topk
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-function
@@ -48,8 +49,24 @@ def activate(self:BatchTopKSAE,
     "The batch's largest in training, those above the threshold afterwards."
     if self.training:
         f,tau = batch_topk(z, self.k)
-        self.n_batches += 1
-        self.threshold.lerp_(tau.detach().to(self.threshold), max(1 / self.n_batches.item(), .1))
+        self.follow(tau.detach())
         return f
     if self.n_batches == 0: return topk(z, self.k)
     return torch.where(z > self.threshold, z, 0).relu()
+
+# %% ../../nbs/variants/batchtopk.ipynb #batchtopk-active
+@patch
+@torch.no_grad()
+def follow(self:BatchTopKSAE,
+    tau:Tensor, # Smallest value kept in a batch
+):
+    "Move the threshold towards what a batch kept."
+    self.n_batches += 1
+    self.threshold.lerp_(tau.to(self.threshold), max(1 / self.n_batches.item(), .1))
+
+@patch
+def active(self:BatchTopKSAE, z)->Active:
+    "The batch's largest, as places."
+    a = active_batch(z, self.k); v = z[a.rows, a.cols]; pos = v[v > 0]
+    self.follow(pos.min() if len(pos) else v.new_zeros(()))
+    return a

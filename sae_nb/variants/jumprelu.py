@@ -82,7 +82,9 @@ def activate(self:JumpReLUSAE,
     z:Tensor, # Pre-activations, [..., d_sae]
 )->Tensor:    # Latents, same shape
     "Nothing below the threshold, everything above it."
-    return Jump.apply(z, self.threshold, self.bandwidth)
+    f = Jump.apply(z, self.threshold, self.bandwidth)
+    if self.training: f.support = z.detach() > self.threshold.detach() - self.bandwidth / 2  # thresholds hear of what lies just below them
+    return f
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-calibrate
 @patch

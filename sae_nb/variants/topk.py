@@ -11,6 +11,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core import *
 from ..sae import *
+from ..sparse import Active, active_topk
 
 # %% ../../nbs/variants/topk.ipynb #topk-function
 def topk(
@@ -51,3 +52,9 @@ def activate(self:TopKSAE,
 )->Tensor:    # Latents, same shape
     "The `k` largest of each token."
     return topk(z, self.k)
+
+# %% ../../nbs/variants/topk.ipynb #topk-active
+@patch
+def active(self:TopKSAE, z)->Active:
+    "The same, as places."
+    return active_topk(z, self.k)
