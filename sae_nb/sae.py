@@ -16,37 +16,59 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from .core import *
 from . import sparse
-from .sparse import Active, affine, decode_active, dense, encode_active, matmul
+from .sparse import Active, Pieces, affine, by_columns, decode_active, dense, encode_active, encode_dense, entries_of
 
 # %% ../nbs/03_sae.ipynb #sae-out
 @dataclass
 class Out:
     "One pass of an SAE over the tokens that count."
     x:Tensor     # Activations, [n_tokens, d_in]
-    z:Tensor     # Pre-activations, [n_tokens, d_sae]
-    f:Tensor     # Latents, [n_tokens, d_sae]
+    z:Tensor     # Pre-activations, [n_tokens, d_sae] or [n_on]
+    v:Tensor     # Latents, [n_tokens, d_sae] or [n_on]
     x_hat:Tensor # Reconstructions, [n_tokens, d_in]
     mask:Tensor=None # Document numbers the tokens were counted by, [N] or [B, T]; None: all counted
     terms:dict = field(default_factory=dict) # name -> scalar; the loss is their sum
     logs:dict = field(default_factory=dict)  # name -> number worth keeping, no part of the loss
     notes:dict = field(default_factory=dict) # front -> what it computed on the way, for penalties to read
-    active:Active = None # Where latents are on, if the pass was a sparse one; `f` is then made when somebody asks
-    vals:Tensor = None   # Their sizes, [n_on]
+    active:Active = None # Where the entries are; None: a dense pass
+    remake:object = None # Function from latents (indices, or None for all) to their pre-activations, with a graph
 
     @property
     def loss(self): return sum(self.terms.values())
-    @property
-    def fired(self)->Tensor: # Which latents are on for some token, [d_sae] bool
-        if self.active is None: return (self.f > 0).any(0)
-        return torch.zeros(self.active.d_sae, dtype=torch.bool, device=self.vals.device).index_fill(0, self.active.cols[self.vals > 0], True)
-    @property
-    def l0(self)->Tensor: # Latents per token
-        return (self.f != 0).float().sum(-1).mean() if self.active is None else (self.vals != 0).sum() / len(self.x)
+    def at(self, t): return t if self.active is None else self.active.at(t) # numbers per latent [d_sae], for each entry
+    def per_token(self, v)->Tensor: return v.sum() / len(self.x)            # sum over latents, mean over tokens
+    @functools.cached_property
+    def f(self)->Tensor: return self.v if self.active is None else dense(self.active, self.v) # Latents, [n_tokens, d_sae]
+    @functools.cached_property
+    def entries(self)->tuple: return entries_of(self.v) if self.active is None else (self.active, self.v) # (places, latents there [n_on])
 
-def _latents(o): # f of a sparse pass, dense, part of the graph
-    if o._f is None and o.active is not None: o._f = dense(o.active, o.vals)
-    return o._f
-Out.f = property(_latents, lambda o, v: setattr(o, "_f", v))
+# %% ../nbs/03_sae.ipynb #sae-out-counts
+@patch(as_prop=True)
+def fired(self:Out)->Tensor: # [d_sae], bool
+    "Which latents are on for some token."
+    if self.active is None: return (self.v > 0).any(0)
+    return torch.zeros(self.active.d_sae, dtype=torch.bool, device=self.v.device).index_fill(0, self.active.cols[self.v > 0], True)
+
+@patch(as_prop=True)
+def l0(self:Out)->Tensor: # Scalar
+    "Latents per token."
+    return self.v.count_nonzero() / len(self.x)
+
+@patch
+def decode(self:Out,
+    v:Tensor, # In the form of the latents
+    W:Tensor, # [d_sae, d]
+)->Tensor:    # [n_tokens, d]
+    "Weighted sums of rows of `W`."
+    return v @ W if self.active is None else decode_active(self.active, v, W)
+
+@patch
+def z_of(self:Out,
+    idx:Tensor=None, # Latents, [n]; None: all
+)->Tensor:           # [n_tokens, n]
+    "Pre-activations of some latents on every token, with a graph."
+    if self.remake is not None: return self.remake(idx)
+    return self.z if idx is None else self.z[:, idx]
 
 # %% ../nbs/03_sae.ipynb #sae-class
 class SAE(nn.Module):
@@ -72,7 +94,7 @@ class SAE(nn.Module):
         self.gen = torch.Generator().manual_seed(seed)
         W = torch.randn(d_sae, d_in, generator=self.gen)
         self.W_dec = nn.Parameter(W / W.norm(dim=-1, keepdim=True))
-        self.W_enc = nn.Parameter(self.W_dec.detach().t().clone().contiguous())
+        self.W_enc = nn.Parameter(by_columns(self.W_dec.detach().T))
         self.b_enc,self.b_dec = nn.Parameter(torch.zeros(d_sae)),nn.Parameter(torch.zeros(d_in))
         self.fronts,self.penalties,self.recipes = nn.ModuleDict(),nn.ModuleDict(),[]
         self.skip = 0.                              # share of the input added to the reconstruction
@@ -90,45 +112,70 @@ class Front(nn.Module):
         self.register_buffer("units", torch.ones(()))
         self.notes = {}    # what the last training pass computed on the way; handed to the pass and forgotten
     def read(self, x, mask=None): return x    # centred activations [..., d_in] -> what the encoder reads, same shape
-    def add(self, x, mask=None): return None  # centred activations [..., d_in] -> added to z [..., d_sae], or None
+    def add(self, x, mask=None): return None  # centred activations [..., d_in] -> (u [..., m], weights [m, d_sae]), or None
     def per_latent(self): return []           # (parameter, dimension that counts latents) of each weight that belongs to latents
 
 # %% ../nbs/03_sae.ipynb #sae-pre
+@patch
+def reads(self:SAE,
+    x:Tensor,         # Activations, [..., d_in]
+    mask:Tensor=None, # Document numbers, [...]; read by sequence-aware parts only
+)->tuple:             # ([(what is read [..., m], its weights [m, d_sae]), ...], what is taken off the first [d_in] or None)
+    "What the encoder multiplies with what."
+    if not self.fronts: return [(x, self.W_enc)],self.b_dec
+    x = x - self.b_dec
+    seen,more = x,[]
+    for p in self.fronts.values():
+        seen = p.read(seen * p.units, mask) / p.units
+        u = p.add(x * p.units, mask)
+        if u is not None: more.append((u[0] / p.units, u[1]))
+    return [(seen, self.W_enc), *more],None
+
+def _some(reads, b, idx): return ([(u, W[:, idx]) for u,W in reads],b[idx]) if idx is not None else (reads, b)
+
+def _remade(reads, c, b, idx=None):
+    "Pre-activations of some latents, or all, with a graph."
+    reads,b = _some(reads, b, idx)
+    return encode_dense(affine(reads, b, c), b, reads, c)
+
 @patch
 def pre(self:SAE,
     x:Tensor,         # Activations, [..., d_in]
     mask:Tensor=None, # Document numbers, [...]; read by sequence-aware parts only
 )->Tensor:            # Pre-activations, [..., d_sae]
     "Affine map of `x` into the latents, through the fronts."
-    if not self.fronts: return affine(x, self.W_enc, self.b_enc, self.b_dec)
-    x = x - self.b_dec
-    seen,more = x,[]
-    for p in self.fronts.values():
-        seen = p.read(seen * p.units, mask) / p.units
-        more.append((p.add(x * p.units, mask), p.units))
-    z = affine(seen, self.W_enc, self.b_enc)
-    for a,units in more: z = z if a is None else z + a / units
-    return z
+    reads,c = self.reads(x, mask)
+    return _remade([(u.reshape(-1, u.shape[-1]), W) for u,W in reads], c, self.b_enc).reshape(*x.shape[:-1], self.d_sae)
+
+# %% ../nbs/03_sae.ipynb #sae-activate
+@patch
+def latent(self:SAE,
+    z:Tensor, # Pre-activations, [..., d_sae] or those of chosen entries, [n_on]
+    at,       # Function that brings numbers per latent, [d_sae], to where they are needed
+)->Tensor:    # Latents, same shape as `z`, none negative
+    "What a pre-activation becomes if nothing else decides."
+    return z.relu()
 
 @patch
 def activate(self:SAE,
     z:Tensor, # Pre-activations, [..., d_sae]
 )->Tensor:    # Latents, same shape, none negative
-    "What survives of `z`; each variant says its own."
-    raise NotImplementedError(f"{type(self).__name__} does not say how it activates")
+    "What survives of `z`."
+    return self.latent(z, lambda t: t)
 
 @patch
 def active(self:SAE,
-    z:Tensor, # Pre-activations of the tokens that count, without a graph, [n_tokens, d_sae]
-)->Active:    # Where `activate` would leave max(z, 0); None: not of that kind
-    "Called in training only, in the place of `activate`, by variants that choose places and keep what is there."
+    p:Pieces, # Pre-activations of the tokens that count, without a graph
+)->tuple:     # (where latents may be on, what stands there [n_on]); None: a dense pass, please
+    "Called in training, before `latent`; one of `sparse.choose_topk`, `choose_batch`, `choose_where`."
     return None
 
 @patch
 def calibrate(self:SAE,
-    z:Tensor, # Pre-activations of the tokens that count, [n_tokens, d_sae]
-)->Tensor:    # What `activate` will see, same shape
-    "Called in training only, before `activate`: a variant may set itself up from its first batch here."
+    z:Tensor, # Pre-activations of some latents on the tokens that count, [n_tokens, n]
+    at:slice, # Which latents
+)->Tensor:    # What is made of them, same shape
+    "Called in training only, before anything is chosen: a variant may set itself up from its first batch here."
     return z
 
 # %% ../nbs/03_sae.ipynb #sae-encode-decode
@@ -145,7 +192,7 @@ def decode(self:SAE,
     f:Tensor, # Latents, [..., d_sae]
 )->Tensor:    # Reconstruction, [..., d_in]
     "Weighted sum of the decoder's rows."
-    return matmul(f, self.W_dec) + self.b_dec
+    return f @ self.W_dec + self.b_dec
 
 @patch
 def rebuild(self:SAE,
@@ -190,6 +237,42 @@ def sparsity(self:SAE, o:Out)->dict:
     "Terms paid for active latents; none unless a variant says so."
     return {}
 
+# %% ../nbs/03_sae.ipynb #sae-sparse
+@patch(as_prop=True)
+def chooses(self:SAE)->bool: # Whether `active` and `latent` say the same as `activate`
+    "May this SAE take the sparse road?"
+    owner = lambda n: next(i for i,c in enumerate(type(self).__mro__) if n in vars(c))
+    return type(self).pre is SAE.pre and owner("active") <= owner("activate") and type(self).active is not SAE.active
+
+@patch
+def _pieces(self:SAE, reads, c):
+    "Pre-activations as variants choose from them, and all of them in one tensor if there are not too many."
+    n,z = len(reads[0][0]),None
+    most = sparse.pays(n, self.d_in, self.d_sae)
+    @torch.no_grad()
+    def make(at):
+        part,b = _some(reads, self.b_enc, at)
+        return self.calibrate(affine(part, b, c, sparse.scratch(n, len(b), b) if most >= 0 else None), at)
+    if n * self.d_sae > sparse.room: return Pieces(make, n, self.d_sae),None
+    z = make(slice(None))
+    return Pieces(lambda at: z[:, at], n, self.d_sae, most),z
+
+@patch
+def passed(self:SAE, x, mask)->Out:
+    "A training pass, along the shorter road."
+    reads,c = self.reads(x, mask)
+    reads = [(counted(u, mask), W) for u,W in reads]; x = counted(x, mask)
+    p,z = self._pieces(reads, c)
+    found = self.active(p)
+    if found is None:
+        z = encode_dense(z if p.most < 0 else z.clone(), self.b_enc, reads, c)
+        return Out(x, z, f := self.activate(z), self.rebuild(f, x), mask)
+    a,z = found
+    z = encode_active(a, z, self.b_enc, reads, c); v = self.latent(z, a.at)
+    x_hat = decode_active(a, v, self.W_dec) + self.b_dec
+    return Out(x, z, v, x_hat + self.skip * x if self.skip else x_hat, mask, active=a, remake=lambda idx=None: _remade(reads, c, self.b_enc, idx))
+
+# %% ../nbs/03_sae.ipynb #sae-run
 @patch
 def run(self:SAE,
     x:Tensor,         # Activations, [N, d_in] or [B, T, d_in]
@@ -198,30 +281,15 @@ def run(self:SAE,
     "Everything a training step needs to know of one batch."
     if not self.sequential: x,mask = counted(x, mask),None
     elif mask is None: mask = torch.ones(x.shape[:-1], dtype=torch.long, device=x.device)
-    z = self.pre(x, mask)
-    x,z = counted(x, mask),counted(z, mask)
-    if self.training: z = self.calibrate(z)
-    a = self.active(z.detach()) if self.training and torch.is_grad_enabled() and self.chooses else None
-    o = self.sparse_pass(x, z, a, mask) if a is not None else Out(x, z, f := self.activate(z), self.rebuild(f, x), mask)
+    if self.training and torch.is_grad_enabled() and self.chooses: o = self.passed(x, mask)
+    else:
+        z = self.pre(x, mask); x,z = counted(x, mask),counted(z, mask)
+        if self.training: z = self.calibrate(z, slice(None))
+        o = Out(x, z, f := self.activate(z), self.rebuild(f, x), mask)
     for n,p in self.fronts.items(): o.notes[n],p.notes = p.notes,{}
     for part in (self.reconstruction, self.sparsity): o.terms.update(part(o))
     for p in self.penalties.values(): o.terms.update(p(self, o))
     return o
-
-# %% ../nbs/03_sae.ipynb #sae-sparse
-@patch(as_prop=True)
-def chooses(self:SAE)->bool: # Whether `active` may stand in for `activate`
-    "Nothing stands before the encoder, and whoever wrote `activate` last wrote `active` too."
-    if self.fronts or not sparse.sparse_below: return False
-    owner = lambda n: next(i for i,c in enumerate(type(self).__mro__) if n in vars(c))
-    return owner("active") <= owner("activate")
-
-@patch
-def sparse_pass(self:SAE, x, z, a, mask)->Out:
-    "The pass, from the active places on."
-    v = encode_active(a, x, self.b_dec, self.W_enc, self.b_enc, z.detach()).relu()
-    x_hat = decode_active(a, v, self.W_dec) + self.b_dec
-    return Out(x, z, None, x_hat + self.skip * x if self.skip else x_hat, mask, active=a, vals=v)
 
 # %% ../nbs/03_sae.ipynb #sae-loss-pair
 @patch
@@ -239,8 +307,8 @@ def loss(self:SAE,
 @torch.no_grad()
 def before_step(self:SAE):
     "Remove from the decoder's gradient the component along each row."
-    g = self.W_dec.grad
-    if g is not None: g.sub_(self.W_dec * (g * self.W_dec).sum(-1, keepdim=True))
+    if self.W_dec.grad is None: return
+    for g,w in zip(self.W_dec.grad.split(128), self.W_dec.split(128)): g.addcmul_(w, (g * w).sum(-1, keepdim=True), value=-1) # a few rows at a time stay in the cache
 
 @patch
 @torch.no_grad()
@@ -395,6 +463,7 @@ def _contract_grads(sae, x):
     s = copy.deepcopy(sae).train()
     mask = torch.ones(x.shape[:-1], dtype=torch.long)
     for _ in range(2): s.zero_grad(); s.run(x, mask).loss.backward()
+    assert len({p.data_ptr() for p in sae.parameters()}) == len(list(sae.parameters())), "two weights share their memory"
     for n,p in s.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, f"{n} receives no gradient"
     a,b,y = copy.deepcopy(sae),copy.deepcopy(sae),x.clone()

@@ -29,11 +29,11 @@ def after_loss(self:AuxK, t, o):
     if len(dead) == 0: return
     want = self.k_aux or max(1, t.sae.d_in // 2)
     k = min(want, len(dead))
-    z = o.z[:, dead]
+    z = o.z_of(dead)
     z = z - z.detach().mean(0).clamp_max(0)
     vals,idx = z.relu().topk(k, dim=-1, sorted=False)
     e = (o.x - o.x_hat).detach()
-    f = o.z.new_zeros(len(o.z), len(dead)).scatter(-1, idx, vals)
+    f = torch.zeros_like(z).scatter(-1, idx, vals)
     e_hat = f @ t.sae.W_dec[dead]
     o.terms["auxk"] = self.alpha * min(1, len(dead) / want) * (e - e_hat).pow(2).sum(-1).mean()
 

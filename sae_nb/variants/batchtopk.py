@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core import *
 from ..sae import *
-from ..sparse import Active, active_batch
+from ..sparse import Pieces, choose_batch
 from .topk import TopKSAE, topk
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-function
@@ -65,8 +65,10 @@ def follow(self:BatchTopKSAE,
     self.threshold.lerp_(tau.to(self.threshold), max(1 / self.n_batches.item(), .1))
 
 @patch
-def active(self:BatchTopKSAE, z)->Active:
+def active(self:BatchTopKSAE, p:Pieces)->tuple:
     "The batch's largest, as places."
-    a = active_batch(z, self.k); v = z[a.rows, a.cols]; pos = v[v > 0]
+    found = choose_batch(p, self.k)
+    if found is None: return None
+    v = found[1]; pos = v[v > 0]
     self.follow(pos.min() if len(pos) else v.new_zeros(()))
-    return a
+    return found

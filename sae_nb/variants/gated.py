@@ -12,6 +12,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import *
 from ..sae import *
+from ..sparse import Pieces, choose_where
 from .standard import Price
 
 # %% ../../nbs/variants/gated.ipynb #gated-class
@@ -35,23 +36,27 @@ class GatedSAE(SAE):
 # %% ../../nbs/variants/gated.ipynb #gated-activate
 @patch
 def magnitude(self:GatedSAE,
-    z:Tensor, # Gate pre-activations, [..., d_sae]
+    z:Tensor, # Gate pre-activations, [..., d_sae] or of chosen entries
+    at=lambda t: t, # Brings numbers per latent to where they are needed
 )->Tensor:    # Sizes, same shape, none negative
     "How large each latent would be if its gate were open."
-    return (self.r_mag.exp() * (z - self.b_enc) + self.b_mag).relu()
+    return (at(self.r_mag.exp()) * (z - at(self.b_enc)) + at(self.b_mag)).relu()
 
 @patch
-def activate(self:GatedSAE,
-    z:Tensor, # Gate pre-activations, [..., d_sae]
-)->Tensor:    # Latents, same shape
+def latent(self:GatedSAE, z, at)->Tensor:
     "The magnitude where the gate is open."
-    return self.magnitude(z) * (z > 0)
+    return self.magnitude(z, at) * (z > 0)
+
+@patch
+def active(self:GatedSAE, p:Pieces)->tuple:
+    "Where the gate is open."
+    return choose_where(p, lambda z, at: z > 0)
 
 # %% ../../nbs/variants/gated.ipynb #gated-loss
 @patch
 def reconstruction(self:GatedSAE, o:Out)->dict:
     "Squared error of the latents, and that of the gate through a decoder it cannot change."
-    gate = o.z.relu() @ self.W_dec.detach() + self.b_dec.detach() + self.skip * o.x
+    gate = o.decode(o.z.relu(), self.W_dec.detach()) + self.b_dec.detach() + self.skip * o.x
     return {**SAE.reconstruction(self, o), "gate_mse": (o.x - gate).pow(2).sum(-1).mean()}
 
 @patch
@@ -59,15 +64,15 @@ def sparsity(self:GatedSAE, o:Out)->dict:
     "L1 penalty on the gate."
     w = self.price(self, o)
     o.logs["l1_coeff"] = w.item()
-    return {"l1": w * o.z.relu().sum(-1).mean()}
+    return {"l1": w * o.per_token(o.z.relu())}
 
 # %% ../../nbs/variants/gated.ipynb #gated-calibrate
 @patch
-def calibrate(self:GatedSAE, z)->Tensor:
+def calibrate(self:GatedSAE, z, at)->Tensor:
     "The first training batches set the gate's biases if L0 is steered."
     if not self.price.target_l0 or not (self.price.unset or self.progress < self.settle): return z
     q = self.price.between(z)
-    self.b_enc.data.sub_(q)
+    self.b_enc.data[at] -= q
     return z - q
 
 # %% ../../nbs/variants/gated.ipynb #gated-latents

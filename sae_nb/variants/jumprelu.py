@@ -12,6 +12,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import *
 from ..sae import *
+from ..sparse import Pieces, choose_where
 from .standard import Price
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-jump
@@ -78,22 +79,24 @@ def threshold(self:JumpReLUSAE)->Tensor: # [d_sae], in units of z
     return (self.pace * self.slow_log_threshold).exp()
 
 @patch
-def activate(self:JumpReLUSAE,
-    z:Tensor, # Pre-activations, [..., d_sae]
-)->Tensor:    # Latents, same shape
+def latent(self:JumpReLUSAE, z, at)->Tensor:
     "Nothing below the threshold, everything above it."
-    f = Jump.apply(z, self.threshold, self.bandwidth)
-    if self.training: f.support = z.detach() > self.threshold.detach() - self.bandwidth / 2  # thresholds hear of what lies just below them
-    return f
+    return Jump.apply(z, at(self.threshold), self.bandwidth)
+
+@patch
+def active(self:JumpReLUSAE, p:Pieces)->tuple:
+    "What exceeds the threshold, and what lies close enough below it that the threshold hears of it."
+    low = self.threshold.detach() - self.bandwidth / 2
+    return choose_where(p, lambda z, at: z > low[at])
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-calibrate
 @patch
-def calibrate(self:JumpReLUSAE, z)->Tensor:
+def calibrate(self:JumpReLUSAE, z, at)->Tensor:
     "The first training batches set the thresholds if L0 is steered."
     if not self.price.target_l0 or not (self.price.unset or self.progress < self.settle): return z
     q = self.price.between(z)
     up = (self.start - q).clamp_min(0)
-    self.b_enc.data.add_(up); self.slow_log_threshold.data.copy_((q + up).log() / self.pace)
+    self.b_enc.data[at] += up; self.slow_log_threshold.data[at] = (q + up).log() / self.pace
     return z + up
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-sparsity
@@ -102,8 +105,8 @@ def sparsity(self:JumpReLUSAE, o:Out)->dict:
     "The price of the active latents."
     w = self.price(self, o)
     o.logs["l0_coeff"] = w.item()
-    n = Step.apply(o.z, self.threshold, self.bandwidth) if self.penalty == "step" else (4 * o.f).tanh()
-    return {"l0_cost": w * n.sum(-1).mean()}
+    n = Step.apply(o.z, o.at(self.threshold), self.bandwidth) if self.penalty == "step" else (4 * o.v).tanh()
+    return {"l0_cost": w * o.per_token(n)}
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-steps
 @patch

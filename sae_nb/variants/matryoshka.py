@@ -85,7 +85,7 @@ def nested_sparse(self:MatryoshkaSAE,
     x_hat,a = self.b_dec,0
     for m in sizes:
         part,keep = o.active.between(a, m)
-        x_hat,a = x_hat + decode_active(part, o.vals[keep], self.W_dec[a:m]),m
+        x_hat,a = x_hat + decode_active(part, o.v[keep], self.W_dec[a:m]),m
         yield x_hat
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-levels
@@ -99,7 +99,7 @@ def reconstruction(self:MatryoshkaSAE, o:Out)->dict:
     "Mean over levels of the squared error."
     sizes,x = self.levels(),o.x - self.skip * o.x if self.skip else o.x
     full = SAE.reconstruction(self, o)["mse"]
-    errs = [(x - x_hat).pow(2).sum(-1).mean() for x_hat in (self.nested(o.f, sizes[:-1]) if o.active is None else self.nested_sparse(o, sizes[:-1]))] + [full]
+    errs = [(x - x_hat).pow(2).sum(-1).mean() for x_hat in (self.nested(o.v, sizes[:-1]) if o.active is None else self.nested_sparse(o, sizes[:-1]))] + [full]
     w = self.weights if len(self.weights) == len(sizes) else [1.] * len(sizes)
     o.logs["mse"] = full.item()
     return {"nested_mse": sum(a * e for a,e in zip(w, errs)) / sum(w)}

@@ -15,12 +15,12 @@ from .standard import StandardSAE
 
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-power
 def power_cost(
-    f:Tensor,  # Latents, [n_tokens, d_sae], none negative
+    f:Tensor,  # Latents, any shape, none negative
     p:float,   # Exponent, above 0
     eps:float, # Size below which the cost is nearly linear, in units of f
-)->Tensor:     # Scalar
-    "Mean over tokens of the sum of f^p, with a finite slope at zero."
-    return f.sum(-1).mean() if p == 1 else ((f + eps)**p - eps**p).sum(-1).mean()
+)->Tensor:     # Same shape, 0 where f is 0
+    "f^p, with a finite slope at zero."
+    return f if p == 1 else (f + eps)**p - eps**p
 
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-class
 @register("variants", "p_anneal")
@@ -67,23 +67,23 @@ def due(self:PAnnealSAE)->int: # 0 to `notches`
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-cost
 @patch
 def cost(self:PAnnealSAE,
-    f:Tensor,      # Latents, [n_tokens, d_sae]
+    o:Out,         # The pass
     notch:int=None # Which exponent; None: the present one
 )->Tensor:         # Scalar
     "What is paid for, before its weight."
-    f = f * self.W_dec.norm(dim=-1) if self.decoder == "free" else f
-    return power_cost(f, self.p_at(int(self.notch) if notch is None else notch), self.eps)
+    v = o.v * o.at(self.W_dec.norm(dim=-1)) if self.decoder == "free" else o.v
+    return o.per_token(power_cost(v, self.p_at(int(self.notch) if notch is None else notch), self.eps))
 
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-anneal
 @patch
 @torch.no_grad()
 def anneal(self:PAnnealSAE,
-    f:Tensor, # Latents of a training batch, [n_tokens, d_sae]
+    o:Out, # A training pass
 ):
     "Lower p if it is time, and keep the penalty where it was."
     n = int(self.notch)
     if n == self.notches: return
-    self.recent.copy_(self.recent.roll(1, 0)); self.recent[0] = torch.stack([self.cost(f, n), self.cost(f, n + 1)])
+    self.recent.copy_(self.recent.roll(1, 0)); self.recent[0] = torch.stack([self.cost(o, n), self.cost(o, n + 1)])
     if n >= self.due(): return
     now,then = self.recent.sum(0)
     if then > 0: self.price.coeff.mul_(now / then)
@@ -92,6 +92,6 @@ def anneal(self:PAnnealSAE,
 @patch
 def sparsity(self:PAnnealSAE, o:Out)->dict:
     "The bent penalty."
-    if self.training: self.anneal(o.f)
+    if self.training: self.anneal(o)
     o.logs["p"] = self.p_at(int(self.notch))
     return StandardSAE.sparsity(self, o)

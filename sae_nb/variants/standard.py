@@ -12,6 +12,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from ..core import *
 from ..sae import *
+from ..sparse import Pieces, choose_where
 
 # %% ../../nbs/variants/standard.ipynb #standard-price
 class Price(nn.Module):
@@ -27,7 +28,7 @@ class Price(nn.Module):
         if target_l0 is not None and not isinstance(target_l0, (int, float)): raise InputError(f"target_l0 = {target_l0!r} is not a number; give one between 0 and d_sae, or None")
         if target_l0 is not None and not 0 < target_l0 <= d_sae: raise InputError(f"target_l0 = {target_l0} must lie between 0 and d_sae = {d_sae}")
         if target_l0 and not coeff: raise InputError(f"{name} = 0 leaves nothing to steer towards target_l0 = {target_l0}; give a start above 0")
-        self.target_l0 = target_l0
+        self.target_l0,self.d_sae = target_l0,d_sae
         self.register_buffer("coeff", torch.tensor(float(coeff)))
         self.register_buffer("log_l0", torch.tensor(math.inf))     # of the last step; infinite before the first
         self.register_buffer("trend", torch.zeros(()))              # change of log_l0 per step, running mean
@@ -39,20 +40,23 @@ class Price(nn.Module):
 @patch
 @torch.no_grad()
 def start(self:Price,
-    z:Tensor, # Pre-activations of a batch, [n_tokens, d_sae]
-)->Tensor:    # [d_sae]
+    z:Tensor, # Pre-activations of some latents on a batch, [n_tokens, n]
+)->Tensor:    # [n]
     "Where each latent would have to be cut to fire on its share of the tokens."
-    n = len(z); k = max(1, n - round(n * self.target_l0 / z.shape[-1]))
-    return z.detach().float().kthvalue(k, dim=0).values.to(z.dtype)
+    return self._top(z).amin(0).to(z.dtype)
+
+@patch
+def _top(self:Price, z): # the largest of each latent: those of its share, and one more
+    n = len(z); return z.detach().float().topk(min(n, 1 + round(n * self.target_l0 / self.d_sae)), dim=0, sorted=False).values
 
 @patch
 @torch.no_grad()
 def between(self:Price,
-    z:Tensor, # Pre-activations of a batch, [n_tokens, d_sae]
-)->Tensor:    # [d_sae]
+    z:Tensor, # Pre-activations of some latents on a batch, [n_tokens, n]
+)->Tensor:    # [n]
     "`start`, moved halfway to the next larger pre-activation, so that no token sits on it."
-    q = self.start(z)
-    return q + torch.where(z > q, z - q, math.inf).amin(0).nan_to_num(posinf=0.) / 2
+    top = self._top(z); q = top.amin(0)
+    return (q + torch.where(top > q, top - q, math.inf).amin(0).nan_to_num(posinf=0.) / 2).to(z.dtype)
 
 @patch
 @torch.no_grad()
@@ -74,8 +78,8 @@ def forward(self:Price,
     o:Out,   # The pass
 )->Tensor:   # Scalar
     "The weight for this batch; in training a steered one moves first."
-    if self.target_l0 and sae.training: self.follow((o.f > 0).float().sum(-1).mean())
-    return self.coeff.to(o.f.dtype) * (1. if self.target_l0 else sae.sparsity_scale)
+    if self.target_l0 and sae.training: self.follow(o.l0)
+    return self.coeff.to(o.v.dtype) * (1. if self.target_l0 else sae.sparsity_scale)
 
 # %% ../../nbs/variants/standard.ipynb #standard-class
 @register("variants", "standard")
@@ -96,11 +100,9 @@ class StandardSAE(SAE):
 
 # %% ../../nbs/variants/standard.ipynb #standard-activate
 @patch
-def activate(self:StandardSAE,
-    z:Tensor, # Pre-activations, [..., d_sae]
-)->Tensor:    # Latents, same shape
-    "Clip at zero."
-    return z.relu()
+def active(self:StandardSAE, p:Pieces)->tuple:
+    "What is above zero; a ReLU does the rest."
+    return choose_where(p, lambda z, at: z > 0)
 
 # %% ../../nbs/variants/standard.ipynb #standard-error
 @patch
@@ -111,28 +113,27 @@ def reconstruction(self:StandardSAE, o:Out)->dict:
 
 # %% ../../nbs/variants/standard.ipynb #standard-calibrate
 @patch
-def calibrate(self:StandardSAE, z)->Tensor:
+def calibrate(self:StandardSAE, z, at)->Tensor:
     "The first training batch sets the biases if L0 is steered."
     if not self.price.unset: return z
     q = self.price.start(z)
-    self.b_enc.data.sub_(q)
+    self.b_enc.data[at] -= q
     return z - q
 
 # %% ../../nbs/variants/standard.ipynb #standard-sparsity
 @patch
 def cost(self:StandardSAE,
-    f:Tensor, # Latents, [n_tokens, d_sae]
-)->Tensor:    # Scalar
+    o:Out, # The pass
+)->Tensor: # Scalar
     "What is paid for, before its weight: the L1 norm per token, in units of reconstruction."
-    f = f * self.W_dec.norm(dim=-1) if self.decoder == "free" else f
-    return f.sum(-1).mean()
+    return o.per_token(o.v * o.at(self.W_dec.norm(dim=-1)) if self.decoder == "free" else o.v)
 
 @patch
 def sparsity(self:StandardSAE, o:Out)->dict:
     "L1 penalty."
     w = self.price(self, o)
     o.logs["l1_coeff"] = w.item()
-    return {"l1": w * self.cost(o.f)}
+    return {"l1": w * self.cost(o)}
 
 # %% ../../nbs/variants/standard.ipynb #standard-free
 @patch

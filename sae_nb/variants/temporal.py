@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from ..core import *
 from ..sae import *
+from ..sparse import by_columns
 from ..train import Recipe
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-same
@@ -65,7 +66,7 @@ class Branches(Front):
         self.dilations,self.branch_norm,self.shuffled,self.gen = dilations,bool(branch_norm),shuffled,gen
         g,R = torch.Generator().manual_seed(seed + 5077),len(dilations)
         self.conv = nn.Parameter((1 + .5 * torch.randn(R, kernel, d_in, generator=g)) / kernel)
-        self.W_ctx = nn.Parameter(.01 * torch.randn(R, d_in, d_sae, generator=g) / d_in**.5)
+        self.W_ctx = nn.Parameter(by_columns((.01 * torch.randn(R, d_in, d_sae, generator=g) / d_in**.5).flatten(0, 1)).unflatten(0, (R, d_in)))
         if shuffled: self.register_buffer("order", torch.rand(257, max(self.taken), generator=torch.Generator().manual_seed(0)).argsort(-1), persistent=False)
 
     @property
@@ -103,11 +104,11 @@ def branches(self:Branches,
 def add(self:Branches,
     x:Tensor,         # Centred activations, [..., d_in]
     mask:Tensor=None, # Document numbers, [...]
-)->Tensor:            # [..., d_sae]
-    "What the past adds to the pre-activations."
+)->tuple:             # (branch outputs side by side [..., R * d_in], their weights [R * d_in, d_sae])
+    "What else the encoder reads: the past."
     u = self.branches(x, mask)
     if self.training and torch.is_grad_enabled(): self.notes = {"u": u}
-    return u.flatten(-2) @ self.W_ctx.flatten(0, 1)
+    return u.flatten(-2),self.W_ctx.flatten(0, 1)
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-dealt
 @patch

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from ..core import *
 from ..sae import *
-from ..sparse import Active, active_topk
+from ..sparse import Pieces, choose_topk
 
 # %% ../../nbs/variants/topk.ipynb #topk-function
 def topk(
@@ -55,6 +55,6 @@ def activate(self:TopKSAE,
 
 # %% ../../nbs/variants/topk.ipynb #topk-active
 @patch
-def active(self:TopKSAE, z)->Active:
+def active(self:TopKSAE, p:Pieces)->tuple:
     "The same, as places."
-    return active_topk(z, self.k)
+    return choose_topk(p, self.k)
