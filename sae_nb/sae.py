@@ -253,9 +253,10 @@ def _pieces(self:SAE, reads, c):
     def make(at):
         part,b = _some(reads, self.b_enc, at)
         return self.calibrate(affine(part, b, c, sparse.scratch(n, len(b), b) if most >= 0 else None), at)
-    if n * self.d_sae > sparse.room: return Pieces(make, n, self.d_sae),None
+    held = sparse.room * (16 if self.b_enc.is_cuda else 1)
+    if n * self.d_sae > held: return Pieces(make, n, self.d_sae, held=held),None
     z = make(slice(None))
-    return Pieces(lambda at: z[:, at], n, self.d_sae, most),z
+    return Pieces(lambda at: z[:, at], n, self.d_sae, most, held),z
 
 @patch
 def passed(self:SAE, x, mask)->Out:

@@ -121,9 +121,13 @@ class Trainee:
         # batches per update, factor on the learning rate; and the norm of the last gradient
         self.silent = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.W_dec.device)
         self.history,self.failed = [],""
-        self.initial = {n: getattr(sae, n).detach().clone() for n in ("W_enc", "W_dec")}
+        self.initial = self._mark()
         for r in self.recipes: r.start(self, cfg)
 
+    @torch.no_grad()
+    def _mark(self): # one weighted sum per latent of encoder and decoder, [2, d_sae]: did the weights move?
+        w = torch.linspace(1, 2, self.sae.d_in).to(self.sae.W_dec)
+        return torch.stack([w @ self.sae.W_enc, self.sae.W_dec @ w])
     @property
     def dead(self): return self.silent >= self.cfg.dead_after_tokens
 
@@ -227,7 +231,7 @@ def read_history(
 def verify(self:Trainee):
     "Raise if the weights are the initial ones or no latent fired recently."
     if self.dead.all(): raise TrainingError(f"{self.name}: no latent fired in the last {self.cfg.dead_after_tokens:,} tokens; lower the sparsity coefficient or the learning rate")
-    if all(torch.allclose(getattr(self.sae, n), w, rtol=1e-5, atol=1e-6) for n,w in self.initial.items()): raise TrainingError(f"{self.name}: the weights did not move in {self.cfg.steps} steps; look at the learning rate and the recipe")
+    if torch.allclose(self._mark(), self.initial, rtol=1e-5, atol=1e-6): raise TrainingError(f"{self.name}: the weights did not move in {self.cfg.steps} steps; look at the learning rate and the recipe")
 
 # %% ../nbs/07_train.ipynb #train-checkpoint
 @patch

@@ -84,7 +84,7 @@ def observe(self:ZScoreSAE,
     if len(z) == 0: return
     self.n_batches[at] += 1
     w = ema_weight(self.n_batches[at].float(), self.decay)
-    for kept,now in zip((self.mean, self.std), mean_std(z)): kept[at] = torch.lerp(kept[at].float(), now, w).to(kept)
+    for kept,now in zip((self.mean, self.std), mean_std(z)): kept[at] = torch.lerp(kept[at].to(now), now, w.to(now)).to(kept)
 
 @patch
 def calibrate(self:ZScoreSAE, z, at)->Tensor:
