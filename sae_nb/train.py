@@ -251,7 +251,7 @@ def load_tensors(self:Trainee, ts:dict):
     for n,p in self.sae.named_parameters():
         st = {k.rsplit(".", 1)[1]: v for k,v in ts.items() if k.startswith(f"opt.{n}.") and "." not in k[len(f"opt.{n}."):]}
         self.opt.state[p] = {k: v.to(dev) for k,v in st.items()}
-        if f"grad.{n}" in ts: p.grad = ts[f"grad.{n}"].to(dev)
+        if f"grad.{n}" in ts: p.grad = torch.empty_like(p).copy_(ts[f"grad.{n}"])
     for i,r in enumerate(self.recipes): r.load_tensors({k.split(".", 2)[2]: v for k,v in ts.items() if k.startswith(f"recipe.{i}.")})
     self.lr_scale = ts["lr_scale"].item()
     self.silent = ts["silent"].to(dev); self.sae.gen.set_state(ts["sae_gen"]); torch.set_rng_state(ts["torch_rng"])

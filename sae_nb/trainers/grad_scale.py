@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..core import *
+from ..sparse import per_latent
 from ..train import Recipe
 
 # %% ../../nbs/trainers/grad_scale.ipynb #grad-scale-share
@@ -36,9 +37,10 @@ class GradScale(Recipe):
 @torch.no_grad()
 def after_loss(self:GradScale, t, o):
     "Add the batch to the importances."
-    size = o.f.float().abs().sum(0) * t.sae.W_dec.float().norm(dim=-1)
+    v = o.v.float().abs()
+    size = (v.sum(0) if o.active is None else per_latent(o.active, v)) * t.sae.W_dec.float().norm(dim=-1)
     self._sum = size if self._sum is None else self._sum.to(size) + size
-    self._n += len(o.f)
+    self._n += len(o.x)
 
 @patch
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch
 from ..core import *
+from ..sparse import Active
 from ..train import Recipe
 from .resample import restart
 
@@ -40,15 +41,20 @@ class Reactivate(Recipe):
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-where
 @torch.no_grad()
 def conflicts(
-    f:Tensor,       # Latents, [n_tokens, n]
-    idx:Tensor,     # Latents the weights speak of, [m]
-    W:Tensor,       # Weights of their pairs, [m, m], symmetric
-    heaviest:int=1000, # Pairs that count
-)->Tensor:          # Sum over these pairs of w_ij f_i f_j, [n_tokens]
+    a:Active, v:Tensor, # Which latents are on, and how strongly, [n_on]
+    idx:Tensor,         # Latents the weights speak of, [m]
+    W:Tensor,           # Weights of their pairs, [m, m], symmetric
+    heaviest:int=1000,  # Pairs that count
+)->Tensor:              # Sum over these pairs of w_ij f_i f_j, [n_tokens]
     "How much the heaviest pairs fire together on each token."
     w,at = W.triu(1).flatten().topk(min(heaviest, W.numel())) if W.numel() else (W.flatten(), W.flatten().long())
-    at = at[w > 0]; i,j = idx[at // max(1, len(idx))],idx[at % max(1, len(idx))]
-    return (f[:, i].float() * f[:, j].float()) @ w[w > 0]
+    at = at[w > 0]; i,j = at // max(1, len(idx)),at % max(1, len(idx))
+    own,place = torch.cat([i, j]).unique(return_inverse=True)              # the latents of these pairs, the only ones made dense
+    column = a.cols.new_full((a.d_sae,), -1); column[idx[own]] = torch.arange(len(own), device=own.device)
+    c = column[a.cols]; keep = c >= 0
+    f = v.new_zeros(len(a), len(own), dtype=torch.float32); f[a.rows[keep], c[keep]] = v[keep].float()
+    i,j = place.chunk(2)
+    return (f[:, i] * f[:, j]) @ w[w > 0]
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-draw
 @patch
@@ -60,7 +66,7 @@ def draw(self:Reactivate,
 )->tuple:  # (directions [k, d_in], whether they were drawn by residual)
     "Residuals of tokens on which the heaviest pairs fire together."
     e = (o.x - o.x_hat).detach()
-    p = conflicts(o.f.detach(), *t.sae.penalties["interference"].pairs()[:2], self.heaviest).cpu()
+    p = conflicts(*o.entries, *t.sae.penalties["interference"].pairs()[:2], self.heaviest).cpu()
     r,by_residual = e.float().pow(2).sum(-1).cpu() + 1e-12,not bool(p.sum() > 0)
     p = r / r.sum() if by_residual else p / p.sum() + 1e-6 * r / r.sum()  # where conflicts run out, the residual decides
     return e[torch.multinomial(p, k, generator=t.sae.gen).to(e.device)],by_residual
