@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['pack', 'count_mask', 'WorldSource', 'read_documents', 'RowSource', 'text_source', 'open_dataset', 'HFSource',
-           'Stream', 'heldout']
+           'harvest', 'Buffer', 'Stream', 'Ahead', 'heldout', 'digest']
 
 # %% ../nbs/06_acts.ipynb #acts-imports
-import hashlib, json, math
+import hashlib, json, math, threading, weakref
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 import torch
 from torch import Tensor
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from fastcore.basics import patch
 from .core import *
@@ -211,7 +214,45 @@ def load_state(self:HFSource, s):
 @patch
 def fingerprint(self:HFSource): return hashlib.sha256(f"{self.name}-{self.column}-{self.n_held}-{self.ctx}".encode()).hexdigest()[:16]
 
+# %% ../nbs/06_acts.ipynb #acts-harvest
+class _Halted(Exception): "Another thread asked this one to stop."
+
+def harvest(
+    lm,               # Language model
+    tokens:Tensor,    # Token ids, [R, T]
+    docs:Tensor,      # Document numbers, 0 for padding, [R, T]
+    hook:str,         # Hook point
+    out:Tensor=None,  # Where to put them, [R, T, d]; None: a new tensor
+    batch:int=0,      # Rows per pass of the model; 0: as many as make 2,048 tokens on a CPU, 16,384 elsewhere
+    stop=None,        # `threading.Event` that ends a harvest in a second thread, which also waits while another runs the model
+)->Tensor:            # [R, T, d], in the dtype of `out`; 0 where a batch was cut
+    "Activations of many rows in one buffer."
+    (R,T),read = tokens.shape,partial(lm.read, wait=stop is not None) if hasattr(lm, "read") else lm.acts
+    batch = batch or max(1, (2048 if str(lm.device) == "cpu" else 16384) // T)
+    length = ((docs > 0) * torch.arange(1, T + 1)).amax(1).add(15).div(16, rounding_mode="floor").mul(16).clamp(16, max(16, T))
+    for idx in length.argsort(descending=True, stable=True).split(batch):
+        if stop is not None and stop.is_set(): raise _Halted
+        n = min(T, length[idx[0]].item())
+        x = read(tokens[idx, :n], hook, docs=docs[idx, :n])
+        if out is None: out = x.new_empty(R, T, x.shape[-1])
+        at = idx.to(out.device)
+        out[:, :n].index_copy_(0, at, x.to(out))
+        if n < T: out[:, n:].index_fill_(0, at, 0)
+    return out
+
 # %% ../nbs/06_acts.ipynb #acts-stream
+class Buffer(NamedTuple):
+    "Rows of activations, and the order in which they are dealt."
+    index: int      # Which one, from 0
+    mark: dict      # Where its rows begin in the source
+    after: dict     # Where they end
+    x: Tensor       # [R, T, d_in]
+    mask: Tensor    # Document numbers, 0 where a token does not count, [R, T]
+    tokens: Tensor  # [R, T]
+    order: Tensor   # Rows, or flat positions of counted tokens, shuffled
+    ours: bool      # Whether the memory of `x` may be harvested into; not if it is a mapped file
+
+# %% ../nbs/06_acts.ipynb #acts-stream-init
 class Stream:
     "Seeded batches of activations that can stop and go on exactly."
     def __init__(self,
@@ -221,65 +262,96 @@ class Stream:
         batch:int=2048,       # Tokens per batch
         rows:bool=False,      # Whole rows [B, T, d_in] instead of shuffled tokens [N, d_in]
         buffer:int=512,       # Rows harvested at a time
-        lm_batch:int=64,      # Rows per forward pass of the language model
+        lm_batch:int=0,       # Rows per forward pass of the language model; 0: as many as suit the device
         seed:int=0,           # Seeds the order within a buffer
         normalise:bool=True,  # Multiply by one number that brings the mean squared norm to d_in
         cache=None,           # Folder for activations on disk; None: harvest every time
+        cache_gb:float=100.,  # Size that folder may reach, in GB; what does not fit is harvested every time
+        dtype:str="",         # Number format of the buffer and the cache, e.g. "bfloat16" for half the room; empty: the model's, nothing is rounded
+        prefetch:bool=None,   # Prepare the next buffer in a second thread; None: on a GPU
     ):
-        self.lm,self.source,self.hook,self.batch,self.rows,self.seed,self.cache = lm,source,hook,batch,rows,seed,cache
-        self.d_in,self.lm_batch = lm.width(hook),lm_batch
+        self.lm,self.source,self.hook,self.batch,self.rows,self.seed,self.cache,self.cache_gb = lm,source,hook,batch,rows,seed,cache,cache_gb
+        self.d_in,self.lm_batch,self.dtype = lm.width(hook),lm_batch,pick_dtype(dtype) if dtype else None
+        self.prefetch = torch.device(lm.device).type == "cuda" if prefetch is None else prefetch
         if batch < 1: raise InputError(f"batch = {batch} is not a number of tokens; give at least 1")
         if rows and batch < source.ctx: raise InputError(f"batch = {batch} tokens is less than one row of {source.ctx}, and this SAE needs whole rows; use a batch of at least {source.ctx}")
         self.n_rows = max(buffer, math.ceil(2 * batch / source.ctx))
-        self.index,self.offset,self._x,self._mark = -1,0,None,source.state()
+        self.index,self.offset,self._mark = 0,0,source.state()
+        self._held,self._spare,self._ahead = None,[],[]  # the buffer at hand, memory to harvest into, the thread that prepares the next
+        weakref.finalize(self, _halt, self._ahead)
         self.scale = 1.
         scale = self._measure()
         if normalise: self.scale = scale
 
-# %% ../nbs/06_acts.ipynb #acts-harvest
+# %% ../nbs/06_acts.ipynb #acts-fill
 @patch
-def _harvest(self:Stream, tokens, docs):
-    "Activations of rows, [R, T, d_in]."
-    xs = [self.lm.acts(tokens[i:i+self.lm_batch], self.hook, docs=docs[i:i+self.lm_batch]) for i in range(0, len(tokens), self.lm_batch)]
-    return torch.cat(xs)
-
-@patch
-def _fill(self:Stream, index):
-    "Load buffer `index`, which must be the next one of the source."
-    self._mark = self.source.state()
+def _load(self:Stream, index, mark, stop=None):
+    "Buffer `index`, whose rows begin at `mark`."
+    if self.source.state() != mark: self.source.load_state(mark)
     tokens,docs = self.source.take(self.n_rows)
     mask = count_mask(tokens, docs, self.lm.special_ids)
-    x = self._harvest(tokens, docs) if self.cache is None else self._cached(index, tokens, docs)
-    keep = torch.arange(len(x)) if self.rows else (mask.flatten() > 0).nonzero()[:, 0]
-    g = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-    self._order = keep[torch.randperm(len(keep), generator=g)]
-    n = self.batch // self.source.ctx if self.rows else self.batch
+    keep = torch.arange(len(mask)) if self.rows else (mask.flatten() > 0).nonzero()[:, 0]
+    n = self._per_batch
     if len(keep) < n: raise InputError(f"a buffer of {self.n_rows} rows holds {len(keep):,} tokens that count, less than one batch of {n:,}; raise buffer or lower batch")
-    self._x,self._mask,self._tokens = x,mask,tokens
-    self.index,self.offset = index,0
+    g = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+    order = keep[torch.randperm(len(keep), generator=g)]
+    x,ours = (self._harvest(tokens, docs, stop), True) if self.cache is None else self._cached(index, tokens, docs, stop)
+    return Buffer(index, mark, self.source.state(), x, *(t.to(x.device) for t in (mask, tokens, order)), ours)
 
-# %% ../nbs/06_acts.ipynb #acts-next
+@patch(as_prop=True)
+def _per_batch(self:Stream): return self.batch // self.source.ctx if self.rows else self.batch
+
+# %% ../nbs/06_acts.ipynb #acts-room
+@patch
+def _harvest(self:Stream, tokens, docs, stop=None):
+    "Activations of rows, in the memory of a buffer that is done with if there is one."
+    out = self._spare.pop() if self._spare else None
+    if out is None and self.dtype: out = torch.empty(*tokens.shape, self.d_in, dtype=self.dtype, device=self.lm.device)
+    return harvest(self.lm, tokens, docs, self.hook, out, self.lm_batch, stop)
+
+@patch
+def _drop(self:Stream):
+    "Be done with the buffer at hand; its memory serves the next one, unless it is a mapped file."
+    if self._held is not None and self._held.ours: self._spare.append(self._held.x)
+    self._held = None
+
+# %% ../nbs/06_acts.ipynb #acts-buffer
+@patch
+def _buffer(self:Stream)->Buffer:
+    "The buffer of the current position."
+    key = (self.index, self._mark)
+    if self._held is None or self._held[:2] != key:
+        if hasattr(self.lm, "_free"): self.lm._free()
+        if self._ahead and self._ahead[0].key != key: _halt(self._ahead)
+        if not self._ahead: self._drop(); self._held = self._load(*key)
+        else: b = self._ahead[0].result(self._ahead); self._drop(); self._held = b
+    return self._held
+
 @patch
 def __iter__(self:Stream): return self
 
 @patch
 def __next__(self:Stream)->Batch:
     "The next batch, scaled, in float32."
-    n = self.batch // self.source.ctx if self.rows else self.batch
-    if self._x is None or (self.offset + 1) * n > len(self._order): self._fill(self.index + 1)
-    idx = self._order[self.offset*n:(self.offset + 1)*n]
+    n = self._per_batch
+    if (self.offset + 1) * n > len(self._buffer().order): self.index,self._mark,self.offset = self.index + 1,self._held.after,0
+    b = self._buffer()
+    if self.prefetch and not self._ahead: self._ahead.append(Ahead(self, b.index + 1, b.after))
+    idx = b.order[self.offset*n:(self.offset + 1)*n]
     self.offset += 1
-    at = lambda t: (t if self.rows else t.flatten(0, 1))[idx.to(t.device)]
-    x = at(self._x).float() * self.scale
-    return Batch(x, at(self._mask).to(x.device), at(self._tokens).to(x.device))
+    x,mask,tokens = ((t if self.rows else t.flatten(0, 1)).index_select(0, idx) for t in (b.x, b.mask, b.tokens))
+    x = x.float()
+    return Batch(x if self.scale == 1 else x.mul_(self.scale), mask, tokens)
 
 # %% ../nbs/06_acts.ipynb #acts-measure
 @patch
 def _measure(self:Stream)->float:
     "The number that brings the mean squared norm of counted tokens to d_in, from the first buffer; their mean is kept."
-    self._fill(0)
-    x = counted(self._x, self._mask.to(self._x.device)).float()
-    ms,self.mean = x.pow(2).sum(-1).mean().item(),x.mean(0)
+    b = self._buffer(); x,on = b.x.flatten(0, 1),b.mask.flatten() > 0
+    sq,self.mean = torch.empty(len(x), device=x.device),torch.empty(self.d_in, device=x.device)
+    for r,o in zip(x.split(1024), sq.split(1024)): torch.sum(r.float().pow(2), -1, out=o)
+    for c,o in zip(x.split(64, dim=1), self.mean.split(64)): torch.mean(c[on].float(), 0, out=o)
+    ms = sq[on].mean().item()
     if not math.isfinite(ms) or ms <= 0: raise InputError(f"activations at {self.hook} have mean squared norm {ms}; the model or its dtype is broken there")
     return math.sqrt(self.d_in / ms)
 
@@ -293,10 +365,49 @@ def state(self:Stream)->dict:
 def load_state(self:Stream,
     s:dict, # From `state`
 ):
-    "Go to where `s` was taken; the next batch is the one that would have followed."
-    self.source.load_state(s["source"]); self.scale = s["scale"]
-    if s["index"] < 0: self.index,self._x = -1,None; return
-    self._fill(s["index"]); self.offset = s["offset"]
+    "Go to where `s` was taken; the next batch is the one that would have followed. Nothing is harvested before it is asked for."
+    self.index,self.offset,self._mark,self.scale = s["index"],s["offset"],s["source"],s["scale"]
+
+@patch
+def close(self:Stream):
+    "Stop preparing the next buffer. The stream can be used on."
+    _halt(self._ahead)
+
+# %% ../nbs/06_acts.ipynb #acts-ahead
+class Ahead(threading.Thread):
+    "A buffer being prepared."
+    def __init__(self,
+        stream:Stream, # Whose buffer
+        index:int,     # Which
+        mark:dict,     # Where its rows begin in the source
+    ):
+        super().__init__(daemon=True)
+        self.key,self.halt,self.got,self.error = (index, mark),threading.Event(),None,None
+        self.job,self.device = partial(stream._load, index, mark, self.halt),torch.device(stream.lm.device)
+        if self.device.type == "cuda": self.main = torch.cuda.current_stream(self.device); self.begun = self.main.record_event()
+        self.start()
+    def run(self):
+        try: self.got = self.job() if self.device.type != "cuda" else self._beside()
+        except BaseException as e: self.error = e
+        finally: self.job = None
+    def _beside(self):
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()) as _:
+            side = torch.cuda.current_stream(); side.wait_event(self.begun)
+            b = self.job(); side.synchronize()
+        for t in b[3:7]: t.record_stream(self.main)
+        return b
+    def result(self, box):
+        "The buffer, or the error met on the way; either way `box` is empty again."
+        self.join(); box.clear()
+        if self.error is not None: raise self.error
+        return self.got
+
+def _halt(box):
+    "Stop the thread in `box`, if there is one."
+    if not box: return
+    box[0].halt.set()
+    if box[0] is not threading.current_thread(): box[0].join() # the last to hold a stream may be its own thread
+    box.clear()
 
 # %% ../nbs/06_acts.ipynb #acts-heldout
 def heldout(
@@ -310,24 +421,57 @@ def heldout(
     mask = count_mask(tokens, docs, lm.special_ids)
     return list(zip(tokens.split(batch), docs.split(batch), mask.split(batch)))
 
+# %% ../nbs/06_acts.ipynb #acts-digest
+def digest(
+    x:Tensor, # Any tensor on the CPU
+)->str:       # 32 hex digits
+    "A checksum of contents, dtype and shape, at the speed of memory."
+    b = x.detach().contiguous().flatten().view(torch.uint8)
+    n = len(b) // 8192 * 8192
+    h = hashlib.sha256(f"{x.dtype} {list(x.shape)}".encode())
+    h.update(b[:n].view(torch.int64).view(-1, 1024).sum(1).numpy().tobytes())
+    h.update(b[n:].numpy().tobytes())
+    return h.hexdigest()[:32]
+
 # %% ../nbs/06_acts.ipynb #acts-cache
-@patch
-def _cache_dir(self:Stream)->Path:
+@patch(as_prop=True)
+def _folder(self:Stream)->Path:
     "Folder whose name depends on all that determines the activations."
-    key = [self.lm.fingerprint(), self.source.fingerprint(), self.hook, self.n_rows, self.lm_batch, str(self.lm.dtype)]
-    return Path(self.cache)/hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    if not hasattr(self, "_dir"):
+        key = ["2", self.lm.fingerprint(), self.source.fingerprint(), self.hook, self.n_rows, self.lm_batch, str(getattr(self.lm, "dtype", "")), str(self.dtype)]
+        self._dir = Path(self.cache)/hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        try: self._dir.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise InputError(f"cache {str(self.cache)!r} cannot be a folder: {e.strerror}; choose another, or none") from None
+    return self._dir
 
 @patch
-def _cached(self:Stream, index, tokens, docs):
-    "Activations of buffer `index`, from disk if they are there."
-    d = self._cache_dir(); man = d/"manifest.json"; p = d/f"shard-{index:05d}.safetensors"
-    sums = read_json(man) if man.exists() else {}
-    if p.name in sums:
-        if not p.exists() or hashlib.sha256(p.read_bytes()).hexdigest() != sums[p.name]:
-            raise InputError(f"activation shard {p.name} in {d} is damaged or missing; delete the folder {d.name} to harvest again")
-        t = read_tensors(p, self.lm.device)
-        if torch.equal(t["tokens"].cpu(), tokens): return t["x"]
-    x = self._harvest(tokens, docs)
-    write_tensors(p, {"x": x, "tokens": tokens})
-    write_json(man, {**sums, p.name: hashlib.sha256(p.read_bytes()).hexdigest()})
+def _cached(self:Stream, index, tokens, docs, stop=None):
+    "Activations of buffer `index`, from disk if they are there, and whether their memory is ours."
+    p = self._folder/f"shard-{index:05d}.safetensors"
+    rows = hashlib.sha256(tokens.numpy().tobytes() + docs.numpy().tobytes()).hexdigest()[:32]
+    x = _shard(p, rows)
+    if x is None: x = self._harvest(tokens, docs, stop); self._keep(p, x, rows); return x, True
+    if torch.device(self.lm.device).type == "cpu": return x, False
+    return (self._spare.pop().copy_(x) if self._spare else x.to(self.lm.device)), True
+
+# %% ../nbs/06_acts.ipynb #acts-shard
+def _shard(p, rows):
+    "The activations in file `p`, mapped and checked; None if it is not there or holds other rows."
+    if not p.exists(): return None
+    bad = InputError(f"activation shard {p.name} in {p.parent} is damaged; delete it and it will be harvested again")
+    try:
+        with safe_open(str(p), "pt") as f: meta,x = f.metadata() or {},f.get_tensor("x")
+    except (SafetensorError, OSError): raise bad from None
+    if meta.get("rows") != rows: return None
+    if meta.get("digest") != digest(x): raise bad
     return x
+
+@patch
+def _keep(self:Stream, p, x, rows):
+    "Write a shard, unless there is no room."
+    if getattr(self, "_full", False): return
+    try:
+        used = sum(f.stat().st_size for f in Path(self.cache).rglob("shard-*.safetensors"))
+        if used + x.nbytes > self.cache_gb * 1e9: raise InputError(f"the cache holds {used / 1e9:.1f} GB and may not grow beyond {self.cache_gb:g}; raise cache_gb or delete folders in it")
+        x = x.cpu(); write_tensors(p, {"x": x}, dict(rows=rows, digest=digest(x)))
+    except InputError as e: self._full = True; print(f"{e}. Training goes on; activations that are not in the cache are harvested each time")

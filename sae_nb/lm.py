@@ -6,7 +6,7 @@
 __all__ = ['layouts', 'kinds', 'customary', 'LM', 'positions', 'token_loss', 'next_in_doc', 'load_lm']
 
 # %% ../nbs/05_lm.ipynb #lm-imports
-import hashlib, json, re, traceback
+import hashlib, json, re, threading, traceback
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class LM:
         self.context = cfg.max_position_embeddings
         self.bos,self.eos,self.pad = [getattr(tokenizer, f"{o}_token_id", None) for o in ("bos", "eos", "pad")]
         self.special_ids = set(getattr(tokenizer, "all_special_ids", []))
-        self.net = NNsight(model)
+        self.net,self.lock = NNsight(model),threading.Lock() # the lock is held by whoever runs the model
 
     def __repr__(self): return f"LM({self.name!r}, {self.model.config.model_type}, {self.n_layers} layers, d_model {self.d_model})"
 
@@ -148,12 +148,18 @@ def _untie(signals):
 
 # %% ../nbs/05_lm.ipynb #lm-point
 @patch
-def _point(self:LM, hook):
-    "The nnsight module that carries `hook`, and which side of it."
+def _path(self:LM, hook):
+    "The name of the module that carries `hook`, and which side of it."
     layer,kind = self._place(hook)
     blocks,attn,mlp = self.layout
     module = ("", f".{attn}", f".{mlp}", "")[kind]
-    return self.net.get(f"{blocks}.{layer}{module}"), "input" if kind == 0 else "output"
+    return f"{blocks}.{layer}{module}", "input" if kind == 0 else "output"
+
+@patch
+def _point(self:LM, hook):
+    "The nnsight module that carries `hook`, and which side of it."
+    path,side = self._path(hook)
+    return self.net.get(path), side
 
 @patch
 def _free(self:LM):
@@ -182,9 +188,32 @@ def acts(self:LM,
     "Activations at `hook`. The layers above the last one asked for do not run."
     self._free()
     hooks,got = ([hook] if isinstance(hook, str) else list(hook)), {}
-    self._harvest(self._inputs(tokens, docs), hooks, got)
+    with self.lock: self._harvest(self._inputs(tokens, docs), hooks, got)
     out = {h: got.pop(h) for h in dict.fromkeys(hooks)}
     return out[hook] if isinstance(hook, str) else out
+
+# %% ../nbs/05_lm.ipynb #lm-read
+class _There(Exception): "The pass has reached the hook point."
+
+@patch
+def read(self:LM,
+    tokens,          # Token ids, [B, T]
+    hook:str,        # Name of a hook point
+    docs=None,       # Document number per token, [B, T], where rows hold several; 0 is padding
+    wait:bool=False, # While another thread runs the model: wait instead of raising
+)->Tensor:           # [B, T, d], as `lm.acts` gives it
+    "Activations at one hook point without a trace. The layers above do not run."
+    if not wait: self._free()
+    (path,side),kw,got = self._path(hook),self._inputs(tokens, docs),[]
+    module = self.model.get_submodule(path)
+    def before(m, args, kw): got.append(args[0] if args else kw["hidden_states"]); raise _There
+    def after(m, args, out): got.append(_first(out)); raise _There
+    with self.lock, torch.no_grad():
+        handle = module.register_forward_pre_hook(before, with_kwargs=True) if side == "input" else module.register_forward_hook(after)
+        try: self.model(**kw)
+        except _There: pass
+        finally: handle.remove()
+    return got.pop()
 
 # %% ../nbs/05_lm.ipynb #lm-edited
 def _edited(x, edit, hook):
@@ -217,7 +246,7 @@ def logits(self:LM,
     self._free()
     if (hook is None) != (edit is None): raise InputError("an edit needs both a hook point and a function: logits(tokens, hook, edit)")
     got = {}
-    with torch.set_grad_enabled(grad): self._run(self._inputs(tokens, docs), hook, edit, got)
+    with self.lock, torch.set_grad_enabled(grad): self._run(self._inputs(tokens, docs), hook, edit, got)
     return got.pop("logits")
 
 # %% ../nbs/05_lm.ipynb #lm-loss

@@ -7,7 +7,7 @@ __all__ = ['presets', 'Out', 'SAE', 'Front', 'parts_of', 'options', 'build', 'ad
            'load', 'check_variant']
 
 # %% ../nbs/03_sae.ipynb #sae-imports
-import copy, functools, inspect, json
+import copy, functools, inspect, json, math
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from .core import *
 from . import sparse
-from .sparse import Active, Pieces, affine, by_columns, decode_active, dense, encode_active, encode_dense, entries_of
+from .sparse import Active, Pieces, Rough, affine, by_columns, decode_active, dense, encode_active, encode_dense, entries_of
 
 # %% ../nbs/03_sae.ipynb #sae-out
 @dataclass
@@ -178,6 +178,11 @@ def calibrate(self:SAE,
     "Called in training only, before anything is chosen: a variant may set itself up from its first batch here."
     return z
 
+@patch(as_prop=True)
+def calibrates(self:SAE)->bool: # False: `calibrate` will leave this batch alone, and not all pre-activations need be made
+    "Does `calibrate` want to see the next batch?"
+    return type(self).calibrate is not SAE.calibrate
+
 # %% ../nbs/03_sae.ipynb #sae-encode-decode
 @patch
 def encode(self:SAE,
@@ -246,26 +251,26 @@ def chooses(self:SAE)->bool: # Whether `active` and `latent` say the same as `ac
 
 @patch
 def _pieces(self:SAE, reads, c):
-    "Pre-activations as variants choose from them, and all of them in one tensor if there are not too many."
-    n,z = len(reads[0][0]),None
-    most = sparse.pays(n, self.d_in, self.d_sae)
+    "Pre-activations as variants choose from them."
+    n = len(reads[0][0])
+    most,held = sparse.pays(n, self.d_in, self.d_sae),sparse.room * (16 if self.b_enc.is_cuda else 1)
     @torch.no_grad()
     def make(at):
         part,b = _some(reads, self.b_enc, at)
         return self.calibrate(affine(part, b, c, sparse.scratch(n, len(b), b) if most >= 0 else None), at)
-    held = sparse.room * (16 if self.b_enc.is_cuda else 1)
-    if n * self.d_sae > held: return Pieces(make, n, self.d_sae, held=held),None
-    z = make(slice(None))
-    return Pieces(lambda at: z[:, at], n, self.d_sae, most, held),z
+    rough = most >= 0 and n and not self.calibrates and self.d_in >= sparse.rough_from and sparse.rounds_well(self.b_enc)
+    if n * self.d_sae > held: most = math.inf
+    return Pieces(make, n, self.d_sae, most, held, Rough(reads, self.b_enc, c) if rough else None)
 
 @patch
 def passed(self:SAE, x, mask)->Out:
     "A training pass, along the shorter road."
     reads,c = self.reads(x, mask)
     reads = [(counted(u, mask), W) for u,W in reads]; x = counted(x, mask)
-    p,z = self._pieces(reads, c)
+    p = self._pieces(reads, c)
     found = self.active(p)
     if found is None:
+        z = p.piece(slice(0, self.d_sae))
         z = encode_dense(z if p.most < 0 else z.clone(), self.b_enc, reads, c)
         return Out(x, z, f := self.activate(z), self.rebuild(f, x), mask)
     a,z = found

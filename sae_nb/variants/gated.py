@@ -50,7 +50,7 @@ def latent(self:GatedSAE, z, at)->Tensor:
 @patch
 def active(self:GatedSAE, p:Pieces)->tuple:
     "Where the gate is open."
-    return choose_where(p, lambda z, at: z > 0)
+    return choose_where(p, 0)
 
 # %% ../../nbs/variants/gated.ipynb #gated-loss
 @patch
@@ -67,10 +67,15 @@ def sparsity(self:GatedSAE, o:Out)->dict:
     return {"l1": w * o.per_token(o.z.relu())}
 
 # %% ../../nbs/variants/gated.ipynb #gated-calibrate
+@patch(as_prop=True)
+def calibrates(self:GatedSAE)->bool:
+    "While quantiles are followed."
+    return bool(self.price.target_l0) and (self.price.unset or self.progress < self.settle)
+
 @patch
 def calibrate(self:GatedSAE, z, at)->Tensor:
     "The first training batches set the gate's biases if L0 is steered."
-    if not self.price.target_l0 or not (self.price.unset or self.progress < self.settle): return z
+    if not self.calibrates: return z
     q = self.price.between(z)
     self.b_enc.data[at] -= q
     return z - q

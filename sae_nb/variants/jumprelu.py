@@ -86,14 +86,18 @@ def latent(self:JumpReLUSAE, z, at)->Tensor:
 @patch
 def active(self:JumpReLUSAE, p:Pieces)->tuple:
     "What exceeds the threshold, and what lies close enough below it that the threshold hears of it."
-    low = self.threshold.detach() - self.bandwidth / 2
-    return choose_where(p, lambda z, at: z > low[at])
+    return choose_where(p, lambda at: self.threshold.detach()[at] - self.bandwidth / 2)
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-calibrate
+@patch(as_prop=True)
+def calibrates(self:JumpReLUSAE)->bool:
+    "While quantiles are followed."
+    return bool(self.price.target_l0) and (self.price.unset or self.progress < self.settle)
+
 @patch
 def calibrate(self:JumpReLUSAE, z, at)->Tensor:
     "The first training batches set the thresholds if L0 is steered."
-    if not self.price.target_l0 or not (self.price.unset or self.progress < self.settle): return z
+    if not self.calibrates: return z
     q = self.price.between(z)
     up = (self.start - q).clamp_min(0)
     self.b_enc.data[at] += up; self.slow_log_threshold.data[at] = (q + up).log() / self.pace

@@ -102,7 +102,7 @@ class StandardSAE(SAE):
 @patch
 def active(self:StandardSAE, p:Pieces)->tuple:
     "What is above zero; a ReLU does the rest."
-    return choose_where(p, lambda z, at: z > 0)
+    return choose_where(p, 0)
 
 # %% ../../nbs/variants/standard.ipynb #standard-error
 @patch
@@ -112,10 +112,15 @@ def reconstruction(self:StandardSAE, o:Out)->dict:
     return {"norm_error": (o.x - o.x_hat).pow(2).sum(-1).clamp_min(1e-12).sqrt().mean()}
 
 # %% ../../nbs/variants/standard.ipynb #standard-calibrate
+@patch(as_prop=True)
+def calibrates(self:StandardSAE)->bool:
+    "On the first batch, if L0 is steered."
+    return self.price.unset
+
 @patch
 def calibrate(self:StandardSAE, z, at)->Tensor:
     "The first training batch sets the biases if L0 is steered."
-    if not self.price.unset: return z
+    if not self.calibrates: return z
     q = self.price.start(z)
     self.b_enc.data[at] -= q
     return z - q

@@ -67,7 +67,7 @@ def similarities(
 )->Tensor:   # [M, M]
     "How alike each token is to each partner."
     def sized(a, v):
-        v = v.float()
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
         return (a, v / v.new_zeros(len(a)).index_add(0, a.rows, v * v).clamp_min(1e-12).sqrt()[a.rows]) if similarity == "cosine" else (a, v)
     p,q = sized(*p),dense(*sized(*q)).T.contiguous()
     few = len(p[1]) <= sparse.pays(q.shape[1], q.shape[1], q.shape[0])

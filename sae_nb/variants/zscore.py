@@ -86,6 +86,11 @@ def observe(self:ZScoreSAE,
     w = ema_weight(self.n_batches[at].float(), self.decay)
     for kept,now in zip((self.mean, self.std), mean_std(z)): kept[at] = torch.lerp(kept[at].to(now), now, w.to(now)).to(kept)
 
+@patch(as_prop=True)
+def calibrates(self:ZScoreSAE)->bool:
+    "Always."
+    return True
+
 @patch
 def calibrate(self:ZScoreSAE, z, at)->Tensor:
     "Every training batch moves the statistics."
@@ -107,8 +112,7 @@ def activate(self:ZScoreSAE,
 @patch
 def active(self:ZScoreSAE, p:Pieces)->tuple:
     "The same in training, where the batch itself has given every latent its statistics."
-    low = self.threshold.clamp_min(0)
-    return choose_where(p, lambda z, at: z > low[at])
+    return choose_where(p, lambda at: self.threshold[at].clamp_min(0))
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-sparsity
 @patch
