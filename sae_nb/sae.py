@@ -31,7 +31,7 @@ class Out:
     logs:dict = field(default_factory=dict)  # name -> number worth keeping, no part of the loss
     notes:dict = field(default_factory=dict) # front -> what it computed on the way, for penalties to read
     active:Active = None # Where the entries are; None: a dense pass
-    remake:object = None # Function from latents (indices, or None for all) to their pre-activations, with a graph
+    made:tuple = None    # What the pre-activations are made of: (reads, biases, what is taken off), see `SAE.reads`
 
     @property
     def loss(self): return sum(self.terms.values())
@@ -63,12 +63,21 @@ def decode(self:Out,
     return v @ W if self.active is None else decode_active(self.active, v, W)
 
 @patch
+def made_of(self:Out,
+    idx, # Latents, indices [n] or a slice
+)->tuple: # ([(what is read [n_tokens, m], its weights [m, n]), ...], biases [n], what is taken off the first or None)
+    "What the pre-activations of some latents are made of, for whoever wants them again or more of them than were on."
+    reads,b,c = self.made
+    return *_some(reads, b, idx),c
+
+@patch
 def z_of(self:Out,
-    idx:Tensor=None, # Latents, [n]; None: all
+    idx=slice(None), # Latents, indices [n] or a slice
 )->Tensor:           # [n_tokens, n]
     "Pre-activations of some latents on every token, with a graph."
-    if self.remake is not None: return self.remake(idx)
-    return self.z if idx is None else self.z[:, idx]
+    if self.made is None: return self.z[:, idx]
+    reads,b,c = self.made_of(idx)
+    return encode_dense(affine(reads, b, c), b, reads, c)
 
 # %% ../nbs/03_sae.ipynb #sae-class
 class SAE(nn.Module):
@@ -131,12 +140,7 @@ def reads(self:SAE,
         if u is not None: more.append((u[0] / p.units, u[1]))
     return [(seen, self.W_enc), *more],None
 
-def _some(reads, b, idx): return ([(u, W[:, idx]) for u,W in reads],b[idx]) if idx is not None else (reads, b)
-
-def _remade(reads, c, b, idx=None):
-    "Pre-activations of some latents, or all, with a graph."
-    reads,b = _some(reads, b, idx)
-    return encode_dense(affine(reads, b, c), b, reads, c)
+def _some(reads, b, idx): return [(u, W[:, idx]) for u,W in reads],b[idx]
 
 @patch
 def pre(self:SAE,
@@ -145,7 +149,8 @@ def pre(self:SAE,
 )->Tensor:            # Pre-activations, [..., d_sae]
     "Affine map of `x` into the latents, through the fronts."
     reads,c = self.reads(x, mask)
-    return _remade([(u.reshape(-1, u.shape[-1]), W) for u,W in reads], c, self.b_enc).reshape(*x.shape[:-1], self.d_sae)
+    reads = [(u.reshape(-1, u.shape[-1]), W) for u,W in reads]
+    return encode_dense(affine(reads, self.b_enc, c), self.b_enc, reads, c).reshape(*x.shape[:-1], self.d_sae)
 
 # %% ../nbs/03_sae.ipynb #sae-activate
 @patch
@@ -272,11 +277,11 @@ def passed(self:SAE, x, mask)->Out:
     if found is None:
         z = p.piece(slice(0, self.d_sae))
         z = encode_dense(z if p.most < 0 else z.clone(), self.b_enc, reads, c)
-        return Out(x, z, f := self.activate(z), self.rebuild(f, x), mask)
+        return Out(x, z, f := self.activate(z), self.rebuild(f, x), mask, made=(reads, self.b_enc, c))
     a,z = found
     z = encode_active(a, z, self.b_enc, reads, c); v = self.latent(z, a.at)
     x_hat = decode_active(a, v, self.W_dec) + self.b_dec
-    return Out(x, z, v, x_hat + self.skip * x if self.skip else x_hat, mask, active=a, remake=lambda idx=None: _remade(reads, c, self.b_enc, idx))
+    return Out(x, z, v, x_hat + self.skip * x if self.skip else x_hat, mask, active=a, made=(reads, self.b_enc, c))
 
 # %% ../nbs/03_sae.ipynb #sae-run
 @patch

@@ -407,7 +407,8 @@ def topk(self:Rough,
     if m < 2 * most: return self.tokens(torch.arange(self.n), at).topk(min(k, m), dim=-1, sorted=False)
     u = self.upper(at)
     cut = u[:, ::16].topk(k // 5 + 5, sorted=False).values.amin(1)
-    mask = u.view(torch.int16) >= cut.view(torch.int16)[:, None] if (cut > 0).all() else u >= cut[:, None] # the same, and twice as fast
+    u16,c16 = (u.view(torch.int16), cut.view(torch.int16)) if (cut > 0).all() else (u, cut)   # the same, and twice as fast
+    mask = torch.ge(u16, c16[:, None], out=scratch(self.n, m, torch.empty(0, dtype=torch.bool), "mask"))
     rows,cols = _found(mask); U = u[rows, cols].float()
     table,count = _table(rows, U, self.n, most, -math.inf)
     kth = table[:, :max(k, min(most, int(count.max())))].topk(k, dim=-1, sorted=False).values.amin(1)
@@ -447,9 +448,11 @@ def largest(self:Rough,
     m = len(self.b)
     if n * 8 > self.n * m: return None
     u = self.upper(slice(0, m)); sample = u.flatten()[::61]
-    cut = sample.topk(min(len(sample), int(1.4 * n / 61) + 50)).values[-1]
-    rows,cols = _found(u >= cut)
+    guess = sample.topk(min(len(sample), n // 61 + 20)).values[-1].float()
+    cut = (guess - 1.3 * self.reach.mean() - guess.abs() * 2**-6).bfloat16()
+    mask = u >= cut
+    if not n <= mask.count_nonzero() <= 4 * n: return None
+    rows,cols = _found(mask)
     z = self.exact(_pattern(rows, cols, self.n, m))
-    if len(z) < n: return None
     o = largest(z, n)
     return (rows[o],cols[o],z[o]) if z[o].amin() >= cut else None

@@ -205,9 +205,9 @@ def largest_pre(
     def piece(at):
         with torch.no_grad(): return o.z_of(at)
     a,z = choose_topk(Pieces(piece, N, sae.d_sae), k)
-    if o.active is None or sae.fronts: z = o.z_of()[a.rows, a.cols]
-    else: z = encode_active(a, z, sae.b_enc, [(o.x, sae.W_enc)], sae.b_dec)
-    return a,z.relu()
+    if o.made is None: return a,o.z[a.rows, a.cols].relu()
+    reads,b,c = o.made
+    return a,encode_active(a, z, b, reads, c).relu()
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-random-pairs
 def random_pairs(
