@@ -55,6 +55,7 @@ class Params:
     dtype:str = "float32"     # of the language model: float32 or bfloat16
     checkpoint:int = 200      # steps between checkpoints; 0: none
     cache:str = ""            # folder for activations on disk; empty: none
+    cache_gb:float = 100.    # size that folder may reach, in GB
     name:str = ""             # run folder under runs/; empty: from variant, model and seed
     resume:bool = True        # go on where an interrupted run stopped
 
@@ -161,7 +162,7 @@ def presets_of(
 # %% ../nbs/10_runs.ipynb #runs-run
 class Run:
     "One SAE's folder under runs/."
-    harmless = {"resume", "device", "cache", "name", "evals", "eval_rows", "checkpoint", "eval_options", "eval_nulls", "probe_data", "data_dir"} # parameters that do not change the weights
+    harmless = {"resume", "device", "cache", "cache_gb", "name", "evals", "eval_rows", "checkpoint", "eval_options", "eval_nulls", "probe_data", "data_dir"} # parameters that do not change the weights
     def __init__(self,
         folder,      # Where its files go
         config:dict, # What is asked for, as JSON
@@ -326,7 +327,7 @@ def _open_lm(self:Session, dev, rows):
     if text == "world": source = WorldSource(p.ctx, self.seed)
     elif text.startswith("hf:"): source = HFSource(text[3:], self.lm, p.ctx)
     else: source = text_source(text, self.lm, p.ctx, self.seed)
-    self.stream = Stream(self.lm, source, self.hook, p.batch, rows, p.buffer, seed=self.seed, cache=p.cache or None)
+    self.stream = Stream(self.lm, source, self.hook, p.batch, rows, p.buffer, seed=self.seed, cache=p.cache or None, cache_gb=p.cache_gb)
     self.held = heldout(self.lm, source, p.eval_rows)
     local = p.model == "world" or Path(p.model).exists()
     self.content = dict(model=self.lm.fingerprint()[:16] if local else p.model, text=source.fingerprint(), rows=rows)
@@ -387,6 +388,7 @@ def train(self:Session,
             if gone and plot: print(f"{t.name}: " + ", ".join(f"{n} gives way to its own {o}" for n,o in gone.items()))
         live = LivePlot() if plot else None
         train(ts, self.stream, self.p.resume, live, self.quiet)
+        if hasattr(self.stream, "close"): self.stream.close() # nothing is prepared for a step that will not come
         if live: live(ts, force=True)
         for r,t in zip(todo, ts):
             if t.failed: print(t.failed); r.status("failed", t.failed); continue
