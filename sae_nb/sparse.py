@@ -32,7 +32,7 @@ class Active:
         per:int=0,    # The same number for every token; 0: it varies
     ): self.cols,self.starts,self.d_sae,self.per = cols,starts,d_sae,per
     def __len__(self): return len(self.starts) - 1
-    def at(self, t): return t[self.cols]   # numbers per latent [d_sae] -> per entry [n_on]
+    def at(self, t): return t.index_select(0, self.cols)   # numbers per latent [d_sae] -> per entry [n_on]; its gradient adds up in the same order every time
     @functools.cached_property
     def rows(self): # Token of each entry, [n_on]
         if self.per: return torch.arange(len(self), device=self.cols.device).repeat_interleave(self.per)
@@ -138,7 +138,7 @@ def choose_where(
     for at in p.ranges:
         if p.rough: found = p.rough.where(at, level(at), p.most)
         else:
-            z = p.piece(at); mask = z > level(at).to(z)   # asked for after the piece is made: that may move it
+            z = p.piece(at); mask = ~(z <= level(at).to(z))   # the level after the piece, which may move it; NaN goes on, to be noticed
             found = None if p.most < math.inf and mask.count_nonzero() > p.most else (*(rc := _found(mask)), z[rc])
         if found is None: return None
         parts.append((found[0], found[1] + at.start, found[2]))
@@ -343,6 +343,7 @@ def rounds_well(t:Tensor)->bool:
 
 class Rough:
     "Upper bounds of pre-activations from products of bfloat16 numbers, and exact values where they are asked for."
+    @torch.no_grad()
     def __init__(self, reads, b, c=None): # as in `affine`
         (x,W),*more = reads
         self.reads,self.b = [(x if c is None else x - c, W), *more],b
@@ -372,7 +373,7 @@ def upper(self:Rough,
     rho = (lost / size.clamp_min(1e-30)).amax()
     self.X[:, K] = (self.lost + rho * (self.size + self.lost) + K * 2.**-23 * (self.size + self.lost) * (1 + rho)) * up
     self.reach = self.X[:, K].float() * size.max()
-    b = self.b[at]; W[:, K] = size * up; W[:, K + 1] = b; W[:, K + 2] = b - W[:, K + 1] + b.abs() * 2.**-14
+    b = self.b[at]; W[:, K] = size * up; W[:, K + 1] = b; W[:, K + 2] = b - W[:, K + 1] + b.abs() * (2.**-14 + K * 2.**-23)
     return torch.mm(self.X, W.T, out=scratch(self.n, m, self.X, "u"))
 
 @patch
@@ -432,11 +433,11 @@ def where(self:Rough,
     most:float=math.inf, # Candidates up to which the answer is wanted
 )->tuple:        # (rows, columns, values) of all z > low, in the order of rows; None: too many
     "Everything above a level, exactly."
-    low = low.to(self.b); mask = self.upper(at) >= (low - low.abs() * 2.**-7).bfloat16()
+    low = low.to(self.b); mask = ~(self.upper(at) < (low - low.abs() * 2.**-7).bfloat16())   # NaN goes on, to be noticed
     if most < math.inf and mask.count_nonzero() > most: return None
     rows,cols = _found(mask)
     z = self.exact(_pattern(rows, cols + at.start, self.n, len(self.b)))
-    on = z > (low[cols] if low.ndim else low)
+    on = ~(z <= (low[cols] if low.ndim else low))
     return rows[on],cols[on],z[on]
 
 @patch

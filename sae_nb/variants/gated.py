@@ -75,7 +75,7 @@ def calibrates(self:GatedSAE)->bool:
 @patch
 def calibrate(self:GatedSAE, z, at)->Tensor:
     "The first training batches set the gate's biases if L0 is steered."
-    if not self.calibrates: return z
+    if not self.calibrates or not len(z): return z
     q = self.price.between(z)
     self.b_enc.data[at] -= q
     return z - q

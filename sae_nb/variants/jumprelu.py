@@ -97,7 +97,7 @@ def calibrates(self:JumpReLUSAE)->bool:
 @patch
 def calibrate(self:JumpReLUSAE, z, at)->Tensor:
     "The first training batches set the thresholds if L0 is steered."
-    if not self.calibrates: return z
+    if not self.calibrates or not len(z): return z
     q = self.price.between(z)
     up = (self.start - q).clamp_min(0)
     self.b_enc.data[at] += up; self.slow_log_threshold.data[at] = (q + up).log() / self.pace

@@ -120,7 +120,7 @@ def calibrates(self:StandardSAE)->bool:
 @patch
 def calibrate(self:StandardSAE, z, at)->Tensor:
     "The first training batch sets the biases if L0 is steered."
-    if not self.calibrates: return z
+    if not self.calibrates or not len(z): return z
     q = self.price.start(z)
     self.b_enc.data[at] -= q
     return z - q

@@ -162,7 +162,7 @@ class Separation(nn.Module):
     def forward(self, sae, o):
         if self.kind == "latents":
             D = F.normalize(sae.W_dec, dim=-1)
-            return {"separation": self.coeff * (D * D[nearest_row(D)]).sum(-1).mean()}
+            return {"separation": self.coeff * (D * D.index_select(0, nearest_row(D))).sum(-1).mean()}
         u = o.notes["temporal"].get("u")                    # noted in training only
         if u is None: return {}
         return {"separation": self.coeff * overlap(counted(u.flatten(-2), o.mask).unflatten(-1, u.shape[-2:]))}
