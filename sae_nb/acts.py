@@ -7,424 +7,647 @@ __all__ = ['pack', 'count_mask', 'WorldSource', 'read_documents', 'RowSource', '
            'harvest', 'Buffer', 'Stream', 'Ahead', 'heldout', 'digest']
 
 # %% ../nbs/06_acts.ipynb #acts-imports
-import hashlib, json, math, threading, weakref
+import hashlib
+import json
+import math
+import threading
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
 import torch
-from torch import Tensor
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 from fastcore.basics import patch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
 from .core import *
 
 # %% ../nbs/06_acts.ipynb #acts-pack
 def pack(
-    seqs,             # Iterable of lists of token ids, one per document, without BOS
-    ctx:int,          # Tokens per row
-    bos:int=None,     # Put before every piece; None: nothing
-    pad:int=0,        # Fills what is left of a row
-    min_piece:int=8,  # Shortest piece worth starting at the end of a row
-):                    # Yields (tokens, docs), two lists of length `ctx`
+    seqs,  # Iterable of lists of token ids, one per document, without BOS
+    ctx: int,  # Tokens per row
+    bos: int = None,  # Put before every piece; None: nothing
+    pad: int = 0,  # Fills what is left of a row
+    min_piece: int = 8,  # Shortest piece worth starting at the end of a row
+):  # Yields (tokens, docs), two lists of length `ctx`
     "Fill rows of `ctx` tokens with pieces of documents."
     b = [] if bos is None else [bos]
-    if ctx <= len(b): raise InputError(f"ctx = {ctx} leaves no room for a token after BOS; use 2 or more")
-    row,docs,n = [],[],0
+    if ctx <= len(b):
+        raise InputError(f"ctx = {ctx} leaves no room for a token after BOS; use 2 or more")
+    row = []
+    docs = []
+    n = 0
     for s in seqs:
         i = 0
         while i < len(s):
             room = ctx - len(row) - len(b)
             if row and room < min(min_piece, len(s) - i):
-                yield row + [pad]*(ctx-len(row)), docs + [0]*(ctx-len(row))
-                row,docs,n = [],[],0
+                yield row + [pad] * (ctx - len(row)), docs + [0] * (ctx - len(row))
+                row = []
+                docs = []
+                n = 0
                 continue
-            piece,n = b + s[i:i+room],n+1
-            row,docs,i = row+piece,docs+[n]*len(piece),i+room
-    if row: yield row + [pad]*(ctx-len(row)), docs + [0]*(ctx-len(row))
+            piece, n = b + s[i : i + room], n + 1
+            row = row + piece
+            docs = docs + [n] * len(piece)
+            i = i + room
+    if row:
+        yield row + [pad] * (ctx - len(row)), docs + [0] * (ctx - len(row))
 
 # %% ../nbs/06_acts.ipynb #acts-count-mask
 def count_mask(
-    tokens:Tensor, # Token ids, [B, T]
-    docs:Tensor,   # Document numbers, 0 for padding, [B, T]
-    special=(),    # Token ids that never count (BOS, EOS, padding, ...)
-)->Tensor:         # `docs` with 0 wherever a token does not count
+    tokens: Tensor,  # Token ids, [B, T]
+    docs: Tensor,  # Document numbers, 0 for padding, [B, T]
+    special=(),  # Token ids that never count (BOS, EOS, padding, ...)
+) -> Tensor:  # `docs` with 0 wherever a token does not count
     "Which tokens enter a loss, and of which document they are."
-    if not len(special): return docs.clone()
+    if not len(special):
+        return docs.clone()
     return docs.masked_fill(torch.isin(tokens, torch.tensor(sorted(special), device=tokens.device)), 0)
 
 # %% ../nbs/06_acts.ipynb #acts-world-source
 class WorldSource:
     "Documents of the embedded world, one per row. Training text depends on `seed`; held-out text is the same for every seed."
-    train_base,heldout_seed = 1_000_000,999_983
-    def __init__(self,
-        ctx:int=128, # Tokens per row
-        seed:int=0,  # Which documents, and in which order
+
+    train_base, heldout_seed = 1_000_000, 999_983
+
+    def __init__(
+        self,
+        ctx: int = 128,  # Tokens per row
+        seed: int = 0,  # Which documents, and in which order
     ):
-        if ctx < 128: raise InputError(f"ctx = {ctx} is too short for the embedded world, whose documents have up to 128 tokens; use 128 or more")
-        self.ctx,self.seed,self.pos,self.name = ctx,seed,0,"world"
-    def take(self, n:int): # Next `n` rows as (tokens, docs)
+        if ctx < 128:
+            raise InputError(
+                f"ctx = {ctx} is too short for the embedded world, whose documents have up to 128 tokens; use 128 or more"
+            )
+        self.ctx = ctx
+        self.seed = seed
+        self.pos = 0
+        self.name = "world"
+
+    def take(self, n: int):  # Next `n` rows as (tokens, docs)
         "The next `n` rows."
         self.pos += n
         return self._rows(self.train_base + self.seed, self.pos - n, n)
-    def heldout(self, n:int): # `n` rows of documents that no training stream contains
+
+    def heldout(self, n: int):  # `n` rows of documents that no training stream contains
         "Rows for evaluation."
         return self._rows(self.heldout_seed, 0, n)
+
     def _rows(self, seed, start, n):
         from sae_nb.world import documents, encode
+
         return encode(documents(seed, start, n), self.ctx)
-    def state(self): return {"pos": self.pos}
-    def load_state(self, s): self.pos = s["pos"]
-    def fingerprint(self): return f"world-{self.seed}-{self.ctx}"
+
+    def state(self):
+        return {"pos": self.pos}
+
+    def load_state(self, s):
+        self.pos = s["pos"]
+
+    def fingerprint(self):
+        return f"world-{self.seed}-{self.ctx}"
 
 # %% ../nbs/06_acts.ipynb #acts-read-text
 def read_documents(
-    path, # A .txt, .md or .jsonl file, or a folder of them
-)->list:  # Texts, none empty
+    path,  # A .txt, .md or .jsonl file, or a folder of them
+) -> list:  # Texts, none empty
     "The documents of a file or folder."
     path = Path(path)
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl") and p.is_file()) if path.is_dir() else [path]
-    if not files: raise InputError(f"text {str(path)!r} holds no .txt, .md or .jsonl file; give a folder that does, or one file")
+    files = (
+        sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".jsonl") and p.is_file())
+        if path.is_dir()
+        else [path]
+    )
+    if not files:
+        raise InputError(
+            f"text {str(path)!r} holds no .txt, .md or .jsonl file; give a folder that does, or one file"
+        )
     docs = []
     for p in files:
-        try: t = p.read_text(encoding="utf-8")
-        except FileNotFoundError: raise InputError(f"text {str(p)!r} does not exist; give a .txt, .md or .jsonl file, a folder, or hf:<data set>") from None
-        except (OSError, UnicodeDecodeError) as e: raise InputError(f"text {str(p)!r} cannot be read as UTF-8 text ({getattr(e, 'strerror', None) or e.reason}); convert it or check its permissions") from None
+        try:
+            t = p.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise InputError(
+                f"text {str(p)!r} does not exist; give a .txt, .md or .jsonl file, a folder, or hf:<data set>"
+            ) from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(
+                f"text {str(p)!r} cannot be read as UTF-8 text ({getattr(e, 'strerror', None) or e.reason}); convert it or check its permissions"
+            ) from None
         docs += _split(p, t)
     docs = [d for d in docs if d.strip()]
-    if not docs: raise InputError(f"text {str(path)!r} is empty; give a text of at least a few contexts")
+    if not docs:
+        raise InputError(f"text {str(path)!r} is empty; give a text of at least a few contexts")
     return docs
 
 # %% ../nbs/06_acts.ipynb #acts-split
 def _split(p, t):
     "Documents of one file's text."
-    if p.suffix != ".jsonl": return t.split("\n<|endoftext|>\n")
+    if p.suffix != ".jsonl":
+        return t.split("\n<|endoftext|>\n")
     docs = []
-    for i,line in enumerate(t.splitlines(), 1):
-        if not line.strip(): continue
-        try: docs.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError): raise InputError(f"line {i} of {p.name} is not a JSON object with a \"text\" field; mend or remove it") from None
+    for i, line in enumerate(t.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            docs.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f'line {i} of {p.name} is not a JSON object with a "text" field; mend or remove it'
+            ) from None
     return docs
 
 # %% ../nbs/06_acts.ipynb #acts-rows-source
 class RowSource:
     "Rows held in memory, dealt in a seeded order, epoch after epoch."
-    def __init__(self,
-        tokens:Tensor,    # All rows, [R, ctx]
-        docs:Tensor,      # Document numbers, [R, ctx]
-        seed:int=0,       # Seeds the order
-        held:float=.05,   # Share of the rows, from the end, that is held out
-        name:str="rows",  # What to call this text
+
+    def __init__(
+        self,
+        tokens: Tensor,  # All rows, [R, ctx]
+        docs: Tensor,  # Document numbers, [R, ctx]
+        seed: int = 0,  # Seeds the order
+        held: float = 0.05,  # Share of the rows, from the end, that is held out
+        name: str = "rows",  # What to call this text
     ):
         n = max(1, round(len(tokens) * held))
-        if len(tokens) < 2: raise InputError(f"text {name!r} fills {len(tokens)} context of {tokens.shape[-1]} tokens and training needs one more to hold out; give more text or a smaller ctx")
-        self.rows,self.held,self.seed,self.pos,self.name,self.ctx = (tokens[:-n], docs[:-n]),(tokens[-n:], docs[-n:]),seed,0,name,tokens.shape[-1]
-    def _order(self, epoch): return torch.randperm(len(self.rows[0]), generator=torch.Generator().manual_seed(self.seed * 100_003 + epoch))
-    def take(self, n:int):
+        if len(tokens) < 2:
+            raise InputError(
+                f"text {name!r} fills {len(tokens)} context of {tokens.shape[-1]} tokens and training needs one more to hold out; give more text or a smaller ctx"
+            )
+        self.rows = (tokens[:-n], docs[:-n])
+        self.held = (tokens[-n:], docs[-n:])
+        self.seed = seed
+        self.pos = 0
+        self.name = name
+        self.ctx = tokens.shape[-1]
+
+    def _order(self, epoch):
+        return torch.randperm(
+            len(self.rows[0]), generator=torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        )
+
+    def take(self, n: int):
         "The next `n` rows."
-        R,idx = len(self.rows[0]),[]
+        R, idx = len(self.rows[0]), []
         while n:
-            e,o = divmod(self.pos, R); k = min(n, R - o)
-            idx.append(self._order(e)[o:o+k]); self.pos += k; n -= k
+            e, o = divmod(self.pos, R)
+            k = min(n, R - o)
+            idx.append(self._order(e)[o : o + k])
+            self.pos += k
+            n -= k
         idx = torch.cat(idx)
-        return self.rows[0][idx],self.rows[1][idx]
-    def heldout(self, n:int):
+        return self.rows[0][idx], self.rows[1][idx]
+
+    def heldout(self, n: int):
         "Up to `n` rows for evaluation."
-        return self.held[0][:n],self.held[1][:n]
-    def state(self): return {"pos": self.pos}
-    def load_state(self, s): self.pos = s["pos"]
-    def fingerprint(self): return hashlib.sha256(self.rows[0].numpy().tobytes()).hexdigest()[:16] + f"-{self.seed}-{self.ctx}"
+        return self.held[0][:n], self.held[1][:n]
+
+    def state(self):
+        return {"pos": self.pos}
+
+    def load_state(self, s):
+        self.pos = s["pos"]
+
+    def fingerprint(self):
+        return hashlib.sha256(self.rows[0].numpy().tobytes()).hexdigest()[:16] + f"-{self.seed}-{self.ctx}"
 
 # %% ../nbs/06_acts.ipynb #acts-text-source
 def text_source(
-    path,          # File or folder, see `read_documents`
-    lm,            # Language model: its tokenizer and special tokens are used
-    ctx:int=128,   # Tokens per row
-    seed:int=0,    # Seeds the order
-)->RowSource:      # Rows in memory
+    path,  # File or folder, see `read_documents`
+    lm,  # Language model: its tokenizer and special tokens are used
+    ctx: int = 128,  # Tokens per row
+    seed: int = 0,  # Seeds the order
+) -> RowSource:  # Rows in memory
     "Tokenise and pack text on disk."
     docs = read_documents(path)
-    ids = [lm.tokenizer(d, add_special_tokens=False)["input_ids"] for d in tqdm(docs, desc="tokenising", disable=len(docs) < 200)]
+    ids = [
+        lm.tokenizer(d, add_special_tokens=False)["input_ids"]
+        for d in tqdm(docs, desc="tokenising", disable=len(docs) < 200)
+    ]
     n = sum(map(len, ids))
-    if n < ctx: raise InputError(f"text {str(path)!r} has {n} tokens, less than one context of {ctx}; give more text or a smaller ctx")
+    if n < ctx:
+        raise InputError(
+            f"text {str(path)!r} has {n} tokens, less than one context of {ctx}; give more text or a smaller ctx"
+        )
     rows = list(pack(ids, ctx, lm.bos, lm.pad or 0))
     return RowSource(*(torch.tensor(r) for r in zip(*rows)), seed=seed, name=str(Path(path).name))
 
 # %% ../nbs/06_acts.ipynb #acts-hf-open
 def open_dataset(
-    name:str,        # "owner/name", "owner/name:config", or a local folder of parquet, json or text files
-    split:str="train", # Split to read
-):                   # A streaming data set
+    name: str,  # "owner/name", "owner/name:config", or a local folder of parquet, json or text files
+    split: str = "train",  # Split to read
+):  # A streaming data set
     "Open a Hugging Face data set without downloading it whole."
     import datasets
-    name,_,config = name.partition(":")
-    try: ds = datasets.load_dataset(name, config or None, split=split, streaming=True)
+
+    name, _, config = name.partition(":")
+    try:
+        ds = datasets.load_dataset(name, config or None, split=split, streaming=True)
     except Exception as e:
-        hint = "it is gated: accept its terms on its page and set HF_TOKEN" if "gated" in str(e).lower() else "check the name and the network, or give a local file with -p text path"
-        raise InputError(f"data set {name!r} cannot be opened ({type(e).__name__}: {str(e).splitlines()[0][:160]}); {hint}") from None
+        hint = (
+            "it is gated: accept its terms on its page and set HF_TOKEN"
+            if "gated" in str(e).lower()
+            else "check the name and the network, or give a local file with -p text path"
+        )
+        raise InputError(
+            f"data set {name!r} cannot be opened ({type(e).__name__}: {str(e).splitlines()[0][:160]}); {hint}"
+        ) from None
     return ds
 
 # %% ../nbs/06_acts.ipynb #acts-hf-source
 class HFSource:
     "Rows packed from a streamed data set."
-    def __init__(self,
-        name:str,        # See `open_dataset`
-        lm,              # Language model: its tokenizer and special tokens are used
-        ctx:int=128,     # Tokens per row
-        n_held:int=256,  # Documents kept for evaluation
-        column:str="",   # Text column; empty: the first of text, content, document that exists
+
+    def __init__(
+        self,
+        name: str,  # See `open_dataset`
+        lm,  # Language model: its tokenizer and special tokens are used
+        ctx: int = 128,  # Tokens per row
+        n_held: int = 256,  # Documents kept for evaluation
+        column: str = "",  # Text column; empty: the first of text, content, document that exists
     ):
-        self.ds,self.lm,self.ctx,self.n_held,self.name = open_dataset(name),lm,ctx,n_held,name
+        self.ds = open_dataset(name)
+        self.lm = lm
+        self.ctx = ctx
+        self.n_held = n_held
+        self.name = name
         first = next(iter(self.ds), None)
-        if first is None: raise InputError(f"data set {name!r} is empty")
+        if first is None:
+            raise InputError(f"data set {name!r} is empty")
         self.column = column or next((c for c in ("text", "content", "document") if c in first), "")
-        if self.column not in first: raise InputError(f"data set {name!r} has no column {column or 'text'!r}; it has: {', '.join(first)}")
-        self.docs,self.rows,self._it = 0,0,None
+        if self.column not in first:
+            raise InputError(
+                f"data set {name!r} has no column {column or 'text'!r}; it has: {', '.join(first)}"
+            )
+        self.docs = 0
+        self.rows = 0
+        self._it = None
+
     def _documents(self, ds):
         for d in ds:
             self.docs += 1
             yield self.lm.tokenizer(d[self.column], add_special_tokens=False)["input_ids"]
+
     def _open(self):
-        if self._it is None: self._it = pack(self._documents(self.ds.skip(self.n_held)), self.ctx, self.lm.bos, self.lm.pad or 0)
-    def take(self, n:int):
+        if self._it is None:
+            self._it = pack(
+                self._documents(self.ds.skip(self.n_held)), self.ctx, self.lm.bos, self.lm.pad or 0
+            )
+
+    def take(self, n: int):
         "The next `n` rows."
         self._open()
-        rows = [r for _,r in zip(range(n), self._it)]
-        if len(rows) < n: raise InputError(f"data set {self.name!r} ended after {self.docs} documents and {self.rows + len(rows)} rows; ask for fewer tokens")
+        rows = [r for _, r in zip(range(n), self._it)]
+        if len(rows) < n:
+            raise InputError(
+                f"data set {self.name!r} ended after {self.docs} documents and {self.rows + len(rows)} rows; ask for fewer tokens"
+            )
         self.rows += n
         return tuple(torch.tensor(r) for r in zip(*rows))
 
 # %% ../nbs/06_acts.ipynb #acts-hf-state
 @patch
-def heldout(self:HFSource, n:int):
+def heldout(self: HFSource, n: int):
     "Up to `n` rows for evaluation."
-    ids = (self.lm.tokenizer(d[self.column], add_special_tokens=False)["input_ids"] for d in self.ds.take(self.n_held))
-    rows = [r for _,r in zip(range(n), pack(ids, self.ctx, self.lm.bos, self.lm.pad or 0))]
+    ids = (
+        self.lm.tokenizer(d[self.column], add_special_tokens=False)["input_ids"]
+        for d in self.ds.take(self.n_held)
+    )
+    rows = [r for _, r in zip(range(n), pack(ids, self.ctx, self.lm.bos, self.lm.pad or 0))]
     return tuple(torch.tensor(r) for r in zip(*rows))
 
-@patch
-def state(self:HFSource): return {"rows": self.rows}
 
 @patch
-def load_state(self:HFSource, s):
+def state(self: HFSource):
+    return {"rows": self.rows}
+
+# %% ../nbs/06_acts.ipynb #acts-hf-state-load-state
+@patch
+def load_state(self: HFSource, s):
     "Go to a saved position by packing the documents before it again; no language model is needed for that."
-    self.docs,self.rows,self._it = 0,s["rows"],None
+    self.docs = 0
+    self.rows = s["rows"]
+    self._it = None
     self._open()
-    for _ in range(s["rows"]): next(self._it)
+    for _ in range(s["rows"]):
+        next(self._it)
+
 
 @patch
-def fingerprint(self:HFSource): return hashlib.sha256(f"{self.name}-{self.column}-{self.n_held}-{self.ctx}".encode()).hexdigest()[:16]
+def fingerprint(self: HFSource):
+    return hashlib.sha256(f"{self.name}-{self.column}-{self.n_held}-{self.ctx}".encode()).hexdigest()[:16]
 
 # %% ../nbs/06_acts.ipynb #acts-harvest
-class _Halted(Exception): "Another thread asked this one to stop."
+class _Halted(Exception):
+    "Another thread asked this one to stop."
 
+# %% ../nbs/06_acts.ipynb #acts-harvest-harvest
 def harvest(
-    lm,               # Language model
-    tokens:Tensor,    # Token ids, [R, T]
-    docs:Tensor,      # Document numbers, 0 for padding, [R, T]
-    hook:str,         # Hook point
-    out:Tensor=None,  # Where to put them, [R, T, d]; None: a new tensor
-    batch:int=0,      # Rows per pass of the model; 0: as many as make 2,048 tokens on a CPU, 16,384 elsewhere
-    stop=None,        # `threading.Event` that ends a harvest in a second thread, which also waits while another runs the model
-)->Tensor:            # [R, T, d], in the dtype of `out`; 0 where a batch was cut
+    lm,  # Language model
+    tokens: Tensor,  # Token ids, [R, T]
+    docs: Tensor,  # Document numbers, 0 for padding, [R, T]
+    hook: str,  # Hook point
+    out: Tensor = None,  # Where to put them, [R, T, d]; None: a new tensor
+    batch: int = 0,  # Rows per pass of the model; 0: as many as make 2,048 tokens on a CPU, 16,384 elsewhere
+    stop=None,  # `threading.Event` that ends a harvest in a second thread, which also waits while another runs the model
+) -> Tensor:  # [R, T, d], in the dtype of `out`; 0 where a batch was cut
     "Activations of many rows in one buffer."
-    (R,T),read = tokens.shape,partial(lm.read, wait=stop is not None) if hasattr(lm, "read") else lm.acts
+    (R, T), read = tokens.shape, partial(lm.read, wait=stop is not None) if hasattr(lm, "read") else lm.acts
     batch = batch or max(1, (2048 if str(lm.device) == "cpu" else 16384) // T)
-    length = ((docs > 0) * torch.arange(1, T + 1)).amax(1).add(15).div(16, rounding_mode="floor").mul(16).clamp(16, max(16, T))
+    length = (
+        ((docs > 0) * torch.arange(1, T + 1))
+        .amax(1)
+        .add(15)
+        .div(16, rounding_mode="floor")
+        .mul(16)
+        .clamp(16, max(16, T))
+    )
     for idx in length.argsort(descending=True, stable=True).split(batch):
-        if stop is not None and stop.is_set(): raise _Halted
+        if stop is not None and stop.is_set():
+            raise _Halted
         n = min(T, length[idx[0]].item())
         x = read(tokens[idx, :n], hook, docs=docs[idx, :n])
-        if out is None: out = x.new_empty(R, T, x.shape[-1])
+        if out is None:
+            out = x.new_empty(R, T, x.shape[-1])
         at = idx.to(out.device)
         out[:, :n].index_copy_(0, at, x.to(out))
-        if n < T: out[:, n:].index_fill_(0, at, 0)
+        if n < T:
+            out[:, n:].index_fill_(0, at, 0)
     return out
 
 # %% ../nbs/06_acts.ipynb #acts-stream
 class Buffer(NamedTuple):
     "Rows of activations, and the order in which they are dealt."
-    index: int      # Which one, from 0
-    mark: dict      # Where its rows begin in the source
-    after: dict     # Where they end
-    x: Tensor       # [R, T, d_in]
-    mask: Tensor    # Document numbers, 0 where a token does not count, [R, T]
+
+    index: int  # Which one, from 0
+    mark: dict  # Where its rows begin in the source
+    after: dict  # Where they end
+    x: Tensor  # [R, T, d_in]
+    mask: Tensor  # Document numbers, 0 where a token does not count, [R, T]
     tokens: Tensor  # [R, T]
-    order: Tensor   # Rows, or flat positions of counted tokens, shuffled
-    ours: bool      # Whether the memory of `x` may be harvested into; not if it is a mapped file
+    order: Tensor  # Rows, or flat positions of counted tokens, shuffled
+    ours: bool  # Whether the memory of `x` may be harvested into; not if it is a mapped file
 
 # %% ../nbs/06_acts.ipynb #acts-stream-init
 class Stream:
     "Seeded batches of activations that can stop and go on exactly."
-    def __init__(self,
-        lm,                   # Language model
-        source,               # Where rows come from
-        hook:str,             # Hook point, e.g. "blocks.2.hook_resid_post"
-        batch:int=2048,       # Tokens per batch
-        rows:bool=False,      # Whole rows [B, T, d_in] instead of shuffled tokens [N, d_in]
-        buffer:int=512,       # Rows harvested at a time
-        lm_batch:int=0,       # Rows per forward pass of the language model; 0: as many as suit the device
-        seed:int=0,           # Seeds the order within a buffer
-        normalise:bool=True,  # Multiply by one number that brings the mean squared norm to d_in
-        cache=None,           # Folder for activations on disk; None: harvest every time
-        cache_gb:float=100.,  # Size that folder may reach, in GB; what does not fit is harvested every time
-        dtype:str="",         # Number format of the buffer and the cache, e.g. "bfloat16" for half the room; empty: the model's, nothing is rounded
-        prefetch:bool=None,   # Prepare the next buffer in a second thread; None: on a GPU
+
+    def __init__(
+        self,
+        lm,  # Language model
+        source,  # Where rows come from
+        hook: str,  # Hook point, e.g. "blocks.2.hook_resid_post"
+        batch: int = 2048,  # Tokens per batch
+        rows: bool = False,  # Whole rows [B, T, d_in] instead of shuffled tokens [N, d_in]
+        buffer: int = 512,  # Rows harvested at a time
+        lm_batch: int = 0,  # Rows per forward pass of the language model; 0: as many as suit the device
+        seed: int = 0,  # Seeds the order within a buffer
+        normalise: bool = True,  # Multiply by one number that brings the mean squared norm to d_in
+        cache=None,  # Folder for activations on disk; None: harvest every time
+        cache_gb: float = 100.0,  # Size that folder may reach, in GB; what does not fit is harvested every time
+        dtype: str = "",  # Number format of the buffer and the cache, e.g. "bfloat16" for half the room; empty: the model's, nothing is rounded
+        prefetch: bool = None,  # Prepare the next buffer in a second thread; None: on a GPU
     ):
-        self.lm,self.source,self.hook,self.batch,self.rows,self.seed,self.cache,self.cache_gb = lm,source,hook,batch,rows,seed,cache,cache_gb
-        self.d_in,self.lm_batch,self.dtype = lm.width(hook),lm_batch,pick_dtype(dtype) if dtype else None
+        self.lm = lm
+        self.source = source
+        self.hook = hook
+        self.batch = batch
+        self.rows = rows
+        self.seed = seed
+        self.cache = cache
+        self.cache_gb = cache_gb
+        self.d_in = lm.width(hook)
+        self.lm_batch = lm_batch
+        self.dtype = pick_dtype(dtype) if dtype else None
         self.prefetch = torch.device(lm.device).type == "cuda" if prefetch is None else prefetch
-        if batch < 1: raise InputError(f"batch = {batch} is not a number of tokens; give at least 1")
-        if rows and batch < source.ctx: raise InputError(f"batch = {batch} tokens is less than one row of {source.ctx}, and this SAE needs whole rows; use a batch of at least {source.ctx}")
+        if batch < 1:
+            raise InputError(f"batch = {batch} is not a number of tokens; give at least 1")
+        if rows and batch < source.ctx:
+            raise InputError(
+                f"batch = {batch} tokens is less than one row of {source.ctx}, and this SAE needs whole rows; use a batch of at least {source.ctx}"
+            )
         self.n_rows = max(buffer, math.ceil(2 * batch / source.ctx))
-        self.index,self.offset,self._mark = 0,0,source.state()
-        self._held,self._spare,self._ahead = None,[],[]  # the buffer at hand, memory to harvest into, the thread that prepares the next
+        self.index = 0
+        self.offset = 0
+        self._mark = source.state()
+        self._held = None
+        self._spare = []
+        self._ahead = []  # the buffer at hand, memory to harvest into, the thread that prepares the next
         weakref.finalize(self, _halt, self._ahead)
-        self.scale = 1.
+        self.scale = 1.0
         scale = self._measure()
-        if normalise: self.scale = scale
+        if normalise:
+            self.scale = scale
 
 # %% ../nbs/06_acts.ipynb #acts-fill
 @patch
-def _load(self:Stream, index, mark, stop=None):
+def _load(self: Stream, index, mark, stop=None):
     "Buffer `index`, whose rows begin at `mark`."
-    if self.source.state() != mark: self.source.load_state(mark)
-    tokens,docs = self.source.take(self.n_rows)
+    if self.source.state() != mark:
+        self.source.load_state(mark)
+    tokens, docs = self.source.take(self.n_rows)
     mask = count_mask(tokens, docs, self.lm.special_ids)
     keep = torch.arange(len(mask)) if self.rows else (mask.flatten() > 0).nonzero()[:, 0]
     n = self._per_batch
-    if len(keep) < n: raise InputError(f"a buffer of {self.n_rows} rows holds {len(keep):,} tokens that count, less than one batch of {n:,}; raise buffer or lower batch")
+    if len(keep) < n:
+        raise InputError(
+            f"a buffer of {self.n_rows} rows holds {len(keep):,} tokens that count, less than one batch of {n:,}; raise buffer or lower batch"
+        )
     g = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
     order = keep[torch.randperm(len(keep), generator=g)]
-    x,ours = (self._harvest(tokens, docs, stop), True) if self.cache is None else self._cached(index, tokens, docs, stop)
+    x, ours = (
+        (self._harvest(tokens, docs, stop), True)
+        if self.cache is None
+        else self._cached(index, tokens, docs, stop)
+    )
     return Buffer(index, mark, self.source.state(), x, *(t.to(x.device) for t in (mask, tokens, order)), ours)
 
+# %% ../nbs/06_acts.ipynb #acts-fill-per-batch
 @patch(as_prop=True)
-def _per_batch(self:Stream): return self.batch // self.source.ctx if self.rows else self.batch
+def _per_batch(self: Stream):
+    return self.batch // self.source.ctx if self.rows else self.batch
 
 # %% ../nbs/06_acts.ipynb #acts-room
 @patch
-def _harvest(self:Stream, tokens, docs, stop=None):
+def _harvest(self: Stream, tokens, docs, stop=None):
     "Activations of rows, in the memory of a buffer that is done with if there is one."
     out = self._spare.pop() if self._spare else None
-    if out is None and self.dtype: out = torch.empty(*tokens.shape, self.d_in, dtype=self.dtype, device=self.lm.device)
+    if out is None and self.dtype:
+        out = torch.empty(*tokens.shape, self.d_in, dtype=self.dtype, device=self.lm.device)
     return harvest(self.lm, tokens, docs, self.hook, out, self.lm_batch, stop)
 
+
 @patch
-def _drop(self:Stream):
+def _drop(self: Stream):
     "Be done with the buffer at hand; its memory serves the next one, unless it is a mapped file."
-    if self._held is not None and self._held.ours: self._spare.append(self._held.x)
+    if self._held is not None and self._held.ours:
+        self._spare.append(self._held.x)
     self._held = None
 
 # %% ../nbs/06_acts.ipynb #acts-buffer
 @patch
-def _buffer(self:Stream)->Buffer:
+def _buffer(self: Stream) -> Buffer:
     "The buffer of the current position."
     key = (self.index, self._mark)
     if self._held is None or self._held[:2] != key:
-        if hasattr(self.lm, "_free"): self.lm._free()
-        if self._ahead and self._ahead[0].key != key: _halt(self._ahead)
-        if not self._ahead: self._drop(); self._held = self._load(*key)
-        else: b = self._ahead[0].result(self._ahead); self._drop(); self._held = b
+        if hasattr(self.lm, "_free"):
+            self.lm._free()
+        if self._ahead and self._ahead[0].key != key:
+            _halt(self._ahead)
+        if not self._ahead:
+            self._drop()
+            self._held = self._load(*key)
+        else:
+            b = self._ahead[0].result(self._ahead)
+            self._drop()
+            self._held = b
     return self._held
 
+# %% ../nbs/06_acts.ipynb #acts-buffer-iter
 @patch
-def __iter__(self:Stream): return self
+def __iter__(self: Stream):
+    return self
 
+# %% ../nbs/06_acts.ipynb #acts-buffer-next
 @patch
-def __next__(self:Stream)->Batch:
+def __next__(self: Stream) -> Batch:
     "The next batch, scaled, in float32."
     n = self._per_batch
-    if (self.offset + 1) * n > len(self._buffer().order): self.index,self._mark,self.offset = self.index + 1,self._held.after,0
+    if (self.offset + 1) * n > len(self._buffer().order):
+        self.index = self.index + 1
+        self._mark = self._held.after
+        self.offset = 0
     b = self._buffer()
-    if self.prefetch and not self._ahead: self._ahead.append(Ahead(self, b.index + 1, b.after))
-    idx = b.order[self.offset*n:(self.offset + 1)*n]
+    if self.prefetch and not self._ahead:
+        self._ahead.append(Ahead(self, b.index + 1, b.after))
+    idx = b.order[self.offset * n : (self.offset + 1) * n]
     self.offset += 1
-    x,mask,tokens = ((t if self.rows else t.flatten(0, 1)).index_select(0, idx) for t in (b.x, b.mask, b.tokens))
+    x, mask, tokens = (
+        (t if self.rows else t.flatten(0, 1)).index_select(0, idx) for t in (b.x, b.mask, b.tokens)
+    )
     x = x.float()
     return Batch(x if self.scale == 1 else x.mul_(self.scale), mask, tokens)
 
 # %% ../nbs/06_acts.ipynb #acts-measure
 @patch
-def _measure(self:Stream)->float:
+def _measure(self: Stream) -> float:
     "The number that brings the mean squared norm of counted tokens to d_in, from the first buffer; their mean is kept."
-    b = self._buffer(); x,on = b.x.flatten(0, 1),b.mask.flatten() > 0
-    sq,self.mean = torch.empty(len(x), device=x.device),torch.empty(self.d_in, device=x.device)
-    for r,o in zip(x.split(1024), sq.split(1024)): torch.sum(r.float().pow(2), -1, out=o)
-    for c,o in zip(x.split(64, dim=1), self.mean.split(64)): torch.mean(c[on].float(), 0, out=o)
+    b = self._buffer()
+    x, on = b.x.flatten(0, 1), b.mask.flatten() > 0
+    sq = torch.empty(len(x), device=x.device)
+    self.mean = torch.empty(self.d_in, device=x.device)
+    for r, o in zip(x.split(1024), sq.split(1024)):
+        torch.sum(r.float().pow(2), -1, out=o)
+    for c, o in zip(x.split(64, dim=1), self.mean.split(64)):
+        torch.mean(c[on].float(), 0, out=o)
     ms = sq[on].mean().item()
-    if not math.isfinite(ms) or ms <= 0: raise InputError(f"activations at {self.hook} have mean squared norm {ms}; the model or its dtype is broken there")
+    if not math.isfinite(ms) or ms <= 0:
+        raise InputError(
+            f"activations at {self.hook} have mean squared norm {ms}; the model or its dtype is broken there"
+        )
     return math.sqrt(self.d_in / ms)
 
 # %% ../nbs/06_acts.ipynb #acts-state
 @patch
-def state(self:Stream)->dict:
+def state(self: Stream) -> dict:
     "Where the stream stands: JSON."
     return dict(index=self.index, offset=self.offset, source=self._mark, scale=self.scale)
 
-@patch
-def load_state(self:Stream,
-    s:dict, # From `state`
-):
-    "Go to where `s` was taken; the next batch is the one that would have followed. Nothing is harvested before it is asked for."
-    self.index,self.offset,self._mark,self.scale = s["index"],s["offset"],s["source"],s["scale"]
 
 @patch
-def close(self:Stream):
+def load_state(
+    self: Stream,
+    s: dict,  # From `state`
+):
+    "Go to where `s` was taken; the next batch is the one that would have followed. Nothing is harvested before it is asked for."
+    self.index = s["index"]
+    self.offset = s["offset"]
+    self._mark = s["source"]
+    self.scale = s["scale"]
+
+# %% ../nbs/06_acts.ipynb #acts-state-close
+@patch
+def close(self: Stream):
     "Stop preparing the next buffer. The stream can be used on."
     _halt(self._ahead)
 
 # %% ../nbs/06_acts.ipynb #acts-ahead
 class Ahead(threading.Thread):
     "A buffer being prepared."
-    def __init__(self,
-        stream:Stream, # Whose buffer
-        index:int,     # Which
-        mark:dict,     # Where its rows begin in the source
+
+    def __init__(
+        self,
+        stream: Stream,  # Whose buffer
+        index: int,  # Which
+        mark: dict,  # Where its rows begin in the source
     ):
         super().__init__(daemon=True)
-        self.key,self.halt,self.got,self.error = (index, mark),threading.Event(),None,None
-        self.job,self.device = partial(stream._load, index, mark, self.halt),torch.device(stream.lm.device)
-        if self.device.type == "cuda": self.main = torch.cuda.current_stream(self.device); self.begun = self.main.record_event()
+        self.key = (index, mark)
+        self.halt = threading.Event()
+        self.got = None
+        self.error = None
+        self.job = partial(stream._load, index, mark, self.halt)
+        self.device = torch.device(stream.lm.device)
+        if self.device.type == "cuda":
+            self.main = torch.cuda.current_stream(self.device)
+            self.begun = self.main.record_event()
         self.start()
+
     def run(self):
-        try: self.got = self.job() if self.device.type != "cuda" else self._beside()
-        except BaseException as e: self.error = e
-        finally: self.job = None
+        try:
+            self.got = self.job() if self.device.type != "cuda" else self._beside()
+        except BaseException as e:
+            self.error = e
+        finally:
+            self.job = None
+
     def _beside(self):
         with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()) as _:
-            side = torch.cuda.current_stream(); side.wait_event(self.begun)
-            b = self.job(); side.synchronize()
-        for t in b[3:7]: t.record_stream(self.main)
+            side = torch.cuda.current_stream()
+            side.wait_event(self.begun)
+            b = self.job()
+            side.synchronize()
+        for t in b[3:7]:
+            t.record_stream(self.main)
         return b
+
     def result(self, box):
         "The buffer, or the error met on the way; either way `box` is empty again."
-        self.join(); box.clear()
-        if self.error is not None: raise self.error
+        self.join()
+        box.clear()
+        if self.error is not None:
+            raise self.error
         return self.got
 
+# %% ../nbs/06_acts.ipynb #acts-ahead-halt
 def _halt(box):
     "Stop the thread in `box`, if there is one."
-    if not box: return
+    if not box:
+        return
     box[0].halt.set()
-    if box[0] is not threading.current_thread(): box[0].join() # the last to hold a stream may be its own thread
+    if box[0] is not threading.current_thread():  # the last to hold a stream may be its own thread
+        box[0].join()
     box.clear()
 
 # %% ../nbs/06_acts.ipynb #acts-heldout
 def heldout(
-    lm,             # Language model
-    source,         # Where rows come from
-    n_rows:int=256, # Rows to evaluate on
-    batch:int=16,   # Rows per batch
-)->list:            # [(tokens, docs, mask)], each [B, T]
+    lm,  # Language model
+    source,  # Where rows come from
+    n_rows: int = 256,  # Rows to evaluate on
+    batch: int = 16,  # Rows per batch
+) -> list:  # [(tokens, docs, mask)], each [B, T]
     "Held-out rows for evaluators."
-    tokens,docs = source.heldout(n_rows)
+    tokens, docs = source.heldout(n_rows)
     mask = count_mask(tokens, docs, lm.special_ids)
     return list(zip(tokens.split(batch), docs.split(batch), mask.split(batch)))
 
 # %% ../nbs/06_acts.ipynb #acts-digest
 def digest(
-    x:Tensor, # Any tensor on the CPU
-)->str:       # 32 hex digits
+    x: Tensor,  # Any tensor on the CPU
+) -> str:  # 32 hex digits
     "A checksum of contents, dtype and shape, at the speed of memory."
     b = x.detach().contiguous().flatten().view(torch.uint8)
     n = len(b) // 8192 * 8192
@@ -435,43 +658,76 @@ def digest(
 
 # %% ../nbs/06_acts.ipynb #acts-cache
 @patch(as_prop=True)
-def _folder(self:Stream)->Path:
+def _folder(self: Stream) -> Path:
     "Folder whose name depends on all that determines the activations."
     if not hasattr(self, "_dir"):
-        key = ["2", self.lm.fingerprint(), self.source.fingerprint(), self.hook, self.n_rows, self.lm_batch, str(getattr(self.lm, "dtype", "")), str(self.dtype)]
-        self._dir = Path(self.cache)/hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        try: self._dir.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise InputError(f"cache {str(self.cache)!r} cannot be a folder: {e.strerror}; choose another, or none") from None
+        key = [
+            "2",
+            self.lm.fingerprint(),
+            self.source.fingerprint(),
+            self.hook,
+            self.n_rows,
+            self.lm_batch,
+            str(getattr(self.lm, "dtype", "")),
+            str(self.dtype),
+        ]
+        self._dir = Path(self.cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(
+                f"cache {str(self.cache)!r} cannot be a folder: {e.strerror}; choose another, or none"
+            ) from None
     return self._dir
 
+# %% ../nbs/06_acts.ipynb #acts-cache-cached
 @patch
-def _cached(self:Stream, index, tokens, docs, stop=None):
+def _cached(self: Stream, index, tokens, docs, stop=None):
     "Activations of buffer `index`, from disk if they are there, and whether their memory is ours."
-    p = self._folder/f"shard-{index:05d}.safetensors"
+    p = self._folder / f"shard-{index:05d}.safetensors"
     rows = hashlib.sha256(tokens.numpy().tobytes() + docs.numpy().tobytes()).hexdigest()[:32]
     x = _shard(p, rows)
-    if x is None: x = self._harvest(tokens, docs, stop); self._keep(p, x, rows); return x, True
-    if torch.device(self.lm.device).type == "cpu": return x, False
+    if x is None:
+        x = self._harvest(tokens, docs, stop)
+        self._keep(p, x, rows)
+        return x, True
+    if torch.device(self.lm.device).type == "cpu":
+        return x, False
     return (self._spare.pop().copy_(x) if self._spare else x.to(self.lm.device)), True
 
 # %% ../nbs/06_acts.ipynb #acts-shard
 def _shard(p, rows):
     "The activations in file `p`, mapped and checked; None if it is not there or holds other rows."
-    if not p.exists(): return None
-    bad = InputError(f"activation shard {p.name} in {p.parent} is damaged; delete it and it will be harvested again")
+    if not p.exists():
+        return None
+    bad = InputError(
+        f"activation shard {p.name} in {p.parent} is damaged; delete it and it will be harvested again"
+    )
     try:
-        with safe_open(str(p), "pt") as f: meta,x = f.metadata() or {},f.get_tensor("x")
-    except (SafetensorError, OSError): raise bad from None
-    if meta.get("rows") != rows: return None
-    if meta.get("digest") != digest(x): raise bad
+        with safe_open(str(p), "pt") as f:
+            meta, x = f.metadata() or {}, f.get_tensor("x")
+    except (SafetensorError, OSError):
+        raise bad from None
+    if meta.get("rows") != rows:
+        return None
+    if meta.get("digest") != digest(x):
+        raise bad
     return x
 
+# %% ../nbs/06_acts.ipynb #acts-shard-keep
 @patch
-def _keep(self:Stream, p, x, rows):
+def _keep(self: Stream, p, x, rows):
     "Write a shard, unless there is no room."
-    if getattr(self, "_full", False): return
+    if getattr(self, "_full", False):
+        return
     try:
         used = sum(f.stat().st_size for f in Path(self.cache).rglob("shard-*.safetensors"))
-        if used + x.nbytes > self.cache_gb * 1e9: raise InputError(f"the cache holds {used / 1e9:.1f} GB and may not grow beyond {self.cache_gb:g}; raise cache_gb or delete folders in it")
-        x = x.cpu(); write_tensors(p, {"x": x}, dict(rows=rows, digest=digest(x)))
-    except InputError as e: self._full = True; print(f"{e}. Training goes on; activations that are not in the cache are harvested each time")
+        if used + x.nbytes > self.cache_gb * 1e9:
+            raise InputError(
+                f"the cache holds {used / 1e9:.1f} GB and may not grow beyond {self.cache_gb:g}; raise cache_gb or delete folders in it"
+            )
+        x = x.cpu()
+        write_tensors(p, {"x": x}, dict(rows=rows, digest=digest(x)))
+    except InputError as e:
+        self._full = True
+        print(f"{e}. Training goes on; activations that are not in the cache are harvested each time")

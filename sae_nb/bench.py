@@ -7,44 +7,63 @@ __all__ = ['peer_folders', 'stages', 'interleave', 'ratios', 'slope', 'peak_memo
            'against', 'stage_of', 'record', 'by_stage']
 
 # %% ../nbs/30_bench.ipynb #bench-imports
-import contextlib, json, os, subprocess, sys, tempfile, time
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
-import numpy as np, pandas as pd, torch
-from torch.profiler import profile, record_function, ProfilerActivity
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from . import sparse
 from .core import *
 from .sae import *
-from . import sparse
 from .train import *
 
 # %% ../nbs/30_bench.ipynb #bench-interleave
 def interleave(
-    arms:dict,    # name -> function without arguments
-    rounds:int=7, # Times every arm is measured
-    warmup:int=1, # Rounds before that, not kept
-    clock=time.perf_counter, # Or `time.process_time`: processor time, for one thread on a CPU; None: the arms say their seconds themselves
-)->pd.DataFrame:  # Seconds; one row per round, one column per arm
+    arms: dict,  # name -> function without arguments
+    rounds: int = 7,  # Times every arm is measured
+    warmup: int = 1,  # Rounds before that, not kept
+    clock=time.perf_counter,  # Or `time.process_time`: processor time, for one thread on a CPU; None: the arms say their seconds themselves
+) -> pd.DataFrame:  # Seconds; one row per round, one column per arm
     "Time several things in turn."
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     rows = []
     for r in range(-warmup, rounds):
         row = {}
-        for name in list(arms)[::1 if r % 2 == 0 else -1]:
-            wait(); t = clock and clock(); said = arms[name](); wait(); row[name] = clock() - t if clock else said
-        if r >= 0: rows.append(row)
+        for name in list(arms)[:: 1 if r % 2 == 0 else -1]:
+            wait()
+            t = clock and clock()
+            said = arms[name]()
+            wait()
+            row[name] = clock() - t if clock else said
+        if r >= 0:
+            rows.append(row)
     return pd.DataFrame(rows)[list(arms)]
 
+# %% ../nbs/30_bench.ipynb #bench-interleave-ratios
 def ratios(
-    times:pd.DataFrame, # As `interleave` gives them
-    to:str,             # The arm everything is compared with
-)->pd.DataFrame:        # One row per arm: ratio (median over rounds of the ratio within a round), low, high (quartiles), seconds (median)
+    times: pd.DataFrame,  # As `interleave` gives them
+    to: str,  # The arm everything is compared with
+) -> pd.DataFrame:  # One row per arm: ratio (median over rounds of the ratio within a round), low, high (quartiles), seconds (median)
     "How many times the reference each arm takes."
     r = times.div(times[to], axis=0)
-    return pd.DataFrame(dict(ratio=r.median(), low=r.quantile(.25), high=r.quantile(.75), seconds=times.median()))
+    return pd.DataFrame(
+        dict(ratio=r.median(), low=r.quantile(0.25), high=r.quantile(0.75), seconds=times.median())
+    )
 
+# %% ../nbs/30_bench.ipynb #bench-interleave-slope
 def slope(
-    x, # Sizes
-    y, # Seconds, or anything positive
-)->float: # Exponent p of the power law y ~ x^p that fits best in logarithms
+    x,  # Sizes
+    y,  # Seconds, or anything positive
+) -> float:  # Exponent p of the power law y ~ x^p that fits best in logarithms
     "How cost grows."
     return float(np.polyfit(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), 1)[0])
 
@@ -56,155 +75,290 @@ except (OSError, StopIteration): kb = resource.getrusage(resource.RUSAGE_SELF).r
 print("peak", kb / 2**20)
 """
 
+# %% ../nbs/30_bench.ipynb #bench-memory-peak-memory
 def peak_memory(
-    code:str, # Python, run in a process of its own with one thread
-)->float:     # GiB of resident memory at the worst moment, interpreter and libraries included
+    code: str,  # Python, run in a process of its own with one thread
+) -> float:  # GiB of resident memory at the worst moment, interpreter and libraries included
     "The most memory a piece of code holds at a time."
-    r = subprocess.run([sys.executable, "-c", code + _peak], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if r.returncode: raise RuntimeError(r.stderr[-2000:])
+    r = subprocess.run(
+        [sys.executable, "-c", code + _peak],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if r.returncode:
+        raise RuntimeError(r.stderr[-2000:])
     return float(r.stdout.split("peak")[-1])
 
 # %% ../nbs/30_bench.ipynb #bench-trainee
 def stepper(
-    sae:SAE,          # Any SAE
-    x:torch.Tensor,   # One batch, used for every step, [n_tokens, d_in]
-    **cfg,            # Fields of TrainConfig
-):                    # Function that takes one training step and returns the loss
+    sae: SAE,  # Any SAE
+    x: torch.Tensor,  # One batch, used for every step, [n_tokens, d_in]
+    **cfg,  # Fields of TrainConfig
+):  # Function that takes one training step and returns the loss
     "A training step of `Trainee`, ready to be timed."
-    t,i = Trainee(sae, TrainConfig(tokens=len(x) * 10**6, batch=len(x), **cfg).resolve()),iter(range(10**6))
+    t = Trainee(sae, TrainConfig(tokens=len(x) * 10**6, batch=len(x), **cfg).resolve())
+    i = iter(range(10**6))
     return lambda: t.step(Batch(x), next(i)).loss.item()
 
 # %% ../nbs/30_bench.ipynb #bench-peer
 class Peer:
     "Training steps of one library, in a process of its own."
-    def __init__(self,
-        library:str="sae_nb", # "sae_nb", "floor" (products only), "dictionary_learning", "sae_lens" or "sparsify"
-        python:str=None,      # Interpreter of the library's environment; None: this one
-        threads:int=2,        # Threads the process may use
-    ):
-        self.library,self.threads,self.log = library,threads,tempfile.TemporaryFile("w+")
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
-        if python is None: env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root()), env.get("PYTHONPATH")]))
-        self.p = subprocess.Popen([str(python or sys.executable), str(root()/"compat"/"peers"/"worker.py"), library], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env)
 
-    def ask(self,
-        do:str,  # "prepare", "step" or "l0"
+    def __init__(
+        self,
+        library: str = "sae_nb",  # "sae_nb", "floor" (products only), "dictionary_learning", "sae_lens" or "sparsify"
+        python: str = None,  # Interpreter of the library's environment; None: this one
+        threads: int = 2,  # Threads the process may use
+    ):
+        self.library = library
+        self.threads = threads
+        self.log = tempfile.TemporaryFile("w+")
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "WANDB_MODE": "disabled",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if python is None:
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root()), env.get("PYTHONPATH")]))
+        self.p = subprocess.Popen(
+            [str(python or sys.executable), str(root() / "compat" / "peers" / "worker.py"), library],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=env,
+        )
+
+    def ask(
+        self,
+        do: str,  # "prepare", "step" or "l0"
         **more,  # What belongs to it: `work`, or `n`
-    )->dict:     # The answer
+    ) -> dict:  # The answer
         "Say one thing and wait for the answer."
-        try: self.p.stdin.write(json.dumps(dict(do=do, **more)) + "\n"); self.p.stdin.flush(); answer = json.loads(self.p.stdout.readline() or "{}")
-        except BrokenPipeError: answer = {}
-        if not answer: self.log.seek(0); answer = dict(error=f"the process ended. {' '.join(self.log.read().splitlines()[-1:])}")
-        if "error" in answer: raise InputError(f"{self.library} could not {do}: {answer['error']}")
+        try:
+            self.p.stdin.write(json.dumps(dict(do=do, **more)) + "\n")
+            self.p.stdin.flush()
+            answer = json.loads(self.p.stdout.readline() or "{}")
+        except BrokenPipeError:
+            answer = {}
+        if not answer:
+            self.log.seek(0)
+            answer = dict(error=f"the process ended. {' '.join(self.log.read().splitlines()[-1:])}")
+        if "error" in answer:
+            raise InputError(f"{self.library} could not {do}: {answer['error']}")
         return answer
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
+
     def __exit__(self, *error):
-        with contextlib.suppress(OSError): self.p.stdin.close()
-        self.p.wait(); self.p.stdout.close(); self.log.close()
+        with contextlib.suppress(OSError):
+            self.p.stdin.close()
+        self.p.wait()
+        self.p.stdout.close()
+        self.log.close()
 
 # %% ../nbs/30_bench.ipynb #bench-pythons
-peer_folders = dict(dictionary_learning="dl", sae_lens="sl", sparsify="sp") # library -> folder of its environment
+peer_folders = dict(
+    dictionary_learning="dl", sae_lens="sl", sparsify="sp"
+)  # library -> folder of its environment
 
+# %% ../nbs/30_bench.ipynb #bench-pythons-peer-pythons
 def peer_pythons(
-    folder=None, # Folder of the environments; None: what SAE_NB_PEERS says
-)->dict:         # library -> interpreter; those that are missing are not in it
+    folder=None,  # Folder of the environments; None: what SAE_NB_PEERS says
+) -> dict:  # library -> interpreter; those that are missing are not in it
     "Where the other libraries are installed."
     folder = folder or os.environ.get("SAE_NB_PEERS")
-    found = {n: p for n,d in peer_folders.items() if folder and (p := Path(folder).absolute()/d/"bin"/"python").exists()}
+    found = {
+        n: p
+        for n, d in peer_folders.items()
+        if folder and (p := Path(folder).absolute() / d / "bin" / "python").exists()
+    }
     lost = [n for n in peer_folders if n not in found]
-    if lost: print(f"not installed, so not measured: {', '.join(lost)}; compat/peers/README.md says how to install them, and SAE_NB_PEERS is the folder that holds {', '.join(peer_folders[n] for n in lost)}")
+    if lost:
+        print(
+            f"not installed, so not measured: {', '.join(lost)}; compat/peers/README.md says how to install them, and SAE_NB_PEERS is the folder that holds {', '.join(peer_folders[n] for n in lost)}"
+        )
     return found
 
 # %% ../nbs/30_bench.ipynb #bench-race
 def race(
-    arms:dict,   # name -> (Peer, options of this arm)
-    work:dict,   # What to train, see compat/peers/worker.py
-    rounds:int=5,# Times every arm is measured
-    n:int=1,     # Steps at a time
-)->tuple:        # (seconds per step: one row per round and one column per arm; what each arm said). Arms that have no such SAE are left out
+    arms: dict,  # name -> (Peer, options of this arm)
+    work: dict,  # What to train, see compat/peers/worker.py
+    rounds: int = 5,  # Times every arm is measured
+    n: int = 1,  # Steps at a time
+) -> tuple:  # (seconds per step: one row per round and one column per arm; what each arm said). Arms that have no such SAE are left out
     "The same training by several libraries, in turn."
-    said = {a: p.ask("prepare", work=dict(work, threads=p.threads, options=options)) for a,(p,options) in arms.items()}
-    said = {a: s for a,s in said.items() if "lacks" not in s}
-    if len({s["data"] for s in said.values()}) > 1: raise InputError(f"the arms were given different activations: { {a: s['data'] for a,s in said.items()} }")
-    if still := [a for a,s in said.items() if s["moved"] is False]: raise InputError(f"{', '.join(still)} did not train: the weights are those of the start")
-    times = interleave({a: lambda p=arms[a][0]: p.ask("step", n=n)["seconds"] / n for a in said}, rounds, warmup=0, clock=None)
-    for a,s in said.items(): s.update(arms[a][0].ask("l0"))
-    return times,said
+    said = {
+        a: p.ask("prepare", work=dict(work, threads=p.threads, options=options))
+        for a, (p, options) in arms.items()
+    }
+    said = {a: s for a, s in said.items() if "lacks" not in s}
+    if len({s["data"] for s in said.values()}) > 1:
+        raise InputError(
+            f"the arms were given different activations: { {a: s['data'] for a, s in said.items()} }"
+        )
+    if still := [a for a, s in said.items() if s["moved"] is False]:
+        raise InputError(f"{', '.join(still)} did not train: the weights are those of the start")
+    times = interleave(
+        {a: lambda p=arms[a][0]: p.ask("step", n=n)["seconds"] / n for a in said},
+        rounds,
+        warmup=0,
+        clock=None,
+    )
+    for a, s in said.items():
+        s.update(arms[a][0].ask("l0"))
+    return times, said
 
+# %% ../nbs/30_bench.ipynb #bench-race-against
 def against(
-    times:pd.DataFrame, # As `race` gives them
-    peers,              # Arms of which the fastest counts
-    ours:str="ours",    # The arm that is judged
-)->dict:                # fastest (a name), ratio, low, high (median and quartiles over rounds)
+    times: pd.DataFrame,  # As `race` gives them
+    peers,  # Arms of which the fastest counts
+    ours: str = "ours",  # The arm that is judged
+) -> dict:  # fastest (a name), ratio, low, high (median and quartiles over rounds)
     "Ours divided by the fastest of some others, round by round."
     fastest = times[[p for p in peers if p in times]].median().idxmin()
     return dict(fastest=fastest, **ratios(times, fastest).loc[ours, ["ratio", "low", "high"]].to_dict())
 
 # %% ../nbs/30_bench.ipynb #bench-stages
-stages = ("encoder product", "choosing", "decode", "gradients of values", "weight gradients", "clip, Adam, unit rows", "rest")
-_choose = ("aten::topk", "aten::sort", "aten::argsort", "aten::nonzero", "aten::count_nonzero", "aten::scatter", "aten::scatter_", "aten::gather", "aten::index", "aten::relu", "aten::clamp_min", "aten::where", "aten::bincount", "aten::cumsum", "aten::_convert_indices_from_coo_to_csr")
+stages = (
+    "encoder product",
+    "choosing",
+    "decode",
+    "gradients of values",
+    "weight gradients",
+    "clip, Adam, unit rows",
+    "rest",
+)
+
+# %% ../nbs/30_bench.ipynb #bench-stages-more
+_choose = (
+    "aten::topk",
+    "aten::sort",
+    "aten::argsort",
+    "aten::nonzero",
+    "aten::count_nonzero",
+    "aten::scatter",
+    "aten::scatter_",
+    "aten::gather",
+    "aten::index",
+    "aten::relu",
+    "aten::clamp_min",
+    "aten::where",
+    "aten::bincount",
+    "aten::cumsum",
+    "aten::_convert_indices_from_coo_to_csr",
+)
+
+# %% ../nbs/30_bench.ipynb #bench-stages-more-2
 _values = ("Topk", "Scatter", "Relu", "Threshold", "Clamp", "Where", "Index", "Gather", "View", "Reshape")
 
+# %% ../nbs/30_bench.ipynb #bench-stages-stage-of
 def stage_of(
-    e,            # An event of torch's profiler
-    n_tokens:int, # Tokens in the batch
-    d_in:int,     # Width of the activations
-)->str:           # One of `stages`
+    e,  # An event of torch's profiler
+    n_tokens: int,  # Tokens in the batch
+    d_in: int,  # Width of the activations
+) -> str:  # One of `stages`
     "What an operation is there for."
     chain = [e]
-    while chain[-1].cpu_parent is not None: chain.append(chain[-1].cpu_parent)
+    while chain[-1].cpu_parent is not None:
+        chain.append(chain[-1].cpu_parent)
     back = any("evaluate_function" in c.name for c in chain)
     for c in chain:
-        if c.name == "update": return "clip, Adam, unit rows"
-        if c.name == "choose": return "choosing"
-        if c.name == "aten::sparse_sampled_addmm" and back: return "gradients of values"
-        if "embedding_bag" in c.name: return "weight gradients" if back else "decode"
+        if c.name == "update":
+            return "clip, Adam, unit rows"
+        if c.name == "choose":
+            return "choosing"
+        if c.name == "aten::sparse_sampled_addmm" and back:
+            return "gradients of values"
+        if "embedding_bag" in c.name:
+            return "weight gradients" if back else "decode"
         if c.name in ("aten::mm", "aten::addmm"):
-            a,b = c.input_shapes[:2] if c.name == "aten::mm" else c.input_shapes[1:3]; shape = a[0],b[1]
-            if n_tokens not in shape: return "weight gradients"
-            if shape == (n_tokens, d_in): return "decode" if not back else "rest"
+            a, b = c.input_shapes[:2] if c.name == "aten::mm" else c.input_shapes[1:3]
+            shape = a[0], b[1]
+            if n_tokens not in shape:
+                return "weight gradients"
+            if shape == (n_tokens, d_in):
+                return "decode" if not back else "rest"
             return "gradients of values" if back else "encoder product"
-        if not back and c.name in _choose: return "choosing"
-        for name,stage in (("affine", "encoder product"), ("_Decode", "decode"), ("_DenseBackward", "weight gradients"), ("_DecodeBackward", "weight gradients"), ("_EncodeBackward", "weight gradients")):
-            if c.name == name: return stage
+        if not back and c.name in _choose:
+            return "choosing"
+        for name, stage in (
+            ("affine", "encoder product"),
+            ("_Decode", "decode"),
+            ("_DenseBackward", "weight gradients"),
+            ("_DecodeBackward", "weight gradients"),
+            ("_EncodeBackward", "weight gradients"),
+        ):
+            if c.name == name:
+                return stage
         if "evaluate_function" in c.name:
             node = c.name.split(": ")[1]
-            if "AccumulateGrad" in node or node.startswith(("_Dense", "_Decode", "_Encode")): return "weight gradients"
-            if node.startswith(_values): return "gradients of values"
+            if "AccumulateGrad" in node or node.startswith(("_Dense", "_Decode", "_Encode")):
+                return "weight gradients"
+            if node.startswith(_values):
+                return "gradients of values"
     return "rest"
 
 # %% ../nbs/30_bench.ipynb #bench-profiled
 def record(
-    step, # A training step, as `stepper` makes it
-)->list:  # Events of the profiler; the one named "whole" holds all others
+    step,  # A training step, as `stepper` makes it
+) -> list:  # Events of the profiler; the one named "whole" holds all others
     "One step under the profiler."
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99") # otherwise it writes lines of its own
-    marks = [(Trainee, "update", "update"), *((o, n, "choose") for o,n in ((sparse.Rough, "__init__"), (sparse.Rough, "topk"), (sparse.Rough, "where"), (sparse.Rough, "largest"), (sparse, "_topk"), (sparse, "_found"), (sparse, "largest")))]
-    was = [getattr(o, n) for o,n,_ in marks]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes lines of its own
+    marks = [
+        (Trainee, "update", "update"),
+        *(
+            (o, n, "choose")
+            for o, n in (
+                (sparse.Rough, "__init__"),
+                (sparse.Rough, "topk"),
+                (sparse.Rough, "where"),
+                (sparse.Rough, "largest"),
+                (sparse, "_topk"),
+                (sparse, "_found"),
+                (sparse, "largest"),
+            )
+        ),
+    ]
+    was = [getattr(o, n) for o, n, _ in marks]
+
     def marked(f, name):
         def _marked(*args, **kwargs):
-            with record_function(name): return f(*args, **kwargs)
+            with record_function(name):
+                return f(*args, **kwargs)
+
         return _marked
-    for (o,n,name),f in zip(marks, was): setattr(o, n, marked(f, name))
+
+    for (o, n, name), f in zip(marks, was):
+        setattr(o, n, marked(f, name))
     try:
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as p:
-            with record_function("whole"): step()
+            with record_function("whole"):
+                step()
     finally:
-        for (o,n,_),f in zip(marks, was): setattr(o, n, f)
+        for (o, n, _), f in zip(marks, was):
+            setattr(o, n, f)
     return list(p.events())
 
+# %% ../nbs/30_bench.ipynb #bench-profiled-by-stage
 def by_stage(
-    step,         # A training step, as `stepper` makes it
-    n_tokens:int, # Tokens in its batch
-    d_in:int,     # Width of its activations
-    repeats:int=5,# Steps recorded; the quickest counts
-)->pd.Series:     # Seconds by stage; their sum is the step
+    step,  # A training step, as `stepper` makes it
+    n_tokens: int,  # Tokens in its batch
+    d_in: int,  # Width of its activations
+    repeats: int = 5,  # Steps recorded; the quickest counts
+) -> pd.Series:  # Seconds by stage; their sum is the step
     "Where the time of a step goes."
     best = None
     for _ in range(repeats):
-        events = record(step); whole = next(e for e in events if e.name == "whole")
-        if best is None or whole.cpu_time_total < best[0].cpu_time_total: best = whole,events
-    out = dict.fromkeys(stages, 0.)
-    for e in best[1]: out[stage_of(e, n_tokens, d_in)] += e.self_cpu_time_total / 1e6
+        events = record(step)
+        whole = next(e for e in events if e.name == "whole")
+        if best is None or whole.cpu_time_total < best[0].cpu_time_total:
+            best = whole, events
+    out = dict.fromkeys(stages, 0.0)
+    for e in best[1]:
+        out[stage_of(e, n_tokens, d_in)] += e.self_cpu_time_total / 1e6
     return pd.Series(out)

@@ -7,8 +7,10 @@ __all__ = ['latents_of', 'mean_pool', 'pooled', 'spliced', 'dictionary_sae', 'nu
 
 # %% ../nbs/09_codes.ipynb #codes-imports
 import math
+
 import torch
 from torch import Tensor
+
 from .core import *
 from .metrics import random_like
 from .sae import SAE, build
@@ -17,68 +19,82 @@ from .store import Store, blocks
 # %% ../nbs/09_codes.ipynb #codes-latents-def
 @torch.no_grad()
 def latents_of(
-    sae:SAE,          # Any SAE; put in evaluation mode for the reading and back
-    x:Tensor,         # Activations, [B, T, d_in] or [N, d_in]
-    mask:Tensor=None, # Document numbers, 0 where a token does not count
-)->Tensor:            # Latents in the SAE's dtype, same leading shape; zero where a token does not count
+    sae: SAE,  # Any SAE; put in evaluation mode for the reading and back
+    x: Tensor,  # Activations, [B, T, d_in] or [N, d_in]
+    mask: Tensor = None,  # Document numbers, 0 where a token does not count
+) -> Tensor:  # Latents in the SAE's dtype, same leading shape; zero where a token does not count
     "Latents of `x`, rows kept whole."
-    was = sae.training; sae.eval()
-    try: f = sae.encode(x.to(sae.W_dec), mask=None if mask is None else mask.to(sae.W_dec.device))
-    finally: sae.train(was)
-    return f if mask is None else f.masked_fill((mask == 0).to(f.device)[..., None], 0.)
+    was = sae.training
+    sae.eval()
+    try:
+        f = sae.encode(x.to(sae.W_dec), mask=None if mask is None else mask.to(sae.W_dec.device))
+    finally:
+        sae.train(was)
+    return f if mask is None else f.masked_fill((mask == 0).to(f.device)[..., None], 0.0)
 
+# %% ../nbs/09_codes.ipynb #codes-latents-def-mean-pool
 def mean_pool(
-    v:Tensor,    # [B, T, n]
-    mask:Tensor, # [B, T], 0 where a token does not count
-)->Tensor:       # [B, n] float32; zero for a row without a token that counts
+    v: Tensor,  # [B, T, n]
+    mask: Tensor,  # [B, T], 0 where a token does not count
+) -> Tensor:  # [B, n] float32; zero for a row without a token that counts
     "Mean over the tokens that count."
     keep = (mask > 0).to(v.device)
-    return v.float().masked_fill(~keep[..., None], 0.).sum(1) / keep.sum(1, keepdim=True).clamp(min=1)
+    return v.float().masked_fill(~keep[..., None], 0.0).sum(1) / keep.sum(1, keepdim=True).clamp(min=1)
 
 # %% ../nbs/09_codes.ipynb #codes-pooled-def
 def pooled(
-    sae,           # Any SAE, or None for the activations themselves
-    lm,            # Language model
-    hook:str,      # Hook point
-    tokens:Tensor, # Token ids, [n_rows, T]
-    docs:Tensor,   # Document numbers, [n_rows, T]
-    store:Store,   # Where activations and results stay
-    desc:str="",   # Words before a progress bar; empty: no bar
-)->Tensor:         # [n_rows, d_sae] or [n_rows, d_in], float32, on the CPU
+    sae,  # Any SAE, or None for the activations themselves
+    lm,  # Language model
+    hook: str,  # Hook point
+    tokens: Tensor,  # Token ids, [n_rows, T]
+    docs: Tensor,  # Document numbers, [n_rows, T]
+    store: Store,  # Where activations and results stay
+    desc: str = "",  # Words before a progress bar; empty: no bar
+) -> Tensor:  # [n_rows, d_sae] or [n_rows, d_in], float32, on the CPU
     "Mean latents (or activations) of every text."
-    read = lambda x, m: mean_pool(x if sae is None else latents_of(sae, x, m), m).cpu()
-    make = lambda: dict(mean=torch.cat([read(x, m) for _,x,m in blocks(store, lm, hook, tokens, docs, desc=desc)]))
+
+    def read(x, m):
+        return mean_pool(x if sae is None else latents_of(sae, x, m), m).cpu()
+
+    def make():
+        return dict(
+            mean=torch.cat([read(x, m) for _, x, m in blocks(store, lm, hook, tokens, docs, desc=desc)])
+        )
+
     return store.get("pooled", [sae, lm, hook, tokens, docs], make)["mean"]
 
 # %% ../nbs/09_codes.ipynb #codes-splice-def
 def spliced(
-    sae:SAE,      # Any SAE, in evaluation mode
-    x:Tensor,     # Activations, [B, T, d_in]
-    mask:Tensor,  # 0 where a token does not count and nothing may change, [B, T]
-    change,       # Function f [B, T, d_sae] -> f', same shape
-    error:bool=True, # Keep what the SAE does not explain
-)->Tensor:        # Edited activations, in the dtype of `x`
+    sae: SAE,  # Any SAE, in evaluation mode
+    x: Tensor,  # Activations, [B, T, d_in]
+    mask: Tensor,  # 0 where a token does not count and nothing may change, [B, T]
+    change,  # Function f [B, T, d_sae] -> f', same shape
+    error: bool = True,  # Keep what the SAE does not explain
+) -> Tensor:  # Edited activations, in the dtype of `x`
     "Activations after a change of latents; gradients reach what `change` uses."
-    y,m = x.to(sae.W_dec),mask.to(sae.W_dec.device)
+    y, m = x.to(sae.W_dec), mask.to(sae.W_dec.device)
     f = latents_of(sae, y, m)
     g = change(f)
     new = sae.rebuild(g, y)
-    if error: new = y + new - sae.rebuild(f, y)
+    if error:
+        new = y + new - sae.rebuild(f, y)
     return torch.where((m > 0)[..., None], new, y).to(x)
 
 # %% ../nbs/09_codes.ipynb #codes-dictionary
 @torch.no_grad()
 def dictionary_sae(
-    W:Tensor,          # Directions, [d_sae, d_in]; brought to length one
-    k:int,             # Latents per token
-    mean:Tensor=None,  # What is taken off first, [d_in]
-    scale:float=1.,    # Factor on the latents
-)->SAE:                # A TopK SAE in evaluation mode
+    W: Tensor,  # Directions, [d_sae, d_in]; brought to length one
+    k: int,  # Latents per token
+    mean: Tensor = None,  # What is taken off first, [d_in]
+    scale: float = 1.0,  # Factor on the latents
+) -> SAE:  # A TopK SAE in evaluation mode
     "An SAE made of given directions, with the encoder tied to them."
     sae = build("topk", W.shape[1], W.shape[0], k=min(k, len(W)))
     W = (W / W.norm(dim=-1, keepdim=True).clamp(min=1e-12)).float()
-    sae.W_dec.copy_(W); sae.W_enc.copy_(scale * W.T)
-    if mean is not None: sae.b_dec.copy_(mean)
+    sae.W_dec.copy_(W)
+    sae.W_enc.copy_(scale * W.T)
+    if mean is not None:
+        sae.b_dec.copy_(mean)
     return sae.to(W.device).eval()
 
 # %% ../nbs/09_codes.ipynb #codes-nulls-def
@@ -86,28 +102,38 @@ def _fit_encoder(sae, x, steps, batch, seed):
     "Train everything but the decoder on `x`, with the squared error."
     gen = torch.Generator().manual_seed(seed)
     opt = torch.optim.Adam([sae.W_enc, sae.b_enc, sae.b_dec], lr=4e-3)
-    sae.W_dec.requires_grad_(False); sae.train()
+    sae.W_dec.requires_grad_(False)
+    sae.train()
     with torch.enable_grad():
         for i in range(steps):
-            for g in opt.param_groups: g["lr"] = 4e-3 * min(1, 5*(1 - i/steps))
+            for g in opt.param_groups:
+                g["lr"] = 4e-3 * min(1, 5 * (1 - i / steps))
             loss = sae.loss(x[torch.randint(len(x), (batch,), generator=gen).to(x.device)])[0]
-            opt.zero_grad(); loss.backward(); opt.step()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
     return sae.eval()
 
+# %% ../nbs/09_codes.ipynb #codes-nulls-def-null-saes
 def null_saes(
-    x:Tensor,         # Activations of tokens that count, [n_tokens, d_in]; some ten thousand will do
-    d_sae:int,        # Latents
-    l0:float,         # Latents per token to match
-    seed:int=0,       # Any integer
-    steps:int=100,    # Updates of the frozen one's encoder; 0: leave it out
-    batch:int=1024,   # Tokens per update
-)->dict:              # "random" and "frozen" -> SAE
+    x: Tensor,  # Activations of tokens that count, [n_tokens, d_in]; some ten thousand will do
+    d_sae: int,  # Latents
+    l0: float,  # Latents per token to match
+    seed: int = 0,  # Any integer
+    steps: int = 100,  # Updates of the frozen one's encoder; 0: leave it out
+    batch: int = 1024,  # Tokens per update
+) -> dict:  # "random" and "frozen" -> SAE
     "Two SAEs with random directions at a given L0."
-    x = x.float(); mean,k = x.mean(0),min(max(round(l0), 1), d_sae)
+    x = x.float()
+    mean, k = x.mean(0), min(max(round(l0), 1), d_sae)
     W = random_like(torch.empty(d_sae, x.shape[-1]), seed).to(x)
     s = dictionary_sae(W, k, mean)
     y = (s(x[:16384]) - mean).detach()
-    out = dict(random=dictionary_sae(W, k, mean, (((x[:16384] - mean)*y).sum() / y.square().sum().clamp(min=1e-12)).item()))
+    out = dict(
+        random=dictionary_sae(
+            W, k, mean, (((x[:16384] - mean) * y).sum() / y.square().sum().clamp(min=1e-12)).item()
+        )
+    )
     if steps:
         unit = math.sqrt(x.shape[-1] / x.square().sum(-1).mean().clamp(min=1e-12).item())
         s = dictionary_sae(W, k, mean * unit)
@@ -117,26 +143,31 @@ def null_saes(
 
 # %% ../nbs/09_codes.ipynb #codes-intervals-def
 def wilson(
-    hits:int, # Successes
-    n:int,    # Trials
-)->tuple:     # (low, high), or (None, None) without trials
+    hits: int,  # Successes
+    n: int,  # Trials
+) -> tuple:  # (low, high), or (None, None) without trials
     "95 % interval of a share (Wilson 1927)."
-    if not n: return None,None
-    z,p = 1.959964,hits/n
-    mid,half = p + z*z/(2*n), z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))
-    return max(0., (mid - half)/(1 + z*z/n)), min(1., (mid + half)/(1 + z*z/n))
+    if not n:
+        return None, None
+    z, p = 1.959964, hits / n
+    mid, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (mid - half) / (1 + z * z / n)), min(1.0, (mid + half) / (1 + z * z / n))
 
+# %% ../nbs/09_codes.ipynb #codes-intervals-def-bootstrap
 def bootstrap(
-    values,       # Numbers, one per unit drawn independently; [n] or [n, m] for several at once
-    draws:int=1000, # Resamplings
-    seed:int=0,   # Any integer
-    stat=None,    # Function from resampled values [n, ...] to a number; None: the mean
-)->tuple:         # (low, high), or (None, None) with fewer than two units
+    values,  # Numbers, one per unit drawn independently; [n] or [n, m] for several at once
+    draws: int = 1000,  # Resamplings
+    seed: int = 0,  # Any integer
+    stat=None,  # Function from resampled values [n, ...] to a number; None: the mean
+) -> tuple:  # (low, high), or (None, None) with fewer than two units
     "95 % percentile interval of a statistic."
     v = torch.as_tensor(values).double().cpu()
-    if len(v) < 2: return None,None
+    if len(v) < 2:
+        return None, None
     gen = torch.Generator().manual_seed(seed)
     stat = stat or (lambda o: o.mean().item())
-    s = torch.tensor([stat(v[torch.randint(len(v), (len(v),), generator=gen)]) for _ in range(draws)], dtype=torch.float64)
-    s = s[~s.isnan()]   # a draw in which the statistic has no value
-    return (s.quantile(.025).item(), s.quantile(.975).item()) if len(s) > 1 else (None, None)
+    s = torch.tensor(
+        [stat(v[torch.randint(len(v), (len(v),), generator=gen)]) for _ in range(draws)], dtype=torch.float64
+    )
+    s = s[~s.isnan()]  # a draw in which the statistic has no value
+    return (s.quantile(0.025).item(), s.quantile(0.975).item()) if len(s) > 1 else (None, None)

@@ -10,298 +10,415 @@ __all__ = ['ConceptConfig', 'checked', 'seed_of', 'train_probes', 'pick_epoch', 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-imports
 import hashlib
 from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
-from .core import *
+
 from .codes import latents_of, mean_pool, pooled
+from .core import *
 from .store import Store, blocks, digest
 from .texts import Texts, scr_pairs
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-config
-_bios,_amazon = "LabHC/bias_in_bios_class_set1","canrager/amazon_reviews_mcauley_1and5"
+_bios = "LabHC/bias_in_bios_class_set1"
+_amazon = "canrager/amazon_reviews_mcauley_1and5"
 
+# %% ../nbs/09_concept_probes.ipynb #cprobes-config-conceptconfig
 @dataclass
 class ConceptConfig:
     "SAEBench's options for SCR and TPP, and ours."
-    random_seed:int = 42            # Texts, probes, negatives: everything drawn
-    dataset_names:list = field(default_factory=lambda: [_bios, _amazon])
-    perform_scr:bool = True         # For the record: True in SCR, False in TPP
-    early_stopping_patience:int = 20 # Epochs without a better accuracy after which later ones are not looked at
-    train_set_size:int = 4000       # Texts a probe is trained on, half of them positive
-    test_set_size:int = 1000        # Texts it is tested on
-    context_length:int = 128        # Tokens per text; the beginning is kept
-    probe_train_batch_size:int = 16
-    probe_test_batch_size:int = 500 # For the record; accuracies do not depend on it
-    probe_epochs:int = 20
-    probe_lr:float = 1e-3
-    probe_l1_penalty:float = 1e-3
-    sae_batch_size:int = 125        # For the record
-    llm_batch_size:int = None       # For the record
-    llm_dtype:str = ""              # For the record; the model comes loaded
-    lower_vram_usage:bool = False   # For the record
-    model_name:str = ""             # Filled in from the model
-    n_values:list = field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])  # Latents set to zero
-    column1_vals_lookup:dict = field(default_factory=lambda: {n: scr_pairs(n)[1] for n in (_bios, _amazon)})  # Pairs of classes, SCR only
-    n_seeds:int = 3                 # Probes, splits and negatives drawn anew so many times, on the same texts
-    validation_share:float = .1     # Part of the training texts that picks the epoch
-    effect_set_size:int = 0         # Training texts on which latents are read; 0: all
-    min_gap:float = .02             # SCR: accuracy to be won back, below which a pair measures nothing
-    min_clean:float = .6            # TPP: accuracy below which there is nothing to damage
-    baselines:bool = True           # Rows for shuffled labels, random latents, residual channels and known directions
-    bootstrap_draws:int = 1000      # Resamplings behind an interval
-    data_dir:str = ""               # Folder that mirrors the hub
+
+    random_seed: int = 42  # Texts, probes, negatives: everything drawn
+    dataset_names: list = field(default_factory=lambda: [_bios, _amazon])
+    perform_scr: bool = True  # For the record: True in SCR, False in TPP
+    early_stopping_patience: int = (
+        20  # Epochs without a better accuracy after which later ones are not looked at
+    )
+    train_set_size: int = 4000  # Texts a probe is trained on, half of them positive
+    test_set_size: int = 1000  # Texts it is tested on
+    context_length: int = 128  # Tokens per text; the beginning is kept
+    probe_train_batch_size: int = 16
+    probe_test_batch_size: int = 500  # For the record; accuracies do not depend on it
+    probe_epochs: int = 20
+    probe_lr: float = 1e-3
+    probe_l1_penalty: float = 1e-3
+    sae_batch_size: int = 125  # For the record
+    llm_batch_size: int = None  # For the record
+    llm_dtype: str = ""  # For the record; the model comes loaded
+    lower_vram_usage: bool = False  # For the record
+    model_name: str = ""  # Filled in from the model
+    n_values: list = field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])  # Latents set to zero
+    column1_vals_lookup: dict = field(
+        default_factory=lambda: {n: scr_pairs(n)[1] for n in (_bios, _amazon)}
+    )  # Pairs of classes, SCR only
+    n_seeds: int = 3  # Probes, splits and negatives drawn anew so many times, on the same texts
+    validation_share: float = 0.1  # Part of the training texts that picks the epoch
+    effect_set_size: int = 0  # Training texts on which latents are read; 0: all
+    min_gap: float = 0.02  # SCR: accuracy to be won back, below which a pair measures nothing
+    min_clean: float = 0.6  # TPP: accuracy below which there is nothing to damage
+    baselines: bool = True  # Rows for shuffled labels, random latents, residual channels and known directions
+    bootstrap_draws: int = 1000  # Resamplings behind an interval
+    data_dir: str = ""  # Folder that mirrors the hub
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-checked
 def checked(
-    c:ConceptConfig, # A config
-)->ConceptConfig:    # The same, `n_values` sorted
+    c: ConceptConfig,  # A config
+) -> ConceptConfig:  # The same, `n_values` sorted
     "Refuse what cannot be run."
     c.n_values = sorted(set(ints("n_values", c.n_values)))
     for k in ("n_seeds", "probe_epochs", "probe_train_batch_size", "early_stopping_patience"):
-        if getattr(c, k) < 1: raise InputError(f"{k} = {getattr(c, k)} is not a number of at least 1; the paper's value is {getattr(ConceptConfig(), k)}")
+        if getattr(c, k) < 1:
+            raise InputError(
+                f"{k} = {getattr(c, k)} is not a number of at least 1; the paper's value is {getattr(ConceptConfig(), k)}"
+            )
     for k in ("train_set_size", "test_set_size"):
-        if getattr(c, k) < 40: raise InputError(f"{k} = {getattr(c, k)} is too few for a probe; give at least 40")
-    if not 0 < c.validation_share < .9: raise InputError(f"validation_share = {c.validation_share} is not a share; give a number between 0 and 0.9, e.g. 0.1")
-    if c.effect_set_size and not 40 <= c.effect_set_size <= c.train_set_size: raise InputError(f"effect_set_size = {c.effect_set_size}: give 0 for all, or 40 to train_set_size = {c.train_set_size}")
-    if not c.dataset_names: raise InputError("dataset_names is empty; name at least one data set")
+        if getattr(c, k) < 40:
+            raise InputError(f"{k} = {getattr(c, k)} is too few for a probe; give at least 40")
+    if not 0 < c.validation_share < 0.9:
+        raise InputError(
+            f"validation_share = {c.validation_share} is not a share; give a number between 0 and 0.9, e.g. 0.1"
+        )
+    if c.effect_set_size and not 40 <= c.effect_set_size <= c.train_set_size:
+        raise InputError(
+            f"effect_set_size = {c.effect_set_size}: give 0 for all, or 40 to train_set_size = {c.train_set_size}"
+        )
+    if not c.dataset_names:
+        raise InputError("dataset_names is empty; name at least one data set")
     return c
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-seed
 def seed_of(
-    *what, # Words and numbers
-)->int:    # Below 2**31
+    *what,  # Words and numbers
+) -> int:  # Below 2**31
     "A seed for something named, so that no two things share their random beginning."
     return int(digest(list(what))[:8], 16) >> 1
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-train
 def train_probes(
-    X:Tensor,          # Vectors, [n_texts, d]
-    rows:Tensor,       # Which of them each probe learns from, [n_probes, n]
-    y:Tensor,          # 1 or 0, [n_probes, n]
-    seeds,             # One integer per probe
-    epochs:int=20,     # Passes over the rows
-    batch:int=16,      # Texts per step
-    lr:float=1e-3,     # AdamW's learning rate
-    l1:float=1e-3,     # Weight of the sum of |w|
-)->tuple:              # w [epochs, n_probes, d] and b [epochs, n_probes]
+    X: Tensor,  # Vectors, [n_texts, d]
+    rows: Tensor,  # Which of them each probe learns from, [n_probes, n]
+    y: Tensor,  # 1 or 0, [n_probes, n]
+    seeds,  # One integer per probe
+    epochs: int = 20,  # Passes over the rows
+    batch: int = 16,  # Texts per step
+    lr: float = 1e-3,  # AdamW's learning rate
+    l1: float = 1e-3,  # Weight of the sum of |w|
+) -> tuple:  # w [epochs, n_probes, d] and b [epochs, n_probes]
     "Train linear probes side by side."
-    n,d,gens,out = rows.shape[1],X.shape[1],[torch.Generator().manual_seed(int(s)) for s in seeds],[]
-    w = torch.stack([(2*torch.rand(d + 1, generator=g) - 1) / d**.5 for g in gens]).to(X.device)   # the last entry is b
-    X,penalty = torch.cat([X.float(), X.new_ones(len(X), 1).float()], 1),torch.tensor([l1]*d + [0.], device=X.device)
-    rows,y,opt = rows.to(X.device),y.to(X.device).float(),torch.optim.AdamW([w], lr=lr)
+    n = rows.shape[1]
+    d = X.shape[1]
+    gens = [torch.Generator().manual_seed(int(s)) for s in seeds]
+    out = []
+    w = torch.stack([(2 * torch.rand(d + 1, generator=g) - 1) / d**0.5 for g in gens]).to(
+        X.device
+    )  # the last entry is b
+    X, penalty = (
+        torch.cat([X.float(), X.new_ones(len(X), 1).float()], 1),
+        torch.tensor([l1] * d + [0.0], device=X.device),
+    )
+    rows = rows.to(X.device)
+    y = y.to(X.device).float()
+    opt = torch.optim.AdamW([w], lr=lr)
     for _ in range(epochs):
         at = torch.stack([torch.randperm(n, generator=g) for g in gens]).to(X.device)
-        I,Y = rows.gather(1, at),y.gather(1, at)
-        for x,t in zip(I.split(batch, 1), Y.split(batch, 1)):
+        I, Y = rows.gather(1, at), y.gather(1, at)
+        for x, t in zip(I.split(batch, 1), Y.split(batch, 1)):
             x = X[x]
             r = torch.einsum("pbd,pd->pb", x, w).sigmoid() - t
             w.grad = torch.einsum("pb,pbd->pd", r, x) / r.shape[1] + penalty * w.sign()
             opt.step()
         out.append(w.clone())
     out = torch.stack(out)
-    return out[..., :-1],out[..., -1]
+    return out[..., :-1], out[..., -1]
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-epoch
 def pick_epoch(
-    acc:Tensor,      # Accuracies, [epochs, n_probes]
-    patience:int=20, # Epochs without a better one after which the search ends
-)->Tensor:           # [n_probes]
+    acc: Tensor,  # Accuracies, [epochs, n_probes]
+    patience: int = 20,  # Epochs without a better one after which the search ends
+) -> Tensor:  # [n_probes]
     "The first epoch with the best accuracy."
-    best,at,idle = acc.new_full(acc.shape[1:], -1.),torch.zeros_like(acc[0], dtype=torch.long),torch.zeros_like(acc[0])
-    for e,a in enumerate(acc):
+    best = acc.new_full(acc.shape[1:], -1.0)
+    at = torch.zeros_like(acc[0], dtype=torch.long)
+    idle = torch.zeros_like(acc[0])
+    for e, a in enumerate(acc):
         better = (a > best) & (idle < patience)
-        best,at,idle = torch.where(better, a, best),torch.where(better, e, at),torch.where(better, 0, idle + 1)
+        best = torch.where(better, a, best)
+        at = torch.where(better, e, at)
+        idle = torch.where(better, 0, idle + 1)
     return at
 
+# %% ../nbs/09_concept_probes.ipynb #cprobes-epoch-hits
 def hits(
-    logits:Tensor, # [..., n]
-    y:Tensor,      # 1 or 0, same shape, or one that broadcasts to it
-)->Tensor:         # [...], share of right answers
+    logits: Tensor,  # [..., n]
+    y: Tensor,  # 1 or 0, same shape, or one that broadcasts to it
+) -> Tensor:  # [...], share of right answers
     "Accuracy of a probe that says yes above zero."
-    return ((logits > 0) == (y > .5)).float().mean(-1)
+    return ((logits > 0) == (y > 0.5)).float().mean(-1)
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-fit
 def fit_probes(
-    c:ConceptConfig,  # What to do
-    X:Tensor,         # Training vectors, [n_texts, d]
-    rows:Tensor,      # Training rows of each probe, [n_probes, n]
-    y:Tensor,         # 1 or 0, [n_probes, n]
-    seeds:list,       # One integer per probe
-    X_test:Tensor,    # Test vectors; they pick the second of the two
-    rows_test:Tensor, # [n_probes, m]
-    y_test:Tensor,    # [n_probes, m]
-)->dict:              # w [2, n_probes, d], b [2, n_probes], epoch [2, n_probes]; first picked on held-back training texts, second on the test texts
+    c: ConceptConfig,  # What to do
+    X: Tensor,  # Training vectors, [n_texts, d]
+    rows: Tensor,  # Training rows of each probe, [n_probes, n]
+    y: Tensor,  # 1 or 0, [n_probes, n]
+    seeds: list,  # One integer per probe
+    X_test: Tensor,  # Test vectors; they pick the second of the two
+    rows_test: Tensor,  # [n_probes, m]
+    y_test: Tensor,  # [n_probes, m]
+) -> dict:  # w [2, n_probes, d], b [2, n_probes], epoch [2, n_probes]; first picked on held-back training texts, second on the test texts
     "Train probes and pick an epoch of each."
     n_val = max(1, round(c.validation_share * rows.shape[1]))
-    at = torch.stack([torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(s + 7_000_003)) for s in seeds])
-    rows,y = rows.gather(1, at),y.gather(1, at)
-    w,b = train_probes(X, rows[:, n_val:], y[:, n_val:], seeds, c.probe_epochs, c.probe_train_batch_size, c.probe_lr, c.probe_l1_penalty)
-    acc = lambda X, rows, y: torch.stack([hits(torch.einsum("pnd,pd->pn", X[rows], w[e]) + b[e][:, None], y) for e in range(len(w))])
-    e = torch.stack([pick_epoch(a, c.early_stopping_patience) for a in (acc(X, rows[:, :n_val], y[:, :n_val]), acc(X_test, rows_test, y_test))])
+    at = torch.stack(
+        [torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(s + 7_000_003)) for s in seeds]
+    )
+    rows, y = rows.gather(1, at), y.gather(1, at)
+    w, b = train_probes(
+        X,
+        rows[:, n_val:],
+        y[:, n_val:],
+        seeds,
+        c.probe_epochs,
+        c.probe_train_batch_size,
+        c.probe_lr,
+        c.probe_l1_penalty,
+    )
+
+    def acc(X, rows, y):
+        return torch.stack(
+            [hits(torch.einsum("pnd,pd->pn", X[rows], w[e]) + b[e][:, None], y) for e in range(len(w))]
+        )
+
+    e = torch.stack(
+        [
+            pick_epoch(a, c.early_stopping_patience)
+            for a in (acc(X, rows[:, :n_val], y[:, :n_val]), acc(X_test, rows_test, y_test))
+        ]
+    )
     p = torch.arange(len(seeds))
     return dict(w=w[e, p], b=b[e, p], epoch=e)
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-read
 def code_means(
-    sae,           # Any SAE
-    lm,            # Language model
-    hook:str,      # Hook point
-    tokens:Tensor, # Token ids, [n_texts, T]
-    docs:Tensor,   # Document numbers, 0 on padding
-    store:Store,   # Where activations stay
-):                 # Yields (slice of the texts, means [B, d_sae] float32)
+    sae,  # Any SAE
+    lm,  # Language model
+    hook: str,  # Hook point
+    tokens: Tensor,  # Token ids, [n_texts, T]
+    docs: Tensor,  # Document numbers, 0 on padding
+    store: Store,  # Where activations stay
+):  # Yields (slice of the texts, means [B, d_sae] float32)
     "Mean latents of texts, a block at a time."
-    for s,x,m in blocks(store, lm, hook, tokens, docs):
-        f,keep = latents_of(sae, x, m),(m > 0).float()
+    for s, x, m in blocks(store, lm, hook, tokens, docs):
+        f, keep = latents_of(sae, x, m), (m > 0).float()
         keep = keep.to(f.device)
         yield s, torch.bmm(keep[:, None], f.float())[:, 0] / keep.sum(1, keepdim=True).clamp(min=1)
 
+# %% ../nbs/09_concept_probes.ipynb #cprobes-read-acts-means
 def acts_means(
-    lm,            # Language model
-    hook:str,      # Hook point
-    tokens:Tensor, # [n_texts, T]
-    docs:Tensor,   # [n_texts, T]
-    store:Store,   # Where the means stay
-    again:bool=True, # Keep the activations too: SAEs will read these texts
-)->Tensor:         # [n_texts, d_in] float32, on the CPU
+    lm,  # Language model
+    hook: str,  # Hook point
+    tokens: Tensor,  # [n_texts, T]
+    docs: Tensor,  # [n_texts, T]
+    store: Store,  # Where the means stay
+    again: bool = True,  # Keep the activations too: SAEs will read these texts
+) -> Tensor:  # [n_texts, d_in] float32, on the CPU
     "Mean activations of texts."
-    if again: return pooled(None, lm, hook, tokens, docs, store)
-    return store.get("means", [lm, hook, tokens, docs], lambda: dict(mean=pooled(None, lm, hook, tokens, docs, Store(limit_mb=1))))["mean"]
+    if again:
+        return pooled(None, lm, hook, tokens, docs, store)
+    return store.get(
+        "means",
+        [lm, hook, tokens, docs],
+        lambda: dict(mean=pooled(None, lm, hook, tokens, docs, Store(limit_mb=1))),
+    )["mean"]
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-table
 class TableLM:
     "A language model that looks its activations up."
-    def __init__(self,
-        table:Tensor, # Activations of every token id, [vocab, d]; id 0 is padding
-        name:str="table",
-    ): self.table,self.name,self.special_ids,self.default_hook,self.device = table,name,{0},"table","cpu"
-    def acts(self, tokens, hook, docs=None): return self.table[tokens]
-    def width(self, hook): return self.table.shape[1]
-    def fingerprint(self): return hashlib.sha256(self.table.contiguous().numpy().tobytes()).hexdigest()
+
+    def __init__(
+        self,
+        table: Tensor,  # Activations of every token id, [vocab, d]; id 0 is padding
+        name: str = "table",
+    ):
+        self.table = table
+        self.name = name
+        self.special_ids = {0}
+        self.default_hook = "table"
+        self.device = "cpu"
+
+    def acts(self, tokens, hook, docs=None):
+        return self.table[tokens]
+
+    def width(self, hook):
+        return self.table.shape[1]
+
+    def fingerprint(self):
+        return hashlib.sha256(self.table.contiguous().numpy().tobytes()).hexdigest()
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-effect
 def contrasts(
-    rows:Tensor, # Rows of each set, [..., n]
-    y:Tensor,    # 1 or 0, [..., n]
-    n_texts:int, # Rows there are
-)->Tensor:       # [..., n_texts]: weights whose sum over texts is mean(positive) - mean(negative)
+    rows: Tensor,  # Rows of each set, [..., n]
+    y: Tensor,  # 1 or 0, [..., n]
+    n_texts: int,  # Rows there are
+) -> Tensor:  # [..., n_texts]: weights whose sum over texts is mean(positive) - mean(negative)
     "Labels as weights."
-    pos = y / y.sum(-1, keepdim=True).clamp(min=1); neg = (1 - y) / (1 - y).sum(-1, keepdim=True).clamp(min=1)
+    pos = y / y.sum(-1, keepdim=True).clamp(min=1)
+    neg = (1 - y) / (1 - y).sum(-1, keepdim=True).clamp(min=1)
     return torch.zeros(*rows.shape[:-1], n_texts).scatter_add(-1, rows, pos - neg)
 
+# %% ../nbs/09_concept_probes.ipynb #cprobes-effect-node-effects
 def node_effects(
-    diff:Tensor,  # Difference of mean latents, [..., d_sae]
-    w:Tensor,     # Probe, [..., d_in]
-    W_dec:Tensor, # Decoder, [d_sae, d_in]
-    signed:bool,  # True: TPP; False: SCR
-)->Tensor:        # [..., d_sae]
+    diff: Tensor,  # Difference of mean latents, [..., d_sae]
+    w: Tensor,  # Probe, [..., d_in]
+    W_dec: Tensor,  # Decoder, [d_sae, d_in]
+    signed: bool,  # True: TPP; False: SCR
+) -> Tensor:  # [..., d_sae]
     "How much each latent moves a probe's logit between negative and positive texts."
     wd = w.to(W_dec) @ W_dec.T
     return diff.clamp(min=0) * wd if signed else (diff * wd).abs()
 
+# %% ../nbs/09_concept_probes.ipynb #cprobes-effect-ranked
 def ranked(
-    effects:Tensor, # [d_sae]
-    n:int,          # At most so many
-)->Tensor:          # Latents with a non-zero effect, largest effect first
+    effects: Tensor,  # [d_sae]
+    n: int,  # At most so many
+) -> Tensor:  # Latents with a non-zero effect, largest effect first
     "The latents to silence, in order."
     at = effects.sort(descending=True, stable=True).indices
     return at[effects[at] != 0][:n]
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-shift
 def logit_shifts(
-    z:Tensor,       # Mean latents, [n_texts, d_sae]
-    order:Tensor,   # Latents to silence, most important first
-    n_values:list,  # How many of them, ascending
-    wd:Tensor,      # w . d_i of every probe looked at, [n_probes, d_sae]
-)->Tensor:          # [len(n_values), n_probes, n_texts]
+    z: Tensor,  # Mean latents, [n_texts, d_sae]
+    order: Tensor,  # Latents to silence, most important first
+    n_values: list,  # How many of them, ascending
+    wd: Tensor,  # w . d_i of every probe looked at, [n_probes, d_sae]
+) -> Tensor:  # [len(n_values), n_probes, n_texts]
     "What silencing does to logits."
-    steps = [wd[:, order[a:b]] @ z[:, order[a:b]].T for a,b in zip([0, *n_values], n_values)]
+    steps = [wd[:, order[a:b]] @ z[:, order[a:b]].T for a, b in zip([0, *n_values], n_values)]
     return -torch.stack(steps).cumsum(0)
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-matched
 def matched(
-    activity:Tensor, # Mean latents over all texts, [d_sae]
-    seed:int,        # Any integer
-    width:int=16,    # Latents of like activity among which one is exchanged for another
-)->Tensor:           # [d_sae]: a partner for every latent; a permutation
+    activity: Tensor,  # Mean latents over all texts, [d_sae]
+    seed: int,  # Any integer
+    width: int = 16,  # Latents of like activity among which one is exchanged for another
+) -> Tensor:  # [d_sae]: a partner for every latent; a permutation
     "Another latent of about the same activity."
-    n,gen = len(activity),torch.Generator().manual_seed(seed)
+    n, gen = len(activity), torch.Generator().manual_seed(seed)
     place = activity.cpu().argsort(descending=True).argsort()
-    mixed = (place // width + .999*torch.rand(n, generator=gen)).argsort()
-    after = torch.arange(1, n + 1); after[width - 1::width] -= width
+    mixed = (place // width + 0.999 * torch.rand(n, generator=gen)).argsort()
+    after = torch.arange(1, n + 1)
+    after[width - 1 :: width] -= width
     after[-1] = (n - 1) // width * width
     return torch.empty_like(mixed).scatter_(0, mixed, mixed[after]).to(activity.device)
 
+# %% ../nbs/09_concept_probes.ipynb #cprobes-matched-concept-codes
 def concept_codes(
-    X:Tensor, # Vectors, [n_texts, d]
-    D:Tensor, # Directions of concepts, [n_concepts, d]
-    mean:Tensor, # Centre, [d]
-)->Tensor:       # Coordinates, [n_texts, n_concepts]
+    X: Tensor,  # Vectors, [n_texts, d]
+    D: Tensor,  # Directions of concepts, [n_concepts, d]
+    mean: Tensor,  # Centre, [d]
+) -> Tensor:  # Coordinates, [n_texts, n_concepts]
     "Least-squares coordinates along given directions."
     return (X - mean) @ torch.linalg.pinv(D)
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-ablate
 @torch.no_grad()
 def ablate(
-    train,         # Iterable of (slice, mean latents) of the texts that rank latents
-    test,          # The same of the test texts
-    W_dec:Tensor,  # Decoder, [d_sae, d_in]
-    plans:dict,    # name -> (contrasts [S, I, n_texts], probes that rank [S, I, d_in], probes looked at [S, J, d_in])
-    n_values:list, # Ascending
-    signed:bool,   # As in `node_effects`
-    seed:int=None, # Draws the latents of a further plan, "random latents", that goes by the first one; None: without
-)->tuple:          # name -> shifts [S, I, len(n_values), J, n_test], and how many latents of the first plan have an effect, [S][I]
+    train,  # Iterable of (slice, mean latents) of the texts that rank latents
+    test,  # The same of the test texts
+    W_dec: Tensor,  # Decoder, [d_sae, d_in]
+    plans: dict,  # name -> (contrasts [S, I, n_texts], probes that rank [S, I, d_in], probes looked at [S, J, d_in])
+    n_values: list,  # Ascending
+    signed: bool,  # As in `node_effects`
+    seed: int = None,  # Draws the latents of a further plan, "random latents", that goes by the first one; None: without
+) -> tuple:  # name -> shifts [S, I, len(n_values), J, n_test], and how many latents of the first plan have an effect, [S][I]
     "Rank latents and silence them."
-    D,sizes = W_dec.detach().float(),[p[0].shape[:2].numel() for p in plans.values()]
+    D = W_dec.detach().float()
+    sizes = [p[0].shape[:2].numel() for p in plans.values()]
     A = torch.cat([p[0].flatten(0, 1) for p in plans.values()]).to(D)
     A = torch.cat([A, A.new_full((1, A.shape[1]), 1 / A.shape[1])])
-    *diffs,activity = sum(A[:, s] @ z for s,z in train).split([*sizes, 1])
+    *diffs, activity = sum(A[:, s] @ z for s, z in train).split([*sizes, 1])
     todo = {}
-    for d,(name,(a,w,look)) in zip(diffs, plans.items()):
+    for d, (name, (a, w, look)) in zip(diffs, plans.items()):
         e = node_effects(d.view(*a.shape[:2], -1), w.to(D), D, signed)
-        todo[name] = [[ranked(v, n_values[-1]) for v in u] for u in e],look.to(D) @ D.T
-        if name == next(iter(plans)): found = (e != 0).sum(-1).tolist()
+        todo[name] = [[ranked(v, n_values[-1]) for v in u] for u in e], look.to(D) @ D.T
+        if name == next(iter(plans)):
+            found = (e != 0).sum(-1).tolist()
     if seed is not None:
-        order,look = next(iter(todo.values()))
-        todo["random latents"] = [[matched(activity[0], seed_of("random latents", seed, s, i))[o] for i,o in enumerate(u)] for s,u in enumerate(order)],look
+        order, look = next(iter(todo.values()))
+        todo["random latents"] = (
+            [
+                [matched(activity[0], seed_of("random latents", seed, s, i))[o] for i, o in enumerate(u)]
+                for s, u in enumerate(order)
+            ],
+            look,
+        )
     out = {n: [] for n in todo}
-    for _,z in test:
-        for n,(order,wd) in todo.items(): out[n].append(torch.stack([torch.stack([logit_shifts(z, o, n_values, v) for o in u]) for u,v in zip(order, wd)]))
-    return {n: torch.cat(v, -1).cpu() for n,v in out.items()},found
+    for _, z in test:
+        for n, (order, wd) in todo.items():
+            out[n].append(
+                torch.stack(
+                    [torch.stack([logit_shifts(z, o, n_values, v) for o in u]) for u, v in zip(order, wd)]
+                )
+            )
+    return {n: torch.cat(v, -1).cpu() for n, v in out.items()}, found
 
 # %% ../nbs/09_concept_probes.ipynb #cprobes-toy
 class ConceptToy:
     "Words with concepts, texts of such words, and a language model that reads them."
-    def __init__(self,
-        concepts,      # Names
-        words:int=8,   # Words per concept
-        common:int=40, # Words without concept
-        variants:int=12, # Token ids per word
-        size:float=3., # Length of the concept's part and of the word's own
-        noise:float=.1,# Standard deviation of the noise per coordinate
-        seed:int=0,    # Any integer
+
+    def __init__(
+        self,
+        concepts,  # Names
+        words: int = 8,  # Words per concept
+        common: int = 40,  # Words without concept
+        variants: int = 12,  # Token ids per word
+        size: float = 3.0,  # Length of the concept's part and of the word's own
+        noise: float = 0.1,  # Standard deviation of the noise per coordinate
+        seed: int = 0,  # Any integer
     ):
-        g = torch.Generator().manual_seed(seed); self.concepts = list(concepts)
-        n = len(self.concepts); W = n*words + common
+        g = torch.Generator().manual_seed(seed)
+        self.concepts = list(concepts)
+        n = len(self.concepts)
+        W = n * words + common
         d = 8 * -(-(n + W) // 8)
-        self.directions = torch.linalg.qr(torch.randn(d, d, generator=g))[0][:n + W]   # concepts first, then words
+        self.directions = torch.linalg.qr(torch.randn(d, d, generator=g))[0][
+            : n + W
+        ]  # concepts first, then words
         own = self.directions[n:].clone()
-        for c in range(n): own[c*words:(c + 1)*words] += self.directions[c]
+        for c in range(n):
+            own[c * words : (c + 1) * words] += self.directions[c]
         self.mean = torch.randn(d, generator=g)
-        table = (size*own).repeat_interleave(variants, 0) + noise*torch.randn(W*variants, d, generator=g) + self.mean
-        self.ids = {c: (1 + i*words*variants, words*variants) for i,c in enumerate(self.concepts)} | {"": (1 + n*words*variants, common*variants)}
+        table = (
+            (size * own).repeat_interleave(variants, 0)
+            + noise * torch.randn(W * variants, d, generator=g)
+            + self.mean
+        )
+        self.ids = {c: (1 + i * words * variants, words * variants) for i, c in enumerate(self.concepts)} | {
+            "": (1 + n * words * variants, common * variants)
+        }
         self.lm = TableLM(torch.cat([torch.zeros(1, d), table]), "concepts")
-    def texts(self,
-        cells,         # Pairs (class, second attribute); "" for none
-        n:int,         # Texts per cell
-        per:int=3,     # Words of each concept in a text
-        length:int=16, # Words
-        seed:int=0,    # Any integer
+
+    def texts(
+        self,
+        cells,  # Pairs (class, second attribute); "" for none
+        n: int,  # Texts per cell
+        per: int = 3,  # Words of each concept in a text
+        length: int = 16,  # Words
+        seed: int = 0,  # Any integer
     ):
         "Texts of the given cells."
         g = torch.Generator().manual_seed(seed)
-        word = lambda c, k: self.ids[c][0] + torch.randint(self.ids[c][1], (k,), generator=g)
-        tok,cells = [],[c for c in cells for _ in range(n)]
-        for pair in cells: parts = [word(c, per) for c in pair if c]; tok.append(torch.cat([*parts, word("", length - sum(map(len, parts)))])[torch.randperm(length, generator=g)])
+
+        def word(c, k):
+            return self.ids[c][0] + torch.randint(self.ids[c][1], (k,), generator=g)
+
+        tok, cells = [], [c for c in cells for _ in range(n)]
+        for pair in cells:
+            parts = [word(c, per) for c in pair if c]
+            tok.append(
+                torch.cat([*parts, word("", length - sum(map(len, parts)))])[
+                    torch.randperm(length, generator=g)
+                ]
+            )
         tok = torch.stack(tok)
-        return Texts("concepts", tok, torch.ones_like(tok), [a for a,_ in cells], [b for _,b in cells])
+        return Texts("concepts", tok, torch.ones_like(tok), [a for a, _ in cells], [b for _, b in cells])

@@ -7,90 +7,117 @@ __all__ = ['found', 'dtypes', 'InputError', 'one_of', 'ints', 'register', 'names
            'write_tensors', 'read_json', 'read_tensors', 'seed_all', 'pick_device', 'pick_dtype', 'Batch', 'counted']
 
 # %% ../nbs/00_core.ipynb #core-imports
-import importlib, json, os, pkgutil, random, warnings
+import importlib
+import json
+import os
+import pkgutil
+import random
+import warnings
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import torch
-from torch import Tensor
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 # %% ../nbs/00_core.ipynb #core-quiet
-warnings.filterwarnings("ignore", message="IProgress not found") # libraries ask for a widget; a line of text will do
+warnings.filterwarnings(
+    "ignore", message="IProgress not found"
+)  # libraries ask for a widget; a line of text will do
 
 # %% ../nbs/00_core.ipynb #core-threads
-if os.environ.get("IN_TEST"): torch.set_num_threads(1)
+if os.environ.get("IN_TEST"):
+    torch.set_num_threads(1)
 
 # %% ../nbs/00_core.ipynb #core-input-error
 class InputError(ValueError):
     "A mistake in what the user asked for, told in one line."
-    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
+
+    def _render_traceback_(self):
+        return [f"{type(self).__name__}: {self}"]
 
 # %% ../nbs/00_core.ipynb #core-one-of
 def one_of(
-    what:str,    # What is being chosen, e.g. "device"
-    value:str,   # The choice made
-    allowed,     # The choices there are
-)->str:          # `value`, if it is one of them
+    what: str,  # What is being chosen, e.g. "device"
+    value: str,  # The choice made
+    allowed,  # The choices there are
+) -> str:  # `value`, if it is one of them
     "Return `value` or raise an `InputError` that lists `allowed`."
-    if value in allowed: return value
-    raise InputError(f"{what} {value!r} does not exist; choose one of: {', '.join(map(str, sorted(allowed)))}")
+    if value in allowed:
+        return value
+    raise InputError(
+        f"{what} {value!r} does not exist; choose one of: {', '.join(map(str, sorted(allowed)))}"
+    )
 
 # %% ../nbs/00_core.ipynb #core-ints
 def ints(
-    what:str, # What is being listed, e.g. "dilations"
-    v,        # 4, "1,2,4,8", [1, 2, 4, 8]
-)->tuple:     # Whole numbers of at least 1
+    what: str,  # What is being listed, e.g. "dilations"
+    v,  # 4, "1,2,4,8", [1, 2, 4, 8]
+) -> tuple:  # Whole numbers of at least 1
     "A tuple of whole numbers, or an `InputError`."
     vs = v.replace(" ", ",").split(",") if isinstance(v, str) else [v] if isinstance(v, (int, float)) else v
-    try: out = tuple(int(o) for o in vs if str(o).strip())
-    except (TypeError, ValueError): out = ()
-    if not out or min(out) < 1 or any(float(a) != b for a,b in zip((o for o in vs if str(o).strip()), out)):
-        raise InputError(f"{what} = {v!r} is not a list of whole numbers; write it as 1,2,4,8, each at least 1")
+    try:
+        out = tuple(int(o) for o in vs if str(o).strip())
+    except (TypeError, ValueError):
+        out = ()
+    if not out or min(out) < 1 or any(float(a) != b for a, b in zip((o for o in vs if str(o).strip()), out)):
+        raise InputError(
+            f"{what} = {v!r} is not a list of whole numbers; write it as 1,2,4,8, each at least 1"
+        )
     return out
 
 # %% ../nbs/00_core.ipynb #core-registry
 found = {}  # (kind, name) -> class or function
 
+# %% ../nbs/00_core.ipynb #core-registry-register
 def register(
-    kind:str, # Sub-package the thing lives in: "variants", "trainers" or "evals"
-    name:str, # What a parameters cell says, e.g. "topk"
+    kind: str,  # Sub-package the thing lives in: "variants", "trainers" or "evals"
+    name: str,  # What a parameters cell says, e.g. "topk"
 ):
     "Decorator: make a class or function known as `name`."
+
     def _register(o):
         old = found.get((kind, name))
         if old is not None and old.__qualname__ != o.__qualname__:
-            raise InputError(f"{kind} {name!r} already belongs to {old.__qualname__}; give {o.__qualname__} another name")
+            raise InputError(
+                f"{kind} {name!r} already belongs to {old.__qualname__}; give {o.__qualname__} another name"
+            )
         o.registered = name
         found[kind, name] = o
         return o
+
     return _register
 
 # %% ../nbs/00_core.ipynb #core-find
 def names(
-    kind:str, # Sub-package: "variants", "trainers" or "evals"
-)->list:      # Registered names, sorted
+    kind: str,  # Sub-package: "variants", "trainers" or "evals"
+) -> list:  # Registered names, sorted
     "Every name registered under `kind`, after importing every module of it."
     pkg = importlib.import_module(f"sae_nb.{kind}")
-    for m in pkgutil.iter_modules(pkg.__path__): importlib.import_module(f"{pkg.__name__}.{m.name}")
-    return sorted(n for k,n in found if k == kind)
+    for m in pkgutil.iter_modules(pkg.__path__):
+        importlib.import_module(f"{pkg.__name__}.{m.name}")
+    return sorted(n for k, n in found if k == kind)
 
+# %% ../nbs/00_core.ipynb #core-find-find
 def find(
-    kind:str, # Sub-package: "variants", "trainers" or "evals"
-    name:str, # What a parameters cell says, e.g. "topk"
-):            # The class or function registered as `name`
+    kind: str,  # Sub-package: "variants", "trainers" or "evals"
+    name: str,  # What a parameters cell says, e.g. "topk"
+):  # The class or function registered as `name`
     "Look `name` up under `kind`; a name nobody registered is an error that lists the ones that exist."
-    if (kind, name) not in found: one_of(kind.rstrip("s"), name, names(kind))
+    if (kind, name) not in found:
+        one_of(kind.rstrip("s"), name, names(kind))
     return found[kind, name]
 
 # %% ../nbs/00_core.ipynb #core-root-def
-def root()->Path: # Folder that holds runs/, figures/ and latex/
+def root() -> Path:  # Folder that holds runs/, figures/ and latex/
     "The project's root: the nearest folder upwards with this project's settings.ini, else the current one."
     here = Path.cwd()
     for p in (here, *here.parents):
-        s = p/"settings.ini"
-        if s.exists() and "lib_name = sae_nb" in s.read_text(): return p
+        s = p / "settings.ini"
+        if s.exists() and "lib_name = sae_nb" in s.read_text():
+            return p
     return here
 
 # %% ../nbs/00_core.ipynb #core-aside
@@ -101,101 +128,135 @@ def _aside(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
-        with open(tmp, "rb") as f: os.fsync(f.fileno())
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
         tmp.chmod(0o644)
         os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
         why = getattr(e, "strerror", None) or str(e)
-        raise InputError(f"cannot write {path.name} in {path.parent.name}/: {why}; free some space or choose another folder. "
-                         "What was there before is untouched") from None
-    finally: tmp.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write {path.name} in {path.parent.name}/: {why}; free some space or choose another folder. "
+            "What was there before is untouched"
+        ) from None
+    finally:
+        tmp.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00_core.ipynb #core-write
 def write_text(
-    path,     # File to write
-    text:str, # Its whole content
-)->Path:      # `path`
+    path,  # File to write
+    text: str,  # Its whole content
+) -> Path:  # `path`
     "Write `text` to `path`, whole or not at all."
     return _aside(path, lambda p: p.write_text(text))
 
+# %% ../nbs/00_core.ipynb #core-write-write-json
 def write_json(
-    path, # File to write
+    path,  # File to write
     obj,  # Anything JSON can hold; NaN and infinities are refused
-)->Path:  # `path`
+) -> Path:  # `path`
     "Write `obj` to `path` as readable JSON, whole or not at all."
+
     def number(o):
-        if hasattr(o, "item"): return o.item()
+        if hasattr(o, "item"):
+            return o.item()
         raise InputError(f"cannot write {Path(path).name}: {type(o).__name__} is not JSON")
+
     return write_text(path, json.dumps(obj, indent=2, allow_nan=False, default=number) + "\n")
 
+# %% ../nbs/00_core.ipynb #core-write-write-tensors
 def write_tensors(
-    path,           # File to write, by custom *.safetensors
-    tensors:dict,   # name -> tensor; made contiguous and moved to the CPU
-    meta:dict=None, # Text to keep in the header
-)->Path:            # `path`
+    path,  # File to write, by custom *.safetensors
+    tensors: dict,  # name -> tensor; made contiguous and moved to the CPU
+    meta: dict = None,  # Text to keep in the header
+) -> Path:  # `path`
     "Write tensors as safetensors, whole or not at all."
-    ts = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
-    return _aside(path, lambda p: save_file(ts, p, metadata={k: str(v) for k,v in (meta or {}).items()}))
+    ts = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    return _aside(path, lambda p: save_file(ts, p, metadata={k: str(v) for k, v in (meta or {}).items()}))
 
 # %% ../nbs/00_core.ipynb #core-read
 def read_json(
-    path, # File to read
-):        # What it holds
+    path,  # File to read
+):  # What it holds
     "Read a JSON file; a damaged one is named."
-    try: return json.loads(Path(path).read_text())
-    except FileNotFoundError: raise InputError(f"{path} does not exist") from None
-    except ValueError as e: raise InputError(f"{path} is not whole JSON ({e}); delete it and repeat the step that wrote it") from None
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except ValueError as e:
+        raise InputError(
+            f"{path} is not whole JSON ({e}); delete it and repeat the step that wrote it"
+        ) from None
 
+# %% ../nbs/00_core.ipynb #core-read-read-tensors
 def read_tensors(
-    path,         # *.safetensors file
-    device="cpu", # Where the tensors go
-)->dict:          # name -> tensor
+    path,  # *.safetensors file
+    device="cpu",  # Where the tensors go
+) -> dict:  # name -> tensor
     "Read a safetensors file; a damaged one is named."
     try:
-        with safe_open(str(path), "pt", device=str(device)) as f: return {k: f.get_tensor(k) for k in f.keys()}
-    except FileNotFoundError: raise InputError(f"{path} does not exist") from None
+        with safe_open(str(path), "pt", device=str(device)) as f:
+            return {k: f.get_tensor(k) for k in f.keys()}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path} is damaged ({e}); delete it and repeat the step that wrote it") from None
 
 # %% ../nbs/00_core.ipynb #core-seed
 def seed_all(
-    seed:int, # Any integer
+    seed: int,  # Any integer
 ):
     "Seed Python, numpy and torch."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
+# %% ../nbs/00_core.ipynb #core-seed-pick-device
 def pick_device(
-    name:str="", # "cpu", "cuda", "cuda:1", "mps"; empty: the GPU if there is one
-)->torch.device: # A device that exists here
+    name: str = "",  # "cpu", "cuda", "cuda:1", "mps"; empty: the GPU if there is one
+) -> torch.device:  # A device that exists here
     "The device called `name`, or the best there is."
-    if not name: name = "cuda" if torch.cuda.is_available() else "cpu"
-    try: dev = torch.device(name)
-    except RuntimeError: raise InputError(f"device {name!r} does not exist; choose cpu, cuda, cuda:0, ... or leave it empty") from None
-    if dev.type == "cuda" and dev.index is not None and dev.index >= torch.cuda.device_count(): raise InputError(f"device {name!r} does not exist: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        dev = torch.device(name)
+    except RuntimeError:
+        raise InputError(
+            f"device {name!r} does not exist; choose cpu, cuda, cuda:0, ... or leave it empty"
+        ) from None
+    if dev.type == "cuda" and dev.index is not None and dev.index >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} does not exist: there are {torch.cuda.device_count()} GPUs, counted from 0"
+        )
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(dev.type, False): raise InputError(f"device {name!r} is not available on this machine; use cpu or leave it empty")
+    if not there.get(dev.type, False):
+        raise InputError(f"device {name!r} is not available on this machine; use cpu or leave it empty")
     return dev
 
 # %% ../nbs/00_core.ipynb #core-dtype
 dtypes = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
+
 def pick_dtype(
-    name:str, # "float32", "bfloat16" or "float16"
-)->torch.dtype: # The torch dtype
+    name: str,  # "float32", "bfloat16" or "float16"
+) -> torch.dtype:  # The torch dtype
     "The dtype called `name`."
     return dtypes[one_of("dtype", name, dtypes)]
 
 # %% ../nbs/00_core.ipynb #core-batch-def
 class Batch(NamedTuple):
     "Activations with what is needed to read them."
-    x: Tensor              # Activations, [B, T, d_in] or [N, d_in]
-    mask: Tensor = None    # Document number per token, 0 where the token does not count, [B, T] or [N]; None: all count
+
+    x: Tensor  # Activations, [B, T, d_in] or [N, d_in]
+    mask: Tensor = (
+        None  # Document number per token, 0 where the token does not count, [B, T] or [N]; None: all count
+    )
     tokens: Tensor = None  # Token ids, same shape as `mask`
 
+
 def counted(
-    x:Tensor,         # [..., d]
-    mask:Tensor=None, # Document numbers of the same leading shape, or None
-)->Tensor:            # [n_tokens, d]: the rows that count
+    x: Tensor,  # [..., d]
+    mask: Tensor = None,  # Document numbers of the same leading shape, or None
+) -> Tensor:  # [n_tokens, d]: the rows that count
     "Flatten `x` to the tokens that count."
     return x.reshape(-1, x.shape[-1]) if mask is None else x[mask > 0]

@@ -6,82 +6,149 @@
 __all__ = ['saebench_commit', 'envelope_keys', 'configure', 'settle', 'describe', 'envelope', 'flat']
 
 # %% ../nbs/09_envelope.ipynb #env-imports
-import math, os, time, uuid
+import math
+import os
+import time
+import uuid
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+
 from .core import InputError, one_of
 
 # %% ../nbs/09_envelope.ipynb #env-keys-def
-saebench_commit = "8042bb3828c6340da8d12062324e92b2077c571c"   # SAEBench 0.6.0
-envelope_keys = ("eval_type_id", "eval_config", "eval_id", "datetime_epoch_millis", "eval_result_metrics", "eval_result_details",
-                 "sae_bench_commit_hash", "sae_lens_id", "sae_lens_release_id", "sae_lens_version", "sae_cfg_dict", "eval_result_unstructured")
+saebench_commit = "8042bb3828c6340da8d12062324e92b2077c571c"  # SAEBench 0.6.0
+envelope_keys = (
+    "eval_type_id",
+    "eval_config",
+    "eval_id",
+    "datetime_epoch_millis",
+    "eval_result_metrics",
+    "eval_result_details",
+    "sae_bench_commit_hash",
+    "sae_lens_id",
+    "sae_lens_release_id",
+    "sae_lens_version",
+    "sae_cfg_dict",
+    "eval_result_unstructured",
+)
 
 # %% ../nbs/09_envelope.ipynb #env-configure
 def configure(
-    cls,       # Config dataclass
-    **options, # What to change
-):             # An instance
+    cls,  # Config dataclass
+    **options,  # What to change
+):  # An instance
     "A config from its defaults and `options`; an option that does not exist is an error."
-    for o in options: one_of(f"{cls.__name__} option", o, [f.name for f in fields(cls)])
+    for o in options:
+        one_of(f"{cls.__name__} option", o, [f.name for f in fields(cls)])
     return cls(**options)
 
 # %% ../nbs/09_envelope.ipynb #env-settle
 def settle(
-    values:dict,    # name -> number or None
-    undefined:dict, # name -> reason; filled in here for what is not finite
-    why:str="not finite", # Reason for those without one
-)->dict:            # name -> float, int or None
+    values: dict,  # name -> number or None
+    undefined: dict,  # name -> reason; filled in here for what is not finite
+    why: str = "not finite",  # Reason for those without one
+) -> dict:  # name -> float, int or None
     "Plain numbers; whatever is not finite becomes None with a reason."
     out = {}
-    for k,v in values.items():
+    for k, v in values.items():
         v = v.item() if hasattr(v, "item") else v
         ok = v is not None and math.isfinite(v)
         out[k] = v if ok else None
-        if not ok: undefined.setdefault(k, why)
+        if not ok:
+            undefined.setdefault(k, why)
     return out
 
 # %% ../nbs/09_envelope.ipynb #env-envelope
 def describe(
-    sae, # Any SAE
-)->dict: # JSON
+    sae,  # Any SAE
+) -> dict:  # JSON
     "What an SAE says about itself; arguments that JSON cannot hold are left out."
-    args = {k: list(v) if isinstance(v, tuple) else v for k,v in getattr(sae, "args", {}).items() if v is None or isinstance(v, (str, int, float, tuple, list, dict))}
-    return dict(architecture=getattr(sae, "variant", None) or type(sae).__name__, d_in=sae.d_in, d_sae=sae.d_sae,
-                dtype=str(sae.W_dec.dtype).removeprefix("torch."), args=args, **getattr(sae, "meta", {}))
+    args = {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in getattr(sae, "args", {}).items()
+        if v is None or isinstance(v, (str, int, float, tuple, list, dict))
+    }
+    return dict(
+        architecture=getattr(sae, "variant", None) or type(sae).__name__,
+        d_in=sae.d_in,
+        d_sae=sae.d_sae,
+        dtype=str(sae.W_dec.dtype).removeprefix("torch."),
+        args=args,
+        **getattr(sae, "meta", {}),
+    )
 
+# %% ../nbs/09_envelope.ipynb #env-envelope-named
 def _named(v):
     "Local paths reduced to names, also inside lists and dictionaries."
-    if isinstance(v, dict): return {k: _named(o) for k,o in v.items()}
-    if isinstance(v, (list, tuple)): return [_named(o) for o in v]
-    return Path(v).name if isinstance(v, str) and v and (v[0] in "/~" or v.startswith((".", os.sep)) or (os.sep in v and Path(v).exists())) else v
+    if isinstance(v, dict):
+        return {k: _named(o) for k, o in v.items()}
+    if isinstance(v, (list, tuple)):
+        return [_named(o) for o in v]
+    return (
+        Path(v).name
+        if isinstance(v, str)
+        and v
+        and (v[0] in "/~" or v.startswith((".", os.sep)) or (os.sep in v and Path(v).exists()))
+        else v
+    )
 
+# %% ../nbs/09_envelope.ipynb #env-envelope-envelope
 def envelope(
-    kind:str,           # Registered name of the evaluator
-    config,             # Its config, a dataclass
-    sae,                # What was evaluated
-    metrics:dict,       # category -> {name: number or None}
-    details:list=(),    # One flat object per latent, letter, dataset ...
-    unstructured:dict=None, # Ours: undefined, nulls, standard_errors, intervals, extra and small data to plot
-    name:str="",        # What to call the SAE; empty: its variant
-)->dict:                # The twelve keys
+    kind: str,  # Registered name of the evaluator
+    config,  # Its config, a dataclass
+    sae,  # What was evaluated
+    metrics: dict,  # category -> {name: number or None}
+    details: list = (),  # One flat object per latent, letter, dataset ...
+    unstructured: dict = None,  # Ours: undefined, nulls, standard_errors, intervals, extra and small data to plot
+    name: str = "",  # What to call the SAE; empty: its variant
+) -> dict:  # The twelve keys
     "SAEBench's JSON object."
-    for c,m in metrics.items():
-        bad = [k for k,v in m.items() if isinstance(v, (dict, list)) or (isinstance(v, float) and not math.isfinite(v))]
-        if bad: raise InputError(f"{kind}: {c}/{bad[0]} = {m[bad[0]]} is not a number or null; pass it through settle")
+    for c, m in metrics.items():
+        bad = [
+            k
+            for k, v in m.items()
+            if isinstance(v, (dict, list)) or (isinstance(v, float) and not math.isfinite(v))
+        ]
+        if bad:
+            raise InputError(
+                f"{kind}: {c}/{bad[0]} = {m[bad[0]]} is not a number or null; pass it through settle"
+            )
     cfg = describe(sae)
-    return dict(zip(envelope_keys, (kind, _named(asdict(config) if is_dataclass(config) else dict(config)), str(uuid.uuid4()), int(time.time()*1000), metrics, list(details),
-        saebench_commit, "custom_sae", name or cfg["architecture"], None, cfg, unstructured or {})))
+    return dict(
+        zip(
+            envelope_keys,
+            (
+                kind,
+                _named(asdict(config) if is_dataclass(config) else dict(config)),
+                str(uuid.uuid4()),
+                int(time.time() * 1000),
+                metrics,
+                list(details),
+                saebench_commit,
+                "custom_sae",
+                name or cfg["architecture"],
+                None,
+                cfg,
+                unstructured or {},
+            ),
+        )
+    )
 
 # %% ../nbs/09_envelope.ipynb #env-flat-def
 def flat(
-    env:dict, # An envelope
-)->dict:      # name -> number
+    env: dict,  # An envelope
+) -> dict:  # name -> number
     "Every number of an envelope under one name."
-    cats,u,out = env["eval_result_metrics"],env["eval_result_unstructured"] or {},{}
+    cats = env["eval_result_metrics"]
+    u = env["eval_result_unstructured"] or {}
+    out = {}
     count = [k for m in cats.values() for k in m]
-    for c,m in cats.items(): out.update({k if count.count(k) == 1 else f"{c}/{k}": v for k,v in m.items()})
+    for c, m in cats.items():
+        out.update({k if count.count(k) == 1 else f"{c}/{k}": v for k, v in m.items()})
     out.update(u.get("extra", {}))
-    out.update({f"{k}_se": v for k,v in u.get("standard_errors", {}).items()})
-    for k,(lo,hi) in u.get("intervals", {}).items(): out.update({f"{k}_low": lo, f"{k}_high": hi})
-    for row,m in u.get("nulls", {}).items(): out.update({f"null_{row}/{k}": v for k,v in m.items()})
-    return {k: v for k,v in out.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    out.update({f"{k}_se": v for k, v in u.get("standard_errors", {}).items()})
+    for k, (lo, hi) in u.get("intervals", {}).items():
+        out.update({f"{k}_low": lo, f"{k}_high": hi})
+    for row, m in u.get("nulls", {}).items():
+        out.update({f"null_{row}/{k}": v for k, v in m.items()})
+    return {k: v for k, v in out.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}

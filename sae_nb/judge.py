@@ -6,10 +6,21 @@
 __all__ = ['Judge', 'judge_from_env', 'retry_after', 'LocalJudge']
 
 # %% ../nbs/09_judge.ipynb #judge-imports
-import email.utils, http.client, json, math, os, threading, time, urllib.error, urllib.parse, urllib.request
+import email.utils
+import http.client
+import json
+import math
+import os
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
+
 from fastcore.basics import patch
 from tqdm import tqdm
+
 from .core import InputError
 from .store import Store
 
@@ -17,254 +28,440 @@ from .store import Store
 def _checked_url(url):
     "The address of the chat completions, and its host for people to read."
     u = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-    if u.scheme not in ("http", "https") or not u.hostname: raise InputError(f"judge address {u.hostname or url!r} is not an http address; give one such as http://localhost:8000/v1")
-    if u.username or u.password: raise InputError(f"the judge's address at {u.hostname} contains a user name or password; put the key into SAE_NB_JUDGE_KEY instead")
+    if u.scheme not in ("http", "https") or not u.hostname:
+        raise InputError(
+            f"judge address {u.hostname or url!r} is not an http address; give one such as http://localhost:8000/v1"
+        )
+    if u.username or u.password:
+        raise InputError(
+            f"the judge's address at {u.hostname} contains a user name or password; put the key into SAE_NB_JUDGE_KEY instead"
+        )
     path = u.path.rstrip("/")
-    return urllib.parse.urlunsplit((u.scheme, u.netloc, path if path.endswith("/chat/completions") else path + "/chat/completions", u.query, "")), u.netloc
+    return urllib.parse.urlunsplit(
+        (
+            u.scheme,
+            u.netloc,
+            path if path.endswith("/chat/completions") else path + "/chat/completions",
+            u.query,
+            "",
+        )
+    ), u.netloc
 
+# %% ../nbs/09_judge.ipynb #judge-class-judge
 class Judge:
     "A language model behind a chat-completions address."
-    def __init__(self,
-        url:str,              # Address, e.g. http://localhost:8000/v1
-        model:str,            # Name of the model there
-        key:str="",           # Sent as a bearer token; stays in memory
-        temperature:float=0., # 0: the likeliest answer
-        concurrent:int=8,     # Requests under way at the same time
-        per_minute:float=0.,  # Requests begun per minute; 0: as many as come
-        timeout:float=60.,    # Seconds one request may take
-        retries:int=5,        # Further attempts where a failure may pass
-        wait:float=1.,        # Seconds before the first of them, doubled each time
-        most_wait:float=120., # Seconds a server may ask us to wait; beyond that we give up
-        price_in:float=None,  # Dollars per million tokens read; None: not known
-        price_out:float=None, # Dollars per million tokens written
-        max_cost:float=None,  # Dollars; None: no limit
-        max_requests:int=5000,# Most questions in one go; None: no limit
-        extra:dict=None,      # Further fields of the request; None takes a field out
+
+    def __init__(
+        self,
+        url: str,  # Address, e.g. http://localhost:8000/v1
+        model: str,  # Name of the model there
+        key: str = "",  # Sent as a bearer token; stays in memory
+        temperature: float = 0.0,  # 0: the likeliest answer
+        concurrent: int = 8,  # Requests under way at the same time
+        per_minute: float = 0.0,  # Requests begun per minute; 0: as many as come
+        timeout: float = 60.0,  # Seconds one request may take
+        retries: int = 5,  # Further attempts where a failure may pass
+        wait: float = 1.0,  # Seconds before the first of them, doubled each time
+        most_wait: float = 120.0,  # Seconds a server may ask us to wait; beyond that we give up
+        price_in: float = None,  # Dollars per million tokens read; None: not known
+        price_out: float = None,  # Dollars per million tokens written
+        max_cost: float = None,  # Dollars; None: no limit
+        max_requests: int = 5000,  # Most questions in one go; None: no limit
+        extra: dict = None,  # Further fields of the request; None takes a field out
     ):
-        if any(not "!" <= o <= "~" for o in key): raise InputError("the judge's key holds a line break, a space or a letter beyond ASCII; set SAE_NB_JUDGE_KEY to the key alone")
-        if not model: raise InputError("no judge model named; set SAE_NB_JUDGE_MODEL to a model the address serves")
-        if concurrent < 1 or timeout <= 0 or retries < 0 or per_minute < 0: raise InputError(f"concurrent = {concurrent}, timeout = {timeout}, retries = {retries}, per_minute = {per_minute}: give at least 1, more than 0, at least 0, at least 0")
-        if max_cost is not None and None in (price_in, price_out): raise InputError(f"max_cost = {max_cost} cannot be watched without prices; give price_in and price_out in dollars per million tokens")
-        self.url,self.host = _checked_url(url)
-        self.model,self.temperature,self.concurrent,self.per_minute,self.timeout,self.retries,self.wait,self.most_wait = model,temperature,concurrent,per_minute,timeout,retries,wait,most_wait
-        self.price_in,self.price_out,self.max_cost,self.max_requests,self.extra = price_in,price_out,max_cost,max_requests,extra or {}
-        self._key,self._lock,self._next,self.spent = key,threading.Lock(),0.,0.
-    def __repr__(self): return f"Judge({self.model!r} at {self.host})"
-    def fingerprint(self): return json.dumps([self.url, self.model, self.temperature, self.extra], sort_keys=True, default=str)
+        if any(not "!" <= o <= "~" for o in key):
+            raise InputError(
+                "the judge's key holds a line break, a space or a letter beyond ASCII; set SAE_NB_JUDGE_KEY to the key alone"
+            )
+        if not model:
+            raise InputError("no judge model named; set SAE_NB_JUDGE_MODEL to a model the address serves")
+        if concurrent < 1 or timeout <= 0 or retries < 0 or per_minute < 0:
+            raise InputError(
+                f"concurrent = {concurrent}, timeout = {timeout}, retries = {retries}, per_minute = {per_minute}: give at least 1, more than 0, at least 0, at least 0"
+            )
+        if max_cost is not None and None in (price_in, price_out):
+            raise InputError(
+                f"max_cost = {max_cost} cannot be watched without prices; give price_in and price_out in dollars per million tokens"
+            )
+        self.url, self.host = _checked_url(url)
+        self.model = model
+        self.temperature = temperature
+        self.concurrent = concurrent
+        self.per_minute = per_minute
+        self.timeout = timeout
+        self.retries = retries
+        self.wait = wait
+        self.most_wait = most_wait
+        self.price_in = price_in
+        self.price_out = price_out
+        self.max_cost = max_cost
+        self.max_requests = max_requests
+        self.extra = extra or {}
+        self._key = key
+        self._lock = threading.Lock()
+        self._next = 0.0
+        self.spent = 0.0
+
+    def __repr__(self):
+        return f"Judge({self.model!r} at {self.host})"
+
+    def fingerprint(self):
+        return json.dumps([self.url, self.model, self.temperature, self.extra], sort_keys=True, default=str)
 
 # %% ../nbs/09_judge.ipynb #judge-env
 def judge_from_env(
-    url:str="",   # Overrides SAE_NB_JUDGE_URL
-    model:str="", # Overrides SAE_NB_JUDGE_MODEL
-    **options     # Of `Judge`
-):                # A Judge, or None if neither a URL nor a model is named
+    url: str = "",  # Overrides SAE_NB_JUDGE_URL
+    model: str = "",  # Overrides SAE_NB_JUDGE_MODEL
+    **options,  # Of `Judge`
+):  # A Judge, or None if neither a URL nor a model is named
     "The judge the environment names."
-    e = lambda n: os.environ.get(n, "").strip()
-    url,model = url or e("SAE_NB_JUDGE_URL"),model or e("SAE_NB_JUDGE_MODEL")
-    if not url and not model: return None
+
+    def e(n):
+        return os.environ.get(n, "").strip()
+
+    url = url or e("SAE_NB_JUDGE_URL")
+    model = model or e("SAE_NB_JUDGE_MODEL")
+    if not url and not model:
+        return None
     own = bool(url)
     url = url or e("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     openai = not own or urllib.parse.urlsplit(url).hostname == "api.openai.com"
-    key = e("SAE_NB_JUDGE_KEY") or (e("OPENAI_API_KEY") if openai or url.rstrip("/") == e("OPENAI_BASE_URL").rstrip("/") else "")
+    key = e("SAE_NB_JUDGE_KEY") or (
+        e("OPENAI_API_KEY") if openai or url.rstrip("/") == e("OPENAI_BASE_URL").rstrip("/") else ""
+    )
     return Judge(url, model, key=key, **options)
 
 # %% ../nbs/09_judge.ipynb #judge-estimate
 @patch
-def estimate(self:Judge,
-    prompts:list,   # Lists of messages, each {"role", "content"}
-    max_tokens:int, # Longest answer, in tokens
-)->dict:            # requests, tokens_in, tokens_out (at most), cost in dollars or None
+def estimate(
+    self: Judge,
+    prompts: list,  # Lists of messages, each {"role", "content"}
+    max_tokens: int,  # Longest answer, in tokens
+) -> dict:  # requests, tokens_in, tokens_out (at most), cost in dollars or None
     "What asking `prompts` would take."
-    t_in = sum(math.ceil(sum(len(m["content"]) for m in p) / 3) + 4*len(p) + 3 for p in prompts)
-    return self.total(dict(requests=len(prompts), tokens_in=t_in, tokens_out=len(prompts)*max_tokens))
+    t_in = sum(math.ceil(sum(len(m["content"]) for m in p) / 3) + 4 * len(p) + 3 for p in prompts)
+    return self.total(dict(requests=len(prompts), tokens_in=t_in, tokens_out=len(prompts) * max_tokens))
+
+# %% ../nbs/09_judge.ipynb #judge-estimate-price
+@patch
+def price(self: Judge, tokens_in, tokens_out):  # Dollars, or None without prices
+    return (
+        None
+        if None in (self.price_in, self.price_out)
+        else (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+    )
+
 
 @patch
-def price(self:Judge, tokens_in, tokens_out): # Dollars, or None without prices
-    return None if None in (self.price_in, self.price_out) else (tokens_in*self.price_in + tokens_out*self.price_out) / 1e6
-
-@patch
-def total(self:Judge, *parts): # Estimates added up
+def total(self: Judge, *parts):  # Estimates added up
     s = {k: sum(p[k] for p in parts) for k in ("requests", "tokens_in", "tokens_out")}
     return s | dict(cost=self.price(s["tokens_in"], s["tokens_out"]))
 
+# %% ../nbs/09_judge.ipynb #judge-estimate-allow
 @patch
-def allow(self:Judge,
-    need:dict, # An estimate
-)->str:        # One line for people
+def allow(
+    self: Judge,
+    need: dict,  # An estimate
+) -> str:  # One line for people
     "Refuse what exceeds a limit."
     says = f"{need['requests']:,} requests to {self.model} at {self.host}, about {need['tokens_in']:,} tokens to read and at most {need['tokens_out']:,} to write"
-    if need["cost"] is not None: says += f", at most {need['cost']:.2f} dollars"
-    if self.max_requests is not None and need["requests"] > self.max_requests: raise InputError(f"{says}: more than max_requests = {self.max_requests:,}; raise it, or ask about fewer latents")
-    if self.max_cost is not None and need["cost"] > self.max_cost: raise InputError(f"{says}: more than max_cost = {self.max_cost} dollars; raise it, or ask about fewer latents")
+    if need["cost"] is not None:
+        says += f", at most {need['cost']:.2f} dollars"
+    if self.max_requests is not None and need["requests"] > self.max_requests:
+        raise InputError(
+            f"{says}: more than max_requests = {self.max_requests:,}; raise it, or ask about fewer latents"
+        )
+    if self.max_cost is not None and need["cost"] > self.max_cost:
+        raise InputError(
+            f"{says}: more than max_cost = {self.max_cost} dollars; raise it, or ask about fewer latents"
+        )
     return says
 
 # %% ../nbs/09_judge.ipynb #judge-post
 class _Passing(Exception):
     "May succeed later; `after` seconds if the server says so."
-    def __init__(self, why, after=None): super().__init__(why); self.after = after
-class _Refused(Exception): "This question will not be answered."
+
+    def __init__(self, why, after=None):
+        super().__init__(why)
+        self.after = after
+
+
+class _Refused(Exception):
+    "This question will not be answered."
+
 
 class _Stay(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *a, **k): return None
+    def redirect_request(self, *a, **k):
+        return None
 
+# %% ../nbs/09_judge.ipynb #judge-post-retry-after
 def retry_after(
-    value:str, # The header: seconds, or a date
-    now:float=None, # Seconds since 1970; None: the clock
-)->float:      # Seconds, or None if it says nothing
+    value: str,  # The header: seconds, or a date
+    now: float = None,  # Seconds since 1970; None: the clock
+) -> float:  # Seconds, or None if it says nothing
     "How long a server asks us to wait."
-    try: return max(0., float(value))
-    except (TypeError, ValueError): pass
-    try: return max(0., email.utils.parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now))
-    except (TypeError, ValueError): return None
+    try:
+        return max(0.0, float(value))
+    except (TypeError, ValueError):
+        pass
+    try:
+        return max(
+            0.0, email.utils.parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now)
+        )
+    except (TypeError, ValueError):
+        return None
 
 # %% ../nbs/09_judge.ipynb #judge-fault
 @patch
-def _clean(self:Judge, text):
+def _clean(self: Judge, text):
     "A server's words on one short line, without the key."
     return " ".join((text.replace(self._key, "...") if self._key else text).split())[:160]
 
+# %% ../nbs/09_judge.ipynb #judge-fault-fault
 @patch
-def _fault(self:Judge, code, text, header):
+def _fault(self: Judge, code, text, header):
     "The exception for a status that is not 200."
     said = self._clean(text)
-    if code in (401, 403): return InputError(f"the judge at {self.host} does not accept the key ({code}); set SAE_NB_JUDGE_KEY to one that is valid there")
-    if code == 402 or "insufficient_quota" in text: return InputError(f"the judge at {self.host} says there is no credit left ({code}); top it up, what was answered is kept")
-    if code == 404: return InputError(f"the judge at {self.host} knows no model {self.model!r} or serves no chat completions at {urllib.parse.urlsplit(self.url).path} (404); check SAE_NB_JUDGE_MODEL and SAE_NB_JUDGE_URL")
-    if 300 <= code < 400: return InputError(f"the judge at {self.host} sends us elsewhere ({code}); give the final address in SAE_NB_JUDGE_URL")
-    if code in (408, 409, 425, 429) or code >= 500: return _Passing(f"status {code}: {said}", retry_after(header))
+    if code in (401, 403):
+        return InputError(
+            f"the judge at {self.host} does not accept the key ({code}); set SAE_NB_JUDGE_KEY to one that is valid there"
+        )
+    if code == 402 or "insufficient_quota" in text:
+        return InputError(
+            f"the judge at {self.host} says there is no credit left ({code}); top it up, what was answered is kept"
+        )
+    if code == 404:
+        return InputError(
+            f"the judge at {self.host} knows no model {self.model!r} or serves no chat completions at {urllib.parse.urlsplit(self.url).path} (404); check SAE_NB_JUDGE_MODEL and SAE_NB_JUDGE_URL"
+        )
+    if 300 <= code < 400:
+        return InputError(
+            f"the judge at {self.host} sends us elsewhere ({code}); give the final address in SAE_NB_JUDGE_URL"
+        )
+    if code in (408, 409, 425, 429) or code >= 500:
+        return _Passing(f"status {code}: {said}", retry_after(header))
     return _Refused(f"status {code}: {said}")
 
 # %% ../nbs/09_judge.ipynb #judge-read
 @patch
-def _post(self:Judge, body):
+def _post(self: Judge, body):
     "One attempt: what the server answered, as text."
-    head = {"Content-Type": "application/json", "User-Agent": "sae-nb"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+    head = {"Content-Type": "application/json", "User-Agent": "sae-nb"} | (
+        {"Authorization": f"Bearer {self._key}"} if self._key else {}
+    )
     local = urllib.parse.urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
     open_ = urllib.request.build_opener(_Stay, *([urllib.request.ProxyHandler({})] if local else [])).open
-    until,got = time.monotonic() + self.timeout,[]
+    until, got = time.monotonic() + self.timeout, []
     try:
-        with open_(urllib.request.Request(self.url, json.dumps(body).encode(), head), timeout=self.timeout) as r:
+        with open_(
+            urllib.request.Request(self.url, json.dumps(body).encode(), head), timeout=self.timeout
+        ) as r:
             while part := r.read1(65536):
                 got.append(part)
-                if time.monotonic() > until: raise TimeoutError
+                if time.monotonic() > until:
+                    raise TimeoutError
         return b"".join(got).decode("utf-8", "replace")
     except urllib.error.HTTPError as e:
-        with e: raise self._fault(e.code, e.read(4000).decode("utf-8", "replace"), e.headers.get("Retry-After")) from None
+        with e:
+            raise self._fault(
+                e.code, e.read(4000).decode("utf-8", "replace"), e.headers.get("Retry-After")
+            ) from None
     except (OSError, http.client.HTTPException) as e:
         why = getattr(e, "reason", e)
-        raise _Passing(f"no answer within {self.timeout:g} s" if isinstance(why, TimeoutError) else f"no connection ({self._clean(str(why)) or type(why).__name__})") from None
+        raise _Passing(
+            f"no answer within {self.timeout:g} s"
+            if isinstance(why, TimeoutError)
+            else f"no connection ({self._clean(str(why)) or type(why).__name__})"
+        ) from None
 
+# %% ../nbs/09_judge.ipynb #judge-read-parse
 @patch
-def _parse(self:Judge, text):
+def _parse(self: Judge, text):
     "Answer and counts of tokens from the server's JSON."
     try:
-        o = json.loads(text); c = o["choices"][0]; said = c["message"].get("content")
-        if not isinstance(said, (str, type(None))): raise TypeError
+        o = json.loads(text)
+        c = o["choices"][0]
+        said = c["message"].get("content")
+        if not isinstance(said, (str, type(None))):
+            raise TypeError
         u = o.get("usage") or {}
-        return dict(text=(said or "").strip(), finish=str(c.get("finish_reason") or ""), model=str(o.get("model") or self.model), tokens_in=u.get("prompt_tokens"), tokens_out=u.get("completion_tokens"))
-    except (ValueError, LookupError, TypeError, AttributeError): raise _Passing(f"not a chat completion: {self._clean(text)}") from None
+        return dict(
+            text=(said or "").strip(),
+            finish=str(c.get("finish_reason") or ""),
+            model=str(o.get("model") or self.model),
+            tokens_in=u.get("prompt_tokens"),
+            tokens_out=u.get("completion_tokens"),
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise _Passing(f"not a chat completion: {self._clean(text)}") from None
 
 # %% ../nbs/09_judge.ipynb #judge-try
 @patch
-def _turn(self:Judge, stop):
+def _turn(self: Judge, stop):
     "Wait until this request may begin."
     with self._lock:
         at = max(time.monotonic(), self._next)
-        self._next = at + (60/self.per_minute if self.per_minute else 0.)
+        self._next = at + (60 / self.per_minute if self.per_minute else 0.0)
     while not stop.is_set():
-        with self._lock: left = max(at, self._pause) - time.monotonic()
-        if left <= 0 or stop.wait(left): return
-Judge._pause = 0.   # time before which nobody begins
+        with self._lock:
+            left = max(at, self._pause) - time.monotonic()
+        if left <= 0 or stop.wait(left):
+            return
+
+
+Judge._pause = 0.0  # time before which nobody begins
+
+
 _stopped = dict(error="stopped")
 
+# %% ../nbs/09_judge.ipynb #judge-try-one
 @patch
-def _one(self:Judge, messages, max_tokens, stop):
+def _one(self: Judge, messages, max_tokens, stop):
     "The answer to one question, or {error}."
-    body = dict(model=self.model, messages=messages, temperature=self.temperature, max_tokens=max_tokens) | self.extra
-    body = {k: v for k,v in body.items() if v is not None}
+    body = (
+        dict(model=self.model, messages=messages, temperature=self.temperature, max_tokens=max_tokens)
+        | self.extra
+    )
+    body = {k: v for k, v in body.items() if v is not None}
     for i in range(self.retries + 1):
         self._turn(stop)
-        if stop.is_set(): return _stopped
-        if self.max_cost is not None and self.spent >= self.max_cost: raise InputError(f"{self.spent:.2f} dollars spent, max_cost = {self.max_cost} reached; raise it to go on, what was answered is kept")
-        try: return self._paid(self._parse(self._post(body)), messages)
-        except _Refused as e: return dict(error=str(e))
-        except _Passing as e: why,after = str(e),e.after
-        if after is not None and after > self.most_wait: raise InputError(f"the judge at {self.host} asks us to wait {after:.0f} s; run again then, what was answered is kept")
+        if stop.is_set():
+            return _stopped
+        if self.max_cost is not None and self.spent >= self.max_cost:
+            raise InputError(
+                f"{self.spent:.2f} dollars spent, max_cost = {self.max_cost} reached; raise it to go on, what was answered is kept"
+            )
+        try:
+            return self._paid(self._parse(self._post(body)), messages)
+        except _Refused as e:
+            return dict(error=str(e))
+        except _Passing as e:
+            why, after = str(e), e.after
+        if after is not None and after > self.most_wait:
+            raise InputError(
+                f"the judge at {self.host} asks us to wait {after:.0f} s; run again then, what was answered is kept"
+            )
         if after:
-            with self._lock: self._pause = max(self._pause, time.monotonic() + after)
-        elif i < self.retries: stop.wait(self.wait * 2**i)
+            with self._lock:
+                self._pause = max(self._pause, time.monotonic() + after)
+        elif i < self.retries:
+            stop.wait(self.wait * 2**i)
     return dict(error=f"{why} ({self.retries + 1} attempts)")
 
+# %% ../nbs/09_judge.ipynb #judge-try-paid
 @patch
-def _paid(self:Judge, a, messages):
+def _paid(self: Judge, a, messages):
     "Fill in counts the server left out, and add up the cost."
-    if a["tokens_in"] is None: a["tokens_in"] = self.estimate([messages], 0)["tokens_in"]
-    if a["tokens_out"] is None: a["tokens_out"] = math.ceil(len(a["text"]) / 3)
-    with self._lock: self.spent += self.price(a["tokens_in"], a["tokens_out"]) or 0.
+    if a["tokens_in"] is None:
+        a["tokens_in"] = self.estimate([messages], 0)["tokens_in"]
+    if a["tokens_out"] is None:
+        a["tokens_out"] = math.ceil(len(a["text"]) / 3)
+    with self._lock:
+        self.spent += self.price(a["tokens_in"], a["tokens_out"]) or 0.0
     return a
 
 # %% ../nbs/09_judge.ipynb #judge-ask
 @patch
-def _key_of(self:Judge, messages, max_tokens): return ["answer", self.fingerprint(), max_tokens, messages]
+def _key_of(self: Judge, messages, max_tokens):
+    return ["answer", self.fingerprint(), max_tokens, messages]
 
+# %% ../nbs/09_judge.ipynb #judge-ask-known
 @patch
-def known(self:Judge,
-    prompts:list,   # Lists of messages
-    max_tokens:int, # Longest answer
-    store:Store,    # Where answers are kept
-)->list:            # Answers, None where there is none yet
+def known(
+    self: Judge,
+    prompts: list,  # Lists of messages
+    max_tokens: int,  # Longest answer
+    store: Store,  # Where answers are kept
+) -> list:  # Answers, None where there is none yet
     "Answers that need no asking."
-    def _none(): raise KeyError
+
+    def _none():
+        raise KeyError
+
     out = []
     for p in prompts:
-        try: out.append(store.get("judge", self._key_of(p, max_tokens), _none))
-        except KeyError: out.append(None)
+        try:
+            out.append(store.get("judge", self._key_of(p, max_tokens), _none))
+        except KeyError:
+            out.append(None)
     return out
 
+# %% ../nbs/09_judge.ipynb #judge-ask-ask
 @patch
-def ask(self:Judge,
-    prompts:list,   # Lists of messages
-    max_tokens:int, # Longest answer, in tokens
-    store:Store,    # Where answers are kept
-    desc:str="",    # Words before a progress bar; empty: no bar
-    give_up:int=5,  # Questions in a row without an answer before stopping
-)->list:            # dict(text, finish, model, tokens_in, tokens_out), or dict(error), per prompt
+def ask(
+    self: Judge,
+    prompts: list,  # Lists of messages
+    max_tokens: int,  # Longest answer, in tokens
+    store: Store,  # Where answers are kept
+    desc: str = "",  # Words before a progress bar; empty: no bar
+    give_up: int = 5,  # Questions in a row without an answer before stopping
+) -> list:  # dict(text, finish, model, tokens_in, tokens_out), or dict(error), per prompt
     "Ask, at most once each."
-    out,lock,stop = self.known(prompts, max_tokens, store),threading.Lock(),threading.Event()
+    out = self.known(prompts, max_tokens, store)
+    lock = threading.Lock()
+    stop = threading.Event()
     todo = {}
-    for i,(p,a) in enumerate(zip(prompts, out)):
-        if a is None: todo.setdefault(json.dumps(p), []).append(i)
-    if not todo: return out
+    for i, (p, a) in enumerate(zip(prompts, out)):
+        if a is None:
+            todo.setdefault(json.dumps(p), []).append(i)
+    if not todo:
+        return out
     self.allow(self.estimate([prompts[i[0]] for i in todo.values()], max_tokens))
+
     def one(p):
-        try: a = self._one(p, max_tokens, stop)
-        except BaseException: stop.set(); raise
+        try:
+            a = self._one(p, max_tokens, stop)
+        except BaseException:
+            stop.set()
+            raise
         if "error" not in a:
-            with lock: store.get("judge", self._key_of(p, max_tokens), lambda: a)
+            with lock:
+                store.get("judge", self._key_of(p, max_tokens), lambda: a)
         return a
+
     failed = 0
     with ThreadPoolExecutor(min(self.concurrent, len(todo))) as pool:
         jobs = {pool.submit(one, prompts[i[0]]): i for i in todo.values()}
         try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc=desc, disable=not desc, leave=False, ncols=80):
+            for job in tqdm(
+                as_completed(jobs), total=len(jobs), desc=desc, disable=not desc, leave=False, ncols=80
+            ):
                 a = job.result()
-                if a == _stopped: continue                      # the one that stopped it is still to come
-                for i in jobs[job]: out[i] = a
+                if a == _stopped:  # the one that stopped it is still to come
+                    continue
+                for i in jobs[job]:
+                    out[i] = a
                 failed = failed + 1 if "error" in a else 0
-                if failed >= give_up: raise InputError(f"the judge at {self.host} left {failed} questions in a row unanswered, the last with: {a['error']}; what was answered is kept, run again to go on")
-        except BaseException: stop.set(); pool.shutdown(wait=False, cancel_futures=True); raise
+                if failed >= give_up:
+                    raise InputError(
+                        f"the judge at {self.host} left {failed} questions in a row unanswered, the last with: {a['error']}; what was answered is kept, run again to go on"
+                    )
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return out
 
 # %% ../nbs/09_judge.ipynb #judge-local
 class LocalJudge(Judge):
     "A judge that is a function in this process."
-    def __init__(self,
-        answer,    # Function from a list of messages to the text of the answer
-        name:str,  # Identifies the function: answers are kept under it
-        **options  # Of `Judge`
+
+    def __init__(
+        self,
+        answer,  # Function from a list of messages to the text of the answer
+        name: str,  # Identifies the function: answers are kept under it
+        **options,  # Of `Judge`
     ):
         Judge.__init__(self, "http://localhost/", name, **dict(concurrent=1) | options)
-        self.answer,self.url,self.host = answer,"local","this process"
+        self.answer = answer
+        self.url = "local"
+        self.host = "this process"
+
     def _post(self, body):
         u = dict(prompt_tokens=self.estimate([body["messages"]], 0)["tokens_in"])
-        return json.dumps(dict(choices=[dict(message=dict(content=self.answer(body["messages"])), finish_reason="stop")], usage=u))
+        return json.dumps(
+            dict(
+                choices=[dict(message=dict(content=self.answer(body["messages"])), finish_reason="stop")],
+                usage=u,
+            )
+        )

@@ -6,12 +6,18 @@
 __all__ = ['layouts', 'kinds', 'customary', 'LM', 'positions', 'token_loss', 'next_in_doc', 'load_lm']
 
 # %% ../nbs/05_lm.ipynb #lm-imports
-import hashlib, json, re, threading, traceback
+import hashlib
+import json
+import re
+import threading
+import traceback
 from pathlib import Path
+
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from fastcore.basics import patch
+
 import sae_nb
 from .core import InputError, one_of, pick_device, pick_dtype
 
@@ -21,53 +27,80 @@ _gemma = ("model.layers", "post_attention_layernorm", "post_feedforward_layernor
 layouts = {  # model_type -> path of the blocks; in a block: the module that attention adds, the one that the MLP adds
     "gpt_neox": ("gpt_neox.layers", "attention", "mlp"),
     "gpt2": ("transformer.h", "attn", "mlp"),
-    "llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama, "gemma": _llama,
-    "gemma2": _gemma, "gemma3_text": _gemma,
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _llama,
+    "qwen3": _llama,
+    "gemma": _llama,
+    "gemma2": _gemma,
+    "gemma3_text": _gemma,
     "gemma3": ("model.language_model.layers", *_gemma[1:]),
 }
-kinds = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")  # in the order a block computes them
+kinds = (
+    "hook_resid_pre",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "hook_resid_post",
+)  # in the order a block computes them
 
 # %% ../nbs/05_lm.ipynb #lm-class
 class LM:
     "A causal language model that can be read and edited at named hook points. Weights are frozen, dropout is off."
-    def __init__(self,
-        model,          # A transformers causal language model of a `model_type` in `layouts`
-        tokenizer=None, # Its tokenizer
-        name:str="",    # What to call it in run folders
+
+    def __init__(
+        self,
+        model,  # A transformers causal language model of a `model_type` in `layouts`
+        tokenizer=None,  # Its tokenizer
+        name: str = "",  # What to call it in run folders
     ):
         from nnsight import NNsight
+
         cfg = model.config.get_text_config()
         self.layout = layouts[one_of("model_type", model.config.model_type, layouts)]
-        self.model,self.tokenizer,self.name = model.eval().requires_grad_(False), tokenizer, name
-        self.n_layers,self.d_model,self.vocab = cfg.num_hidden_layers, cfg.hidden_size, cfg.vocab_size
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.n_layers = cfg.num_hidden_layers
+        self.d_model = cfg.hidden_size
+        self.vocab = cfg.vocab_size
         self.context = cfg.max_position_embeddings
-        self.bos,self.eos,self.pad = [getattr(tokenizer, f"{o}_token_id", None) for o in ("bos", "eos", "pad")]
+        self.bos, self.eos, self.pad = [
+            getattr(tokenizer, f"{o}_token_id", None) for o in ("bos", "eos", "pad")
+        ]
         self.special_ids = set(getattr(tokenizer, "all_special_ids", []))
-        self.net,self.lock = NNsight(model),threading.Lock() # the lock is held by whoever runs the model
+        self.net = NNsight(model)
+        self.lock = threading.Lock()  # the lock is held by whoever runs the model
 
-    def __repr__(self): return f"LM({self.name!r}, {self.model.config.model_type}, {self.n_layers} layers, d_model {self.d_model})"
+    def __repr__(self):
+        return f"LM({self.name!r}, {self.model.config.model_type}, {self.n_layers} layers, d_model {self.d_model})"
 
 # %% ../nbs/05_lm.ipynb #lm-hooks
 @patch(as_prop=True)
-def hooks(self:LM)->list: # Names, first computed first
+def hooks(self: LM) -> list:  # Names, first computed first
     "Every hook point of the model."
     return [f"blocks.{i}.{k}" for i in range(self.n_layers) for k in kinds]
 
+# %% ../nbs/05_lm.ipynb #lm-hooks-place
 @patch
-def _place(self:LM, hook):
+def _place(self: LM, hook):
     "Sort key of a hook point, (layer, kind), or an error that lists what exists."
     m = re.fullmatch(r"blocks\.(\d+)\.(\w+)", str(hook))
     if m is None or m[2] not in kinds:
-        raise InputError(f"hook {hook!r} does not exist; write blocks.L.K with L from 0 to {self.n_layers - 1} and K one of: {', '.join(kinds)}")
+        raise InputError(
+            f"hook {hook!r} does not exist; write blocks.L.K with L from 0 to {self.n_layers - 1} and K one of: {', '.join(kinds)}"
+        )
     if int(m[1]) >= self.n_layers:
-        raise InputError(f"hook {hook!r} does not exist: {self.name or 'the model'} has layers 0 to {self.n_layers - 1}")
+        raise InputError(
+            f"hook {hook!r} does not exist: {self.name or 'the model'} has layers 0 to {self.n_layers - 1}"
+        )
     return int(m[1]), kinds.index(m[2])
 
 # %% ../nbs/05_lm.ipynb #lm-width
 @patch
-def width(self:LM,
-    hook:str, # Name of a hook point
-)->int:       # Size of the last axis of `lm.acts(tokens, hook)`
+def width(
+    self: LM,
+    hook: str,  # Name of a hook point
+) -> int:  # Size of the last axis of `lm.acts(tokens, hook)`
     "Width of the activations at `hook`."
     self._place(hook)
     return self.d_model
@@ -75,69 +108,92 @@ def width(self:LM,
 # %% ../nbs/05_lm.ipynb #lm-default
 customary = {"EleutherAI/pythia-70m-deduped": 3, "google/gemma-2-2b": 12, "google/gemma-2-2b-it": 12}
 
+
 @patch(as_prop=True)
-def default_hook(self:LM)->str: # e.g. "blocks.2.hook_resid_post"
+def default_hook(self: LM) -> str:  # e.g. "blocks.2.hook_resid_post"
     "The hook point to train on when none is named: the residual stream in the middle."
-    return f"blocks.{customary.get(self.name, self.n_layers//2)}.hook_resid_post"
+    return f"blocks.{customary.get(self.name, self.n_layers // 2)}.hook_resid_post"
 
 # %% ../nbs/05_lm.ipynb #lm-checked
 @patch
-def _checked(self:LM, tokens):
+def _checked(self: LM, tokens):
     "Token ids as an integer tensor [B, T] that this model can take."
     tokens = torch.as_tensor(tokens)
-    if tokens.ndim == 1: tokens = tokens[None]
+    if tokens.ndim == 1:
+        tokens = tokens[None]
     if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
         raise InputError(f"tokens must be integers of shape [B, T], not {tokens.dtype} {list(tokens.shape)}")
     if tokens.shape[1] > self.context:
-        raise InputError(f"{tokens.shape[1]} tokens in a row, but {self.name or 'the model'} reads at most {self.context}; cut the rows")
-    lo,hi = tokens.min().item(), tokens.max().item()
+        raise InputError(
+            f"{tokens.shape[1]} tokens in a row, but {self.name or 'the model'} reads at most {self.context}; cut the rows"
+        )
+    lo, hi = tokens.min().item(), tokens.max().item()
     if lo < 0 or hi >= self.vocab:
-        raise InputError(f"token id {lo if lo < 0 else hi} does not exist: ids run from 0 to {self.vocab - 1}; was this text tokenized for another model?")
+        raise InputError(
+            f"token id {lo if lo < 0 else hi} does not exist: ids run from 0 to {self.vocab - 1}; was this text tokenized for another model?"
+        )
     return tokens.long()
 
 # %% ../nbs/05_lm.ipynb #lm-positions
 def positions(
-    docs:Tensor, # Document number per token, [B, T]; 0 where there is only padding
-)->Tensor:       # Position of each token in its document, [B, T]; None when rows need no telling
+    docs: Tensor,  # Document number per token, [B, T]; 0 where there is only padding
+) -> Tensor:  # Position of each token in its document, [B, T]; None when rows need no telling
     "Position ids that restart where a document does."
-    jump = docs[:,1:] != docs[:,:-1]
-    if not (jump & (docs[:,1:] > 0)).any(): return None
+    jump = docs[:, 1:] != docs[:, :-1]
+    if not (jump & (docs[:, 1:] > 0)).any():
+        return None
     t = torch.arange(docs.shape[1], device=docs.device)
-    start = F.pad(jump, (1,0)) * t
+    start = F.pad(jump, (1, 0)) * t
     return t - start.cummax(-1).values
 
 # %% ../nbs/05_lm.ipynb #lm-inputs
 @patch
-def _inputs(self:LM, tokens, docs):
+def _inputs(self: LM, tokens, docs):
     "Arguments of the model's forward pass."
     tokens = self._checked(tokens)
     kw = dict(input_ids=tokens.to(self.device), use_cache=False)
-    if docs is None: return kw
+    if docs is None:
+        return kw
     docs = torch.as_tensor(docs)
-    if docs.ndim == 1: docs = docs[None]
-    if docs.shape != tokens.shape: raise InputError(f"docs has shape {list(docs.shape)}, tokens has {list(tokens.shape)}; give one document number per token")
+    if docs.ndim == 1:
+        docs = docs[None]
+    if docs.shape != tokens.shape:
+        raise InputError(
+            f"docs has shape {list(docs.shape)}, tokens has {list(tokens.shape)}; give one document number per token"
+        )
     pos = positions(docs)
     return kw if pos is None else dict(kw, position_ids=pos.to(self.device))
 
+# %% ../nbs/05_lm.ipynb #lm-inputs-device
 @patch(as_prop=True)
-def device(self:LM)->torch.device: # Where the weights are
+def device(self: LM) -> torch.device:  # Where the weights are
     "Device of the model."
     return next(self.model.parameters()).device
 
+
 @patch(as_prop=True)
-def dtype(self:LM)->torch.dtype: # What the weights and activations are made of
+def dtype(self: LM) -> torch.dtype:  # What the weights and activations are made of
     "Number format of the model."
     return next(self.model.parameters()).dtype
 
 # %% ../nbs/05_lm.ipynb #lm-tuples
-def _first(o): return o[0] if isinstance(o, tuple) else o
-def _swapped(o, x): return (x, *o[1:]) if isinstance(o, tuple) else x
+def _first(o):
+    return o[0] if isinstance(o, tuple) else o
+
+
+def _swapped(o, x):
+    return (x, *o[1:]) if isinstance(o, tuple) else x
+
 
 def _stop(tracer, signals):
     "End the traced pass here, keeping the exception it does so with."
-    try: tracer.stop()
-    except Exception as e: signals.append(e); raise
+    try:
+        tracer.stop()
+    except Exception as e:
+        signals.append(e)
+        raise
 
+# %% ../nbs/05_lm.ipynb #lm-tuples-untie
 def _untie(signals):
     "Let go of everything the exceptions in `signals` hold on to."
     while signals:
@@ -148,71 +204,98 @@ def _untie(signals):
 
 # %% ../nbs/05_lm.ipynb #lm-point
 @patch
-def _path(self:LM, hook):
+def _path(self: LM, hook):
     "The name of the module that carries `hook`, and which side of it."
-    layer,kind = self._place(hook)
-    blocks,attn,mlp = self.layout
+    layer, kind = self._place(hook)
+    blocks, attn, mlp = self.layout
     module = ("", f".{attn}", f".{mlp}", "")[kind]
     return f"{blocks}.{layer}{module}", "input" if kind == 0 else "output"
 
-@patch
-def _point(self:LM, hook):
-    "The nnsight module that carries `hook`, and which side of it."
-    path,side = self._path(hook)
-    return self.net.get(path), side
 
 @patch
-def _free(self:LM):
+def _point(self: LM, hook):
+    "The nnsight module that carries `hook`, and which side of it."
+    path, side = self._path(hook)
+    return self.net.get(path), side
+
+# %% ../nbs/05_lm.ipynb #lm-point-free
+@patch
+def _free(self: LM):
     "Refuse a pass inside a pass."
     if self.net.interleaver.interleaving:
-        raise InputError("the model is in the middle of a pass: compute what an edit needs before calling logits, or load a second model")
+        raise InputError(
+            "the model is in the middle of a pass: compute what an edit needs before calling logits, or load a second model"
+        )
 
 # %% ../nbs/05_lm.ipynb #lm-harvest
 @patch
-def _harvest(self:LM, kw, hooks, got):
+def _harvest(self: LM, kw, hooks, got):
     "Fill `got` with the values at `hooks` and stop at the last of them."
-    points,signals = [(h, *self._point(h)) for h in sorted(hooks, key=self._place)], []
+    points = [(h, *self._point(h)) for h in sorted(hooks, key=self._place)]
+    signals = []
     with torch.no_grad():
         with self.net.trace(**kw) as tracer:
-            for h,module,side in points: got[h] = _first(getattr(module, side))
+            for h, module, side in points:
+                got[h] = _first(getattr(module, side))
             _stop(tracer, signals)
     _untie(signals)
 
 # %% ../nbs/05_lm.ipynb #lm-acts
 @patch
-def acts(self:LM,
-    tokens,    # Token ids, [B, T]
-    hook,      # Name of a hook point, or a list of names for one pass
-    docs=None, # Document number per token, [B, T], where rows hold several; 0 is padding
-):             # [B, T, d] on the model's device and in its dtype; for a list, dict of name -> [B, T, d]
+def acts(
+    self: LM,
+    tokens,  # Token ids, [B, T]
+    hook,  # Name of a hook point, or a list of names for one pass
+    docs=None,  # Document number per token, [B, T], where rows hold several; 0 is padding
+):  # [B, T, d] on the model's device and in its dtype; for a list, dict of name -> [B, T, d]
     "Activations at `hook`. The layers above the last one asked for do not run."
     self._free()
-    hooks,got = ([hook] if isinstance(hook, str) else list(hook)), {}
-    with self.lock: self._harvest(self._inputs(tokens, docs), hooks, got)
+    hooks = [hook] if isinstance(hook, str) else list(hook)
+    got = {}
+    with self.lock:
+        self._harvest(self._inputs(tokens, docs), hooks, got)
     out = {h: got.pop(h) for h in dict.fromkeys(hooks)}
     return out[hook] if isinstance(hook, str) else out
 
 # %% ../nbs/05_lm.ipynb #lm-read
-class _There(Exception): "The pass has reached the hook point."
+class _There(Exception):
+    "The pass has reached the hook point."
 
+# %% ../nbs/05_lm.ipynb #lm-read-read
 @patch
-def read(self:LM,
-    tokens,          # Token ids, [B, T]
-    hook:str,        # Name of a hook point
-    docs=None,       # Document number per token, [B, T], where rows hold several; 0 is padding
-    wait:bool=False, # While another thread runs the model: wait instead of raising
-)->Tensor:           # [B, T, d], as `lm.acts` gives it
+def read(
+    self: LM,
+    tokens,  # Token ids, [B, T]
+    hook: str,  # Name of a hook point
+    docs=None,  # Document number per token, [B, T], where rows hold several; 0 is padding
+    wait: bool = False,  # While another thread runs the model: wait instead of raising
+) -> Tensor:  # [B, T, d], as `lm.acts` gives it
     "Activations at one hook point without a trace. The layers above do not run."
-    if not wait: self._free()
-    (path,side),kw,got = self._path(hook),self._inputs(tokens, docs),[]
+    if not wait:
+        self._free()
+    (path, side), kw, got = self._path(hook), self._inputs(tokens, docs), []
     module = self.model.get_submodule(path)
-    def before(m, args, kw): got.append(args[0] if args else kw["hidden_states"]); raise _There
-    def after(m, args, out): got.append(_first(out)); raise _There
+
+    def before(m, args, kw):
+        got.append(args[0] if args else kw["hidden_states"])
+        raise _There
+
+    def after(m, args, out):
+        got.append(_first(out))
+        raise _There
+
     with self.lock, torch.no_grad():
-        handle = module.register_forward_pre_hook(before, with_kwargs=True) if side == "input" else module.register_forward_hook(after)
-        try: self.model(**kw)
-        except _There: pass
-        finally: handle.remove()
+        handle = (
+            module.register_forward_pre_hook(before, with_kwargs=True)
+            if side == "input"
+            else module.register_forward_hook(after)
+        )
+        try:
+            self.model(**kw)
+        except _There:
+            pass
+        finally:
+            handle.remove()
     return got.pop()
 
 # %% ../nbs/05_lm.ipynb #lm-edited
@@ -220,13 +303,16 @@ def _edited(x, edit, hook):
     "`edit(x)`, checked and in the dtype of `x`."
     y = edit(x)
     if not isinstance(y, Tensor) or y.shape != x.shape:
-        raise InputError(f"the edit at {hook} must return a tensor of shape {list(x.shape)}, not {list(y.shape) if isinstance(y, Tensor) else type(y).__name__}")
+        raise InputError(
+            f"the edit at {hook} must return a tensor of shape {list(x.shape)}, not {list(y.shape) if isinstance(y, Tensor) else type(y).__name__}"
+        )
     return y.to(x)
 
+# %% ../nbs/05_lm.ipynb #lm-edited-run
 @patch
-def _run(self:LM, kw, hook, edit, got):
+def _run(self: LM, kw, hook, edit, got):
     "Fill `got` with the logits of a whole pass."
-    module,side = self._point(hook) if edit else (None, None)
+    module, side = self._point(hook) if edit else (None, None)
     with self.net.trace(**kw):
         if edit:
             value = getattr(module, side)
@@ -235,109 +321,147 @@ def _run(self:LM, kw, hook, edit, got):
 
 # %% ../nbs/05_lm.ipynb #lm-logits
 @patch
-def logits(self:LM,
-    tokens,     # Token ids, [B, T]
+def logits(
+    self: LM,
+    tokens,  # Token ids, [B, T]
     hook=None,  # Hook point to edit
     edit=None,  # Function from the value at `hook`, [B, T, d], to what shall replace it, of the same shape
     docs=None,  # Document number per token, [B, T], where rows hold several; 0 is padding
-    grad=False, # Keep the graph, so that gradients reach what `edit` used
-)->Tensor:      # [B, T, vocab] on the model's device
+    grad=False,  # Keep the graph, so that gradients reach what `edit` used
+) -> Tensor:  # [B, T, vocab] on the model's device
     "Next-token logits, with the value at `hook` replaced by `edit` of it."
     self._free()
-    if (hook is None) != (edit is None): raise InputError("an edit needs both a hook point and a function: logits(tokens, hook, edit)")
+    if (hook is None) != (edit is None):
+        raise InputError("an edit needs both a hook point and a function: logits(tokens, hook, edit)")
     got = {}
-    with self.lock, torch.set_grad_enabled(grad): self._run(self._inputs(tokens, docs), hook, edit, got)
+    with self.lock, torch.set_grad_enabled(grad):
+        self._run(self._inputs(tokens, docs), hook, edit, got)
     return got.pop("logits")
 
 # %% ../nbs/05_lm.ipynb #lm-loss
 def token_loss(
-    logits:Tensor, # Next-token logits, [B, T, vocab]
-    tokens:Tensor, # Token ids, [B, T]
-)->Tensor:         # Loss of tokens 1 to T-1, in nats, [B, T-1], float32
+    logits: Tensor,  # Next-token logits, [B, T, vocab]
+    tokens: Tensor,  # Token ids, [B, T]
+) -> Tensor:  # Loss of tokens 1 to T-1, in nats, [B, T-1], float32
     "Cross-entropy of each token given those before it."
     tokens = torch.as_tensor(tokens, device=logits.device).long()
-    return torch.stack([F.cross_entropy(l[:-1].float(), t[1:], reduction="none") for l,t in zip(logits, tokens)])
+    return torch.stack(
+        [F.cross_entropy(l[:-1].float(), t[1:], reduction="none") for l, t in zip(logits, tokens)]
+    )
+
 
 def next_in_doc(
-    docs:Tensor, # Document number per token, [B, T]; 0 is padding
-)->Tensor:       # [B, T-1], True where token t+1 continues the document of token t
+    docs: Tensor,  # Document number per token, [B, T]; 0 is padding
+) -> Tensor:  # [B, T-1], True where token t+1 continues the document of token t
     "Which entries of `token_loss` are predictions within one document."
-    return (docs[:,1:] == docs[:,:-1]) & (docs[:,1:] > 0)
+    return (docs[:, 1:] == docs[:, :-1]) & (docs[:, 1:] > 0)
 
 # %% ../nbs/05_lm.ipynb #lm-encode
 @patch
-def encode(self:LM,
-    texts,     # A text or a list of them
-    ctx:int=0, # Cut rows to this many tokens; 0: as many as the model reads
-)->tuple:      # tokens [B, T] and docs [B, T] (1, and 0 where padded)
+def encode(
+    self: LM,
+    texts,  # A text or a list of them
+    ctx: int = 0,  # Cut rows to this many tokens; 0: as many as the model reads
+) -> tuple:  # tokens [B, T] and docs [B, T] (1, and 0 where padded)
     "Tokenize, one text per row."
     texts = [texts] if isinstance(texts, str) else list(texts)
     ctx = min(ctx or self.context, self.context)
     first = [] if self.bos is None else [self.bos]
     rows = [(first + self.tokenizer(t, add_special_tokens=False)["input_ids"])[:ctx] for t in texts]
-    T,fill = max(map(len, rows)), next((i for i in (self.pad, self.eos) if i is not None), 0)
-    tokens = torch.tensor([r + [fill]*(T - len(r)) for r in rows])
-    return tokens, torch.tensor([[1]*len(r) + [0]*(T - len(r)) for r in rows])
+    T = max(map(len, rows))
+    fill = next((i for i in (self.pad, self.eos) if i is not None), 0)
+    tokens = torch.tensor([r + [fill] * (T - len(r)) for r in rows])
+    return tokens, torch.tensor([[1] * len(r) + [0] * (T - len(r)) for r in rows])
 
 # %% ../nbs/05_lm.ipynb #lm-words
 @patch
-def words(self:LM,
-    row, # Token ids of one row, [T]
-)->list: # One string per token; joined, they read as the text
+def words(
+    self: LM,
+    row,  # Token ids of one row, [T]
+) -> list:  # One string per token; joined, they read as the text
     "The pieces of text that the tokens of `row` stand for."
     ids = torch.as_tensor(row).tolist()
-    decode = lambda ids: self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return [decode(ids[:1])] + [decode([a, b])[len(decode([a])):] for a,b in zip(ids, ids[1:])]
+
+    def decode(ids):
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    return [decode(ids[:1])] + [decode([a, b])[len(decode([a])) :] for a, b in zip(ids, ids[1:])]
 
 # %% ../nbs/05_lm.ipynb #lm-fingerprint
 @patch
-def fingerprint(self:LM)->str: # 64 hex digits
+def fingerprint(self: LM) -> str:  # 64 hex digits
     "Hash of the weights, their dtype and the configuration; computed once."
     if not hasattr(self, "_fingerprint"):
         skip = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"}
-        cfg = {k: v for k,v in self.model.config.to_diff_dict().items() if k not in skip}
-        h = hashlib.sha256(json.dumps([self.model.config.model_type, cfg], sort_keys=True, default=str).encode())
-        for name,t in sorted(self.model.state_dict().items()):
+        cfg = {k: v for k, v in self.model.config.to_diff_dict().items() if k not in skip}
+        h = hashlib.sha256(
+            json.dumps([self.model.config.model_type, cfg], sort_keys=True, default=str).encode()
+        )
+        for name, t in sorted(self.model.state_dict().items()):
             h.update(f"{name} {t.dtype} {list(t.shape)}".encode())
             h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         self._fingerprint = h.hexdigest()
     return self._fingerprint
 
 # %% ../nbs/05_lm.ipynb #lm-folder
-_needed = {"config.json": ["config.json"], "weights": ["*.safetensors", "pytorch_model*.bin"],
-           "tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model"]}
+_needed = {
+    "config.json": ["config.json"],
+    "weights": ["*.safetensors", "pytorch_model*.bin"],
+    "tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model"],
+}
+
 
 def _whole(folder):
     "Raise unless `folder` holds a configuration, weights and a tokenizer."
-    for what,pats in _needed.items():
+    for what, pats in _needed.items():
         if not any(any(folder.glob(p)) for p in pats):
-            raise InputError(f"folder {folder.name!r} holds no {what} (looked for {' or '.join(pats)}); save the model there with "
-                             "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)")
+            raise InputError(
+                f"folder {folder.name!r} holds no {what} (looked for {' or '.join(pats)}); save the model there with "
+                "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
+            )
 
+# %% ../nbs/05_lm.ipynb #lm-folder-find
 def _find(name):
     "A folder that holds the model `name`, or None when it has to come from the hub."
-    if not str(name): raise InputError('no model named; "world" is the one in the package')
-    if str(name) == "world": folder = Path(sae_nb.__file__).parent/"world_lm"
-    else: folder = Path(name).expanduser()
-    if folder.is_dir(): _whole(folder); return folder
-    if str(name) == "world": raise InputError("the model of the world is not in this installation; train it with nbs/04_world_model.ipynb")
-    if str(name)[0] in "./~" or str(name).count("/") > 1: raise InputError(f"folder {str(name)!r} does not exist; give a folder, a Hugging Face name, or world")
+    if not str(name):
+        raise InputError('no model named; "world" is the one in the package')
+    if str(name) == "world":
+        folder = Path(sae_nb.__file__).parent / "world_lm"
+    else:
+        folder = Path(name).expanduser()
+    if folder.is_dir():
+        _whole(folder)
+        return folder
+    if str(name) == "world":
+        raise InputError(
+            "the model of the world is not in this installation; train it with nbs/04_world_model.ipynb"
+        )
+    if str(name)[0] in "./~" or str(name).count("/") > 1:
+        raise InputError(f"folder {str(name)!r} does not exist; give a folder, a Hugging Face name, or world")
 
 # %% ../nbs/05_lm.ipynb #lm-hub-errors
 _now = "Open to all: -p model world (in the package) or -p model EleutherAI/pythia-70m-deduped"
 
+# %% ../nbs/05_lm.ipynb #lm-hub-errors-why
 def _why(name, e):
     "One line about why `name` could not be loaded, from the exception `e`."
     from huggingface_hub import errors as he
-    chain,x = [], e
-    while x is not None and x not in chain: chain.append(x); x = x.__cause__ or x.__context__
-    has = lambda *cls: next((x for x in chain if isinstance(x, cls)), None)
+
+    chain, x = [], e
+    while x is not None and x not in chain:
+        chain.append(x)
+        x = x.__cause__ or x.__context__
+
+    def has(*cls):
+        return next((x for x in chain if isinstance(x, cls)), None)
+
     status = getattr(getattr(has(he.HfHubHTTPError), "response", None), "status_code", None)
     if has(he.GatedRepoError):
         return f"{name} is gated: accept its licence on https://huggingface.co/{name}, then set HF_TOKEN to an access token of that account. {_now}"
     if has(he.RepositoryNotFoundError, he.HFValidationError):
         return f"there is no model {name!r}, neither as a folder nor on the Hugging Face hub (if it is private, set HF_TOKEN); check the spelling. {_now}"
-    if status in (401, 403): return f"the hub refused access to {name} ({status}); check HF_TOKEN, or unset it. {_now}"
+    if status in (401, 403):
+        return f"the hub refused access to {name} ({status}); check HF_TOKEN, or unset it. {_now}"
     if has(he.LocalEntryNotFoundError, he.OfflineModeIsEnabled, ConnectionError):
         return f"{name} is not on this machine yet and the Hugging Face hub cannot be reached; connect, unset HF_HUB_OFFLINE, or use -p model world, which needs no network"
     return f"{name} could not be loaded: {' '.join(str(e).split())[:200] or type(e).__name__}"
@@ -347,29 +471,41 @@ def _open(where, quiet, dtype):
     "Model and tokenizer at `where`, a folder or a hub name."
     import transformers as tf
     from transformers.utils import logging
+
     bars = logging.is_progress_bar_enabled()
-    if quiet: logging.disable_progress_bar()
+    if quiet:
+        logging.disable_progress_bar()
     try:
         one_of("model_type", tf.AutoConfig.from_pretrained(where).model_type, layouts)
         tokenizer = tf.AutoTokenizer.from_pretrained(where)
-        model,info = tf.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True)
+        model, info = tf.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True)
     finally:
-        if quiet and bars: logging.enable_progress_bar()
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)): raise InputError("its tokenizer is empty; are the tokenizer files there?")
-    if info["missing_keys"]: raise InputError(f"its files lack {len(info['missing_keys'])} weights, {sorted(info['missing_keys'])[0]} among them")
+        if quiet and bars:
+            logging.enable_progress_bar()
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise InputError("its tokenizer is empty; are the tokenizer files there?")
+    if info["missing_keys"]:
+        raise InputError(
+            f"its files lack {len(info['missing_keys'])} weights, {sorted(info['missing_keys'])[0]} among them"
+        )
     return model, tokenizer
 
 # %% ../nbs/05_lm.ipynb #lm-load
 def load_lm(
-    name:str="world",      # "world", a folder in Hugging Face layout, or a Hugging Face name
-    device:str="cpu",      # "cpu", "cuda", ...; empty: the GPU if there is one
-    dtype:str="float32",   # "float32" or "bfloat16"
-)->LM:                     # The model, frozen, ready to be read and edited
+    name: str = "world",  # "world", a folder in Hugging Face layout, or a Hugging Face name
+    device: str = "cpu",  # "cpu", "cuda", ...; empty: the GPU if there is one
+    dtype: str = "float32",  # "float32" or "bfloat16"
+) -> LM:  # The model, frozen, ready to be read and edited
     "Load a language model with its tokenizer."
     from safetensors import SafetensorError
-    device,dtype,folder = pick_device(device), pick_dtype(dtype), _find(name)
-    try: model,tokenizer = _open(str(folder or name), folder is not None, dtype)
+
+    device = pick_device(device)
+    dtype = pick_dtype(dtype)
+    folder = _find(name)
+    try:
+        model, tokenizer = _open(str(folder or name), folder is not None, dtype)
     except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as e:
-        if isinstance(e, torch.OutOfMemoryError): raise
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
         raise InputError(f"{name}: {e}" if isinstance(e, InputError) else _why(name, e)) from None
     return LM(model.to(device), tokenizer, str(name))

@@ -8,70 +8,85 @@ __all__ = ['Scan', 'scan', 'context', 'contexts_html', 'plot_scan']
 # %% ../nbs/08_look.ipynb #look-imports
 import html
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
 from .core import *
 
 # %% ../nbs/08_look.ipynb #look-scan-def
 @dataclass
 class Scan:
     "What one pass over held-out rows found."
-    density:Tensor # Share of tokens on which each latent fires, [d_sae]
-    l0:Tensor      # How many tokens had 0, 1, 2, ... active latents
-    top:Tensor     # Largest activations of each latent, descending, [d_sae, n]
-    where:Tensor   # Their places, row * T + position, [d_sae, n]
-    tokens:Tensor  # The rows, [R, T]
-    docs:Tensor    # Document numbers, [R, T]
-    mask:Tensor    # The same with 0 where a token does not count, [R, T]
+
+    density: Tensor  # Share of tokens on which each latent fires, [d_sae]
+    l0: Tensor  # How many tokens had 0, 1, 2, ... active latents
+    top: Tensor  # Largest activations of each latent, descending, [d_sae, n]
+    where: Tensor  # Their places, row * T + position, [d_sae, n]
+    tokens: Tensor  # The rows, [R, T]
+    docs: Tensor  # Document numbers, [R, T]
+    mask: Tensor  # The same with 0 where a token does not count, [R, T]
 
 # %% ../nbs/08_look.ipynb #look-scan
 @torch.no_grad()
 def scan(
-    sae,       # Evaluated on raw activations
-    lm,        # Language model
-    hook:str,  # Hook point the SAE reads
-    batches,   # [(tokens, docs, mask)] of held-out rows
-    n:int=12,  # Contexts kept per latent
-)->Scan:       # Counts and strongest contexts
+    sae,  # Evaluated on raw activations
+    lm,  # Language model
+    hook: str,  # Hook point the SAE reads
+    batches,  # [(tokens, docs, mask)] of held-out rows
+    n: int = 12,  # Contexts kept per latent
+) -> Scan:  # Counts and strongest contexts
     "Density, L0 histogram and strongest contexts of every latent."
-    fired,hist,total,start,top,where = 0,torch.zeros(sae.d_sae + 1, dtype=torch.long),0,0,None,None
-    for tokens,docs,mask in batches:
+    fired = 0
+    hist = torch.zeros(sae.d_sae + 1, dtype=torch.long)
+    total = 0
+    start = 0
+    top = None
+    where = None
+    for tokens, docs, mask in batches:
         f = sae.encode(lm.acts(tokens, hook, docs=docs).float(), mask.to(lm.device))
         f = (f * (mask > 0).to(f.device)[..., None]).cpu()
-        on = (f > 0).flatten(0, 1); keep = mask.flatten() > 0
-        fired,total = fired + on.sum(0),total + int(keep.sum())
+        on = (f > 0).flatten(0, 1)
+        keep = mask.flatten() > 0
+        fired, total = fired + on.sum(0), total + int(keep.sum())
         hist += torch.bincount(on[keep].sum(-1), minlength=len(hist))
-        v,i = f.flatten(0, 1).T.topk(min(n, mask.numel()), dim=-1)
-        i,start = i + start,start + mask.numel()
-        if top is not None: v,i = torch.cat([top, v], -1),torch.cat([where, i], -1)
-        top,j = v.topk(min(n, v.shape[-1]), dim=-1)
+        v, i = f.flatten(0, 1).T.topk(min(n, mask.numel()), dim=-1)
+        i, start = i + start, start + mask.numel()
+        if top is not None:
+            v, i = torch.cat([top, v], -1), torch.cat([where, i], -1)
+        top, j = v.topk(min(n, v.shape[-1]), dim=-1)
         where = i.gather(-1, j)
-    return Scan(fired / max(total, 1), hist, top, where, *(torch.cat([b[k] for b in batches]) for k in (0, 1, 2)))
+    return Scan(
+        fired / max(total, 1), hist, top, where, *(torch.cat([b[k] for b in batches]) for k in (0, 1, 2))
+    )
 
 # %% ../nbs/08_look.ipynb #look-spans
 def context(
-    s:Scan,     # From `scan`
-    latent:int, # Which latent
-    rank:int,   # 0: its strongest context
-    width:int=10, # Tokens before and after
-)->tuple:       # (token ids, index of the strongest among them), or None if the latent fires on fewer tokens
+    s: Scan,  # From `scan`
+    latent: int,  # Which latent
+    rank: int,  # 0: its strongest context
+    width: int = 10,  # Tokens before and after
+) -> tuple:  # (token ids, index of the strongest among them), or None if the latent fires on fewer tokens
     "The tokens around one of a latent's strongest places."
-    if rank >= s.top.shape[1] or s.top[latent, rank] <= 0: return None
-    r,t = divmod(s.where[latent, rank].item(), s.tokens.shape[1])
-    d = s.docs[r]; same = (d == d[t]).nonzero()[:, 0]
-    a,b = max(t - width, same.min().item()),min(t + width + 1, same.max().item() + 1)
-    return s.tokens[r, a:b],t - a,r,(a, b)
+    if rank >= s.top.shape[1] or s.top[latent, rank] <= 0:
+        return None
+    r, t = divmod(s.where[latent, rank].item(), s.tokens.shape[1])
+    d = s.docs[r]
+    same = (d == d[t]).nonzero()[:, 0]
+    a = max(t - width, same.min().item())
+    b = min(t + width + 1, same.max().item() + 1)
+    return s.tokens[r, a:b], t - a, r, (a, b)
 
 # %% ../nbs/08_look.ipynb #look-html
 @torch.no_grad()
 def contexts_html(
-    s:Scan,      # From `scan`
-    sae,         # The SAE scanned
-    lm,          # Language model
-    hook:str,    # Hook point
-    latents,     # Latents to show, in this order
-    n:int=4,     # Contexts each
-)->str:          # HTML
+    s: Scan,  # From `scan`
+    sae,  # The SAE scanned
+    lm,  # Language model
+    hook: str,  # Hook point
+    latents,  # Latents to show, in this order
+    n: int = 4,  # Contexts each
+) -> str:  # HTML
     "Strongest contexts of some latents, shaded by activation."
     out = []
     for j in map(int, latents):
@@ -80,30 +95,46 @@ def contexts_html(
         out.append(f"<div style='margin:6px 0'>{head}{''.join(lines)}</div>")
     return "<div style='font-family:monospace;font-size:12px;line-height:1.5'>" + "".join(out) + "</div>"
 
+# %% ../nbs/08_look.ipynb #look-html-line
 def _line(s, sae, lm, hook, j, k):
     "One shaded context."
     c = context(s, j, k)
-    if c is None: return ""
-    _,at,r,(a, b) = c
-    docs = s.docs[r:r+1]; x = lm.acts(s.tokens[r:r+1], hook, docs=docs).float()
-    f = sae.encode(x, s.mask[r:r+1].to(x.device))[0, a:b, j].cpu() / s.top[j, 0]
+    if c is None:
+        return ""
+    _, at, r, (a, b) = c
+    docs = s.docs[r : r + 1]
+    x = lm.acts(s.tokens[r : r + 1], hook, docs=docs).float()
+    f = sae.encode(x, s.mask[r : r + 1].to(x.device))[0, a:b, j].cpu() / s.top[j, 0]
     words = lm.words(s.tokens[r, a:b])
-    spans = [f"<span style='background:rgba(255,140,0,{max(0., v):.2f});{'font-weight:bold' if i == at else ''}'>{html.escape(w)}</span>" for i,(w,v) in enumerate(zip(words, f.tolist()))]
+    spans = [
+        f"<span style='background:rgba(255,140,0,{max(0.0, v):.2f});{'font-weight:bold' if i == at else ''}'>{html.escape(w)}</span>"
+        for i, (w, v) in enumerate(zip(words, f.tolist()))
+    ]
     return "<div style='margin-left:1em;white-space:pre-wrap'>" + "".join(spans) + "</div>"
 
 # %% ../nbs/08_look.ipynb #look-plot
 def plot_scan(
-    scans:dict, # name -> Scan
-):              # The figure
+    scans: dict,  # name -> Scan
+):  # The figure
     "L0 histograms and densities of latents, one colour per SAE."
     import matplotlib.pyplot as plt
-    fig,(a,b) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
-    for n,s in scans.items():
-        h = s.l0.float() / s.l0.sum(); last = int((h > 0).nonzero().max()) + 1
-        a.step(range(last + 1), h[:last + 1], where="mid", label=n)
+
+    fig, (a, b) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
+    for n, s in scans.items():
+        h = s.l0.float() / s.l0.sum()
+        last = int((h > 0).nonzero().max()) + 1
+        a.step(range(last + 1), h[: last + 1], where="mid", label=n)
         d = s.density[s.density > 0].log10()
-        b.hist(d.numpy(), bins=40, histtype="step", label=f"{n}, {(s.density == 0).float().mean():.1%} never fire")
-    a.set(xlabel="active latents of a token", ylabel="share of tokens"); b.set(xlabel="log10 of the share of tokens a latent fires on", ylabel="latents")
-    a.legend(frameon=False, fontsize=8); b.legend(frameon=False, fontsize=8)
-    for ax in (a, b): ax.spines[["top", "right"]].set_visible(False)
+        b.hist(
+            d.numpy(),
+            bins=40,
+            histtype="step",
+            label=f"{n}, {(s.density == 0).float().mean():.1%} never fire",
+        )
+    a.set(xlabel="active latents of a token", ylabel="share of tokens")
+    b.set(xlabel="log10 of the share of tokens a latent fires on", ylabel="latents")
+    a.legend(frameon=False, fontsize=8)
+    b.legend(frameon=False, fontsize=8)
+    for ax in (a, b):
+        ax.spines[["top", "right"]].set_visible(False)
     return fig

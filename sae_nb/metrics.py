@@ -11,191 +11,207 @@ __all__ = ['l0', 'l1', 'density', 'frac_dead', 'mse', 'explained_variance', 'exp
 
 # %% ../nbs/02_metrics.ipynb #metrics-imports
 import math
+
 import torch
-from torch import Tensor
 from fastcore.basics import patch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
 from .core import InputError
 
 # %% ../nbs/02_metrics.ipynb #metrics-l0
 def l0(
-    f:Tensor, # Latents, [n_tokens, d_sae]
-)->Tensor:    # Mean number of nonzero latents per token
+    f: Tensor,  # Latents, [n_tokens, d_sae]
+) -> Tensor:  # Mean number of nonzero latents per token
     "Active latents per token."
     return (f != 0).sum(-1).double().mean()
 
+
 def l1(
-    f:Tensor, # Latents, [n_tokens, d_sae]
-)->Tensor:    # Mean over tokens of the sum of the latents
+    f: Tensor,  # Latents, [n_tokens, d_sae]
+) -> Tensor:  # Mean over tokens of the sum of the latents
     "Sum of the latents per token, sign kept, as SAEBench does."
     return f.sum(-1, dtype=torch.float64).mean()
 
 # %% ../nbs/02_metrics.ipynb #metrics-density
 def density(
-    f:Tensor, # Latents, [n_tokens, d_sae]
-)->Tensor:    # Share of tokens on which each latent is nonzero, [d_sae]
+    f: Tensor,  # Latents, [n_tokens, d_sae]
+) -> Tensor:  # Share of tokens on which each latent is nonzero, [d_sae]
     "How often each latent fires."
     return (f != 0).double().mean(0)
 
+
 def frac_dead(
-    counts:Tensor, # How often each latent fired (a count or a density), [d_sae]
-)->Tensor:         # Share of latents that never did
+    counts: Tensor,  # How often each latent fired (a count or a density), [d_sae]
+) -> Tensor:  # Share of latents that never did
     "Share of latents that never fired."
     return (counts == 0).double().mean()
 
 # %% ../nbs/02_metrics.ipynb #metrics-mse
 def mse(
-    x:Tensor,     # Activations, [n_tokens, d_in]
-    x_hat:Tensor, # Reconstructions, same shape
-)->Tensor:        # Squared error summed over d_in, averaged over tokens
+    x: Tensor,  # Activations, [n_tokens, d_in]
+    x_hat: Tensor,  # Reconstructions, same shape
+) -> Tensor:  # Squared error summed over d_in, averaged over tokens
     "Squared error per token, in the squared units of `x`."
     return (x.float() - x_hat.float()).square().sum(-1).mean()
 
+
 def explained_variance(
-    x:Tensor,     # Activations, [n_tokens, d_in]
-    x_hat:Tensor, # Reconstructions, same shape
-)->Tensor:        # 1 perfect, 0 no better than the mean, negative worse; NaN if `x` does not vary
+    x: Tensor,  # Activations, [n_tokens, d_in]
+    x_hat: Tensor,  # Reconstructions, same shape
+) -> Tensor:  # 1 perfect, 0 no better than the mean, negative worse; NaN if `x` does not vary
     "Share of the variation about the mean that `x_hat` accounts for."
-    x,x_hat = x.float(),x_hat.float()
+    x, x_hat = x.float(), x_hat.float()
     return 1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
 
 # %% ../nbs/02_metrics.ipynb #metrics-ev-legacy
 def explained_variance_legacy(
-    x:Tensor,     # Activations of one batch, [n_tokens, d_in]
-    x_hat:Tensor, # Reconstructions, same shape
-)->Tensor:        # 1 perfect; a token near the mean can drive it far below 0
+    x: Tensor,  # Activations of one batch, [n_tokens, d_in]
+    x_hat: Tensor,  # Reconstructions, same shape
+) -> Tensor:  # 1 perfect; a token near the mean can drive it far below 0
     "SAEBench's `explained_variance_legacy`: mean over tokens of one minus a ratio."
-    x,x_hat = x.double(),x_hat.double()
+    x, x_hat = x.double(), x_hat.double()
     return (1 - (x - x_hat).square().sum(-1) / (x - x.mean(0)).square().sum(-1)).mean()
 
 # %% ../nbs/02_metrics.ipynb #metrics-ev-saebench
 def explained_variance_saebench(
-    x:Tensor,     # Activations, [n_tokens, d_in]
-    x_hat:Tensor, # Reconstructions, same shape
-)->Tensor:        # 1 perfect; 0 has no meaning here
+    x: Tensor,  # Activations, [n_tokens, d_in]
+    x_hat: Tensor,  # Reconstructions, same shape
+) -> Tensor:  # 1 perfect; 0 has no meaning here
     "SAEBench 0.6.0's `explained_variance`: 1 - R / (S - (S/d)^2)."
     R = mse(x, x_hat).double()
     S = x.double().square().sum(-1).mean()
-    return 1 - R / (S - (S / x.shape[-1])**2)
+    return 1 - R / (S - (S / x.shape[-1]) ** 2)
+
 
 def mse_saebench(
-    x:Tensor,     # Activations of one batch, [n_tokens, d_in]
-    x_hat:Tensor, # Reconstructions, same shape
-)->Tensor:        # Depends on the batch size
+    x: Tensor,  # Activations of one batch, [n_tokens, d_in]
+    x_hat: Tensor,  # Reconstructions, same shape
+) -> Tensor:  # Depends on the batch size
     "SAEBench's `mse`: squared error per token, divided by the number of tokens once more."
     return mse(x, x_hat) / len(x)
 
 # %% ../nbs/02_metrics.ipynb #metrics-shrinkage
 def l2_ratio(
-    x:Tensor,     # Activations, [n_tokens, d_in]
-    x_hat:Tensor, # Reconstructions, same shape
-)->Tensor:        # Mean of |x_hat| / |x|; below 1 is shrinkage
+    x: Tensor,  # Activations, [n_tokens, d_in]
+    x_hat: Tensor,  # Reconstructions, same shape
+) -> Tensor:  # Mean of |x_hat| / |x|; below 1 is shrinkage
     "How long reconstructions are, against the originals."
     n = x.double().norm(dim=-1)
-    return (x_hat.double().norm(dim=-1) / torch.where(n < 1e-4, 1., n)).mean()
+    return (x_hat.double().norm(dim=-1) / torch.where(n < 1e-4, 1.0, n)).mean()
+
 
 def relative_reconstruction_bias(
-    x:Tensor,     # Activations of one batch, [n_tokens, d_in]
-    x_hat:Tensor, # Reconstructions, same shape
-)->Tensor:        # 1 unbiased, below 1 shrinkage; NaN if `x_hat` is zero
+    x: Tensor,  # Activations of one batch, [n_tokens, d_in]
+    x_hat: Tensor,  # Reconstructions, same shape
+) -> Tensor:  # 1 unbiased, below 1 shrinkage; NaN if `x_hat` is zero
     "Mean of |x_hat|^2 over mean of x . x_hat."
-    x,x_hat = x.double(),x_hat.double()
+    x, x_hat = x.double(), x_hat.double()
     return x_hat.square().sum() / (x * x_hat).sum()
 
+# %% ../nbs/02_metrics.ipynb #metrics-shrinkage-cossim
 def cossim(
-    x:Tensor,     # Activations, [n_tokens, d_in]
-    x_hat:Tensor, # Reconstructions, same shape
-)->Tensor:        # 1 same direction, 0 unrelated
+    x: Tensor,  # Activations, [n_tokens, d_in]
+    x_hat: Tensor,  # Reconstructions, same shape
+) -> Tensor:  # 1 same direction, 0 unrelated
     "Mean cosine between activations and reconstructions."
     return torch.cosine_similarity(x.double(), x_hat.double(), dim=-1).mean()
 
 # %% ../nbs/02_metrics.ipynb #metrics-loss-recovered
 def loss_recovered(
-    loss_zero:float,  # Cross-entropy with the activation zeroed, nats per token
-    loss_sae:float,   # With the reconstruction
-    loss_model:float, # Untouched
-)->float:             # 1 nothing lost, 0 no better than zeroing; None if zeroing costs nothing
+    loss_zero: float,  # Cross-entropy with the activation zeroed, nats per token
+    loss_sae: float,  # With the reconstruction
+    loss_model: float,  # Untouched
+) -> float:  # 1 nothing lost, 0 no better than zeroing; None if zeroing costs nothing
     "Share of the loss caused by zeroing that the reconstruction wins back."
-    if loss_zero == loss_model: return None
+    if loss_zero == loss_model:
+        return None
     return (loss_zero - loss_sae) / (loss_zero - loss_model)
 
 # %% ../nbs/02_metrics.ipynb #metrics-cosines
 def unit(
-    W:Tensor, # Rows, [n, d]
-)->Tensor:    # Rows of length 1 (a zero row stays zero), float32 or better
+    W: Tensor,  # Rows, [n, d]
+) -> Tensor:  # Rows of length 1 (a zero row stays zero), float32 or better
     "Rows scaled to length one."
     W = W.detach()
     W = W if W.dtype == torch.float64 else W.float()
     return W / W.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
+
 def cosines(
-    W:Tensor,          # Learned rows, [d_sae, d_in]
-    directions:Tensor, # True rows, [n_true, d_in]
-)->Tensor:             # Cosines, [d_sae, n_true]
+    W: Tensor,  # Learned rows, [d_sae, d_in]
+    directions: Tensor,  # True rows, [n_true, d_in]
+) -> Tensor:  # Cosines, [d_sae, n_true]
     "Cosine of every learned row with every true direction."
     return unit(W) @ unit(directions).to(W.device).T.to(unit(W).dtype)
 
+# %% ../nbs/02_metrics.ipynb #metrics-cosines-max-cos
 def max_cos(
-    W:Tensor,          # Learned rows, [d_sae, d_in]
-    directions:Tensor, # True rows, [n_true, d_in]
-)->Tensor:             # Best cosine for each true direction, [n_true]
+    W: Tensor,  # Learned rows, [d_sae, d_in]
+    directions: Tensor,  # True rows, [n_true, d_in]
+) -> Tensor:  # Best cosine for each true direction, [n_true]
     "For each true direction, the best cosine among the rows of `W`, sign kept."
     return cosines(W, directions).max(0).values
 
 # %% ../nbs/02_metrics.ipynb #metrics-match
 def match(
-    W:Tensor,           # Learned rows, [d_sae, d_in]
-    directions:Tensor,  # True rows, [n_true, d_in]
-    signed:bool=False,  # Keep the sign of the cosine
-)->tuple:               # Latent indices, direction indices, cosines; each [min(d_sae, n_true)]
+    W: Tensor,  # Learned rows, [d_sae, d_in]
+    directions: Tensor,  # True rows, [n_true, d_in]
+    signed: bool = False,  # Keep the sign of the cosine
+) -> tuple:  # Latent indices, direction indices, cosines; each [min(d_sae, n_true)]
     "The one-to-one pairing of rows and directions with the largest total cosine."
     c = cosines(W, directions).cpu()
-    if not signed: c = c.abs()
-    i,j = map(torch.as_tensor, linear_sum_assignment(c.numpy(), maximize=True))
+    if not signed:
+        c = c.abs()
+    i, j = map(torch.as_tensor, linear_sum_assignment(c.numpy(), maximize=True))
     return i, j, c[i, j]
 
+# %% ../nbs/02_metrics.ipynb #metrics-match-mcc
 def mcc(
-    W:Tensor,           # Learned rows, [d_sae, d_in]
-    directions:Tensor,  # True rows, [n_true, d_in]
-    signed:bool=False,  # Keep the sign of the cosine
-)->float:               # 1 every pair aligned
+    W: Tensor,  # Learned rows, [d_sae, d_in]
+    directions: Tensor,  # True rows, [n_true, d_in]
+    signed: bool = False,  # Keep the sign of the cosine
+) -> float:  # 1 every pair aligned
     "Mean |cosine| of the best one-to-one pairing."
     return match(W, directions, signed)[2].mean().item()
 
 # %% ../nbs/02_metrics.ipynb #metrics-random-like
 def random_like(
-    W:Tensor,   # Rows to imitate, [n, d]
-    seed:int=0, # Any integer
-)->Tensor:      # Random unit rows of the same shape, float32
+    W: Tensor,  # Rows to imitate, [n, d]
+    seed: int = 0,  # Any integer
+) -> Tensor:  # Random unit rows of the same shape, float32
     "A dictionary of random directions."
     return unit(torch.randn(W.shape, generator=torch.Generator().manual_seed(seed))).to(W.device)
 
+
 def above_null(
-    score:float,     # Measured
-    null:float,      # What chance gives
-    ceiling:float=1. # What perfection gives
-)->float:            # 0 at the null, 1 at the ceiling
+    score: float,  # Measured
+    null: float,  # What chance gives
+    ceiling: float = 1.0,  # What perfection gives
+) -> float:  # 0 at the null, 1 at the ceiling
     "A score on the scale from its null to its ceiling."
     return (score - null) / (ceiling - null)
 
 # %% ../nbs/02_metrics.ipynb #metrics-nearest
 def nearest_cos(
-    W:Tensor,       # Rows, [n, d]
-    chunk:int=1024, # Rows compared at a time, bounds memory at chunk * n
-)->Tensor:          # Largest cosine with any other row, [n]
+    W: Tensor,  # Rows, [n, d]
+    chunk: int = 1024,  # Rows compared at a time, bounds memory at chunk * n
+) -> Tensor:  # Largest cosine with any other row, [n]
     "How close each row's nearest other row is."
-    if len(W) < 2: raise InputError(f"nearest_cos of {len(W)} row is not defined; it needs at least 2 rows")
-    W,out = unit(W),[]
+    if len(W) < 2:
+        raise InputError(f"nearest_cos of {len(W)} row is not defined; it needs at least 2 rows")
+    W, out = unit(W), []
     for i in range(0, len(W), chunk):
-        c = W[i:i+chunk] @ W.T
+        c = W[i : i + chunk] @ W.T
         r = torch.arange(len(c), device=W.device)
         c[r, i + r] = -math.inf
         out.append(c.max(1).values)
     return torch.cat(out)
 
+# %% ../nbs/02_metrics.ipynb #metrics-nearest-effective-rank
 def effective_rank(
-    W:Tensor, # Rows, [n, d]
-)->Tensor:    # Between 1 and min(n, d)
+    W: Tensor,  # Rows, [n, d]
+) -> Tensor:  # Between 1 and min(n, d)
     "exp(entropy) of the singular values."
     s = torch.linalg.svdvals(W.detach().double())
     p = s[s > 0] / s.sum()
@@ -203,34 +219,42 @@ def effective_rank(
 
 # %% ../nbs/02_metrics.ipynb #metrics-f1
 def best_feature(
-    W:Tensor,          # Learned rows, [d_sae, d_in]
-    directions:Tensor, # True rows, [n_true, d_in]
-)->Tensor:             # Index of the closest true direction, [d_sae]
+    W: Tensor,  # Learned rows, [d_sae, d_in]
+    directions: Tensor,  # True rows, [n_true, d_in]
+) -> Tensor:  # Index of the closest true direction, [d_sae]
     "The true direction each row points at most, sign dropped."
     return cosines(W, directions).abs().argmax(1)
 
+# %% ../nbs/02_metrics.ipynb #metrics-f1-f1-detector
 def f1_detector(
-    f:Tensor,       # Latents, [n_tokens, d_sae]
-    f_true:Tensor,  # True features, [n_tokens, n_true]
-    feature:Tensor, # Feature each latent stands for, e.g. from `best_feature`, [d_sae]
-)->dict:            # precision, recall, f1: each [d_sae]
+    f: Tensor,  # Latents, [n_tokens, d_sae]
+    f_true: Tensor,  # True features, [n_tokens, n_true]
+    feature: Tensor,  # Feature each latent stands for, e.g. from `best_feature`, [d_sae]
+) -> dict:  # precision, recall, f1: each [d_sae]
     "Each latent as a detector of its feature."
-    on,true = f != 0, (f_true != 0)[:, feature]
-    hit,fired,there = (on & true).sum(0).double(), on.sum(0), true.sum(0)
-    return dict(precision=hit / fired.clamp(min=1), recall=hit / there.clamp(min=1), f1=2*hit / (fired + there).clamp(min=1))
+    on, true = f != 0, (f_true != 0)[:, feature]
+    hit = (on & true).sum(0).double()
+    fired = on.sum(0)
+    there = true.sum(0)
+    return dict(
+        precision=hit / fired.clamp(min=1),
+        recall=hit / there.clamp(min=1),
+        f1=2 * hit / (fired + there).clamp(min=1),
+    )
 
+# %% ../nbs/02_metrics.ipynb #metrics-f1-uniqueness
 def uniqueness(
-    feature:Tensor, # Feature each latent stands for, [d_sae]
-)->float:           # 1 if no two latents share a feature
+    feature: Tensor,  # Feature each latent stands for, [d_sae]
+) -> float:  # 1 if no two latents share a feature
     "Different features claimed, per latent."
     return len(feature.unique()) / len(feature)
 
 # %% ../nbs/02_metrics.ipynb #metrics-depth
 def depths(
-    parent:Tensor, # Parent of each feature, -1 for a root or a feature outside any tree, [n_true]
-)->Tensor:         # Steps up to the root, [n_true]
+    parent: Tensor,  # Parent of each feature, -1 for a root or a feature outside any tree, [n_true]
+) -> Tensor:  # Steps up to the root, [n_true]
     "How deep each feature sits in its tree."
-    d,p = torch.zeros_like(parent), parent.clone()
+    d, p = torch.zeros_like(parent), parent.clone()
     while (p >= 0).any():
         d += p >= 0
         p = torch.where(p >= 0, parent[p.clamp(min=0)], -1)
@@ -238,22 +262,24 @@ def depths(
 
 # %% ../nbs/02_metrics.ipynb #metrics-absorption-def
 def absorption(
-    f:Tensor,          # Latents, [n_tokens, d_sae]
-    f_true:Tensor,     # True features, [n_tokens, n_true]
-    W:Tensor,          # Learned rows, [d_sae, d_in]
-    directions:Tensor, # True rows, [n_true, d_in]
-    parent:Tensor,     # Parent of each feature, -1 for none, [n_true]
-)->dict:               # depth of the child -> dict(absorption, silent_with_child, silent_alone, n_tokens); rates None where nothing was seen
+    f: Tensor,  # Latents, [n_tokens, d_sae]
+    f_true: Tensor,  # True features, [n_tokens, n_true]
+    W: Tensor,  # Learned rows, [d_sae, d_in]
+    directions: Tensor,  # True rows, [n_true, d_in]
+    parent: Tensor,  # Parent of each feature, -1 for none, [n_true]
+) -> dict:  # depth of the child -> dict(absorption, silent_with_child, silent_alone, n_tokens); rates None where nothing was seen
     "How often a parent's latent falls silent because a child is on, by depth of the child."
     on = f_true != 0
-    silent = (f == 0)[:, cosines(W, directions).argmax(0)]      # of the latent closest to each feature
-    kids = (parent >= 0).nonzero().squeeze(1); up = parent[kids]
+    silent = (f == 0)[:, cosines(W, directions).argmax(0)]  # of the latent closest to each feature
+    kids = (parent >= 0).nonzero().squeeze(1)
+    up = parent[kids]
     with_child = torch.zeros_like(on).long().index_add_(1, up, on[:, kids].long()) > 0
-    both,alone = on[:, kids] & on[:, up], on & ~with_child
+    both, alone = on[:, kids] & on[:, up], on & ~with_child
     out = {}
     for d in depths(parent)[kids].unique().tolist():
         c = depths(parent)[kids] == d
-        n,m = both[:, c].sum().item(), alone[:, up[c].unique()].sum().item()
+        n = both[:, c].sum().item()
+        m = alone[:, up[c].unique()].sum().item()
         a = (both & silent[:, up])[:, c].sum().item() / n if n else None
         b = (alone & silent)[:, up[c].unique()].sum().item() / m if m else None
         out[d] = dict(absorption=a - b if n and m else None, silent_with_child=a, silent_alone=b, n_tokens=n)
@@ -261,49 +287,64 @@ def absorption(
 
 # %% ../nbs/02_metrics.ipynb #metrics-leak
 def leak(
-    W:Tensor,          # Learned rows, [d_sae, d_in]
-    directions:Tensor, # True rows, [n_true, d_in]
-    pairs:Tensor,      # Feature pairs (a, b), [n_pairs, 2]
-)->Tensor:             # Cosine of a's row with the part of b outside a, [n_pairs]
+    W: Tensor,  # Learned rows, [d_sae, d_in]
+    directions: Tensor,  # True rows, [n_true, d_in]
+    pairs: Tensor,  # Feature pairs (a, b), [n_pairs, 2]
+) -> Tensor:  # Cosine of a's row with the part of b outside a, [n_pairs]
     "How much of `b` the latent of `a` carries."
-    W,D = unit(W),unit(directions)
-    a,b = D[pairs[:, 0]],D[pairs[:, 1]]
+    W, D = unit(W), unit(directions)
+    a, b = D[pairs[:, 0]], D[pairs[:, 1]]
     w = W[cosines(W, D).argmax(0)[pairs[:, 0]]]
     return (w * unit(b - (a * b).sum(-1, keepdim=True) * a)).sum(-1)
 
+# %% ../nbs/02_metrics.ipynb #metrics-leak-hedging
 def hedging(
-    W:Tensor,          # Learned rows, [d_sae, d_in]
-    directions:Tensor, # True rows, [n_true, d_in]
-    related:Tensor,    # Pairs that go together, [n, 2]
-    unrelated:Tensor,  # Pairs that do not, [m, 2]
-)->float:              # Mean |leak| of related pairs minus that of unrelated ones; 0 when rows are clean
+    W: Tensor,  # Learned rows, [d_sae, d_in]
+    directions: Tensor,  # True rows, [n_true, d_in]
+    related: Tensor,  # Pairs that go together, [n, 2]
+    unrelated: Tensor,  # Pairs that do not, [m, 2]
+) -> float:  # Mean |leak| of related pairs minus that of unrelated ones; 0 when rows are clean
     "How much more a row carries of a related feature than of an unrelated one."
     return (leak(W, directions, related).abs().mean() - leak(W, directions, unrelated).abs().mean()).item()
 
 # %% ../nbs/02_metrics.ipynb #metrics-f64
-def _f64(x): return x.detach().to("cpu" if x.device.type == "mps" else x.device, torch.float64)   # MPS has no float64
+def _f64(x):  # MPS has no float64
+    return x.detach().to("cpu" if x.device.type == "mps" else x.device, torch.float64)
+
 
 class Running:
     "Sums over a stream of batches; every number comes out as if all tokens had come at once."
-    def __init__(self): self.n,self.n_f,self.s,self.batches,self.undefined = 0,0,{},{},{}
 
+    def __init__(self):
+        self.n = 0
+        self.n_f = 0
+        self.s = {}
+        self.batches = {}
+        self.undefined = {}
+
+# %% ../nbs/02_metrics.ipynb #metrics-f64-add
 @patch
-def _add(self:Running, **sums):
-    for k,v in sums.items(): self.s[k] = self.s.get(k, 0) + v
+def _add(self: Running, **sums):
+    for k, v in sums.items():
+        self.s[k] = self.s.get(k, 0) + v
 
 # %% ../nbs/02_metrics.ipynb #metrics-running-variance
 @patch
-def _variance(self:Running,
-    x:Tensor, # float64, [n_tokens, d_in]
+def _variance(
+    self: Running,
+    x: Tensor,  # float64, [n_tokens, d_in]
 ):
     "Merge mean and squared deviations of a batch into those seen so far."
     mean = x.mean(0)
     self._join(len(x), mean, (x - mean).square().sum())
 
+# %% ../nbs/02_metrics.ipynb #metrics-running-variance-join
 @patch
-def _join(self:Running, n, mean, dev):
+def _join(self: Running, n, mean, dev):
     "Merge a count, a mean and a sum of squared deviations."
-    if not self.n: self.mean,self.dev = mean,dev
+    if not self.n:
+        self.mean = mean
+        self.dev = dev
     else:
         gap = mean - self.mean
         self.dev = self.dev + dev + gap.square().sum() * (self.n * n / (self.n + n))
@@ -312,121 +353,186 @@ def _join(self:Running, n, mean, dev):
 
 # %% ../nbs/02_metrics.ipynb #metrics-running-update
 @patch
-def update(self:Running,
-    x:Tensor,          # Activations that count, [n_tokens, d_in]
-    x_hat:Tensor=None, # Reconstructions, same shape
-    f:Tensor=None,     # Latents, [n_tokens, d_sae]
-)->Running:
+def update(
+    self: Running,
+    x: Tensor,  # Activations that count, [n_tokens, d_in]
+    x_hat: Tensor = None,  # Reconstructions, same shape
+    f: Tensor = None,  # Latents, [n_tokens, d_sae]
+) -> Running:
     "Take in one batch."
-    if not len(x): return self
-    if f is not None: self._latents(f)
+    if not len(x):
+        return self
+    if f is not None:
+        self._latents(f)
     x = _f64(x)
-    if x_hat is not None: self._errors(x, _f64(x_hat))
+    if x_hat is not None:
+        self._errors(x, _f64(x_hat))
     self._variance(x)
     return self
 
 # %% ../nbs/02_metrics.ipynb #metrics-running-errors
 @patch
-def _errors(self:Running,
-    x:Tensor,     # float64, [n_tokens, d_in]
-    x_hat:Tensor, # float64, same shape
+def _errors(
+    self: Running,
+    x: Tensor,  # float64, [n_tokens, d_in]
+    x_hat: Tensor,  # float64, same shape
 ):
     "Sums for everything that compares `x` with `x_hat`, and SAEBench's numbers of this batch."
-    err,n_in,n_out = (x - x_hat).square().sum(-1), x.norm(dim=-1), x_hat.norm(dim=-1)
-    self._add(n_hat=len(x), err=err.sum(), l2_norm_in=n_in.sum(), l2_norm_out=n_out.sum(), l2_ratio=l2_ratio(x, x_hat)*len(x),
-              cossim=cossim(x, x_hat)*len(x), legacy=explained_variance_legacy(x, x_hat)*len(x))
-    for k,v in dict(R=err.mean(), S=n_in.square().mean(), mse=err.sum()/len(x),
-                    bias=relative_reconstruction_bias(x, x_hat)).items(): self.batches.setdefault(k, []).append(v)
+    err = (x - x_hat).square().sum(-1)
+    n_in = x.norm(dim=-1)
+    n_out = x_hat.norm(dim=-1)
+    self._add(
+        n_hat=len(x),
+        err=err.sum(),
+        l2_norm_in=n_in.sum(),
+        l2_norm_out=n_out.sum(),
+        l2_ratio=l2_ratio(x, x_hat) * len(x),
+        cossim=cossim(x, x_hat) * len(x),
+        legacy=explained_variance_legacy(x, x_hat) * len(x),
+    )
+    for k, v in dict(
+        R=err.mean(),
+        S=n_in.square().mean(),
+        mse=err.sum() / len(x),
+        bias=relative_reconstruction_bias(x, x_hat),
+    ).items():
+        self.batches.setdefault(k, []).append(v)
 
 # %% ../nbs/02_metrics.ipynb #metrics-running-latents
 @patch
-def _latents(self:Running,
-    f:Tensor, # [n_tokens, d_sae]
+def _latents(
+    self: Running,
+    f: Tensor,  # [n_tokens, d_sae]
 ):
     "Counts of what fired."
     on = f.detach() != 0
     per = on.sum(-1)
-    self._add(l1=f.detach().sum(dtype=torch.float32 if f.device.type == "mps" else torch.float64), fired=on.sum(0), positive=(f.detach() > 0).sum(0),
-              l0_counts=torch.bincount(per, minlength=f.shape[-1] + 1))
+    self._add(
+        l1=f.detach().sum(dtype=torch.float32 if f.device.type == "mps" else torch.float64),
+        fired=on.sum(0),
+        positive=(f.detach() > 0).sum(0),
+        l0_counts=torch.bincount(per, minlength=f.shape[-1] + 1),
+    )
     self.n_f += len(f)
 
 # %% ../nbs/02_metrics.ipynb #metrics-running-result
 @patch
-def _say(self:Running,
-    out:dict, # name -> number or tensor
-)->dict:      # name -> float, or None where not finite
+def _say(
+    self: Running,
+    out: dict,  # name -> number or tensor
+) -> dict:  # name -> float, or None where not finite
     "Plain numbers; what is not finite becomes None, with its reason in `undefined`."
-    for k,v in out.items():
+    for k, v in out.items():
         v = float(v)
         out[k] = v if math.isfinite(v) else None
-        if out[k] is None: self.undefined[k] = self._why(k)
-        else: self.undefined.pop(k, None)
+        if out[k] is None:
+            self.undefined[k] = self._why(k)
+        else:
+            self.undefined.pop(k, None)
     return out
 
+# %% ../nbs/02_metrics.ipynb #metrics-running-result-why
 @patch
-def _why(self:Running, k):
-    if not math.isfinite(float(self.s.get("err", 0.))): return "a reconstruction or an activation is not finite"
-    return {"explained_variance": "the activations do not vary", "explained_variance_saebench": "its denominator S - (S/d)^2 is zero",
-            "explained_variance_legacy": "a token equals its batch mean, so a ratio divides by zero",
-            "relative_reconstruction_bias": "x . x_hat sums to zero in a batch"}.get(k, "not finite")
+def _why(self: Running, k):
+    if not math.isfinite(float(self.s.get("err", 0.0))):
+        return "a reconstruction or an activation is not finite"
+    return {
+        "explained_variance": "the activations do not vary",
+        "explained_variance_saebench": "its denominator S - (S/d)^2 is zero",
+        "explained_variance_legacy": "a token equals its batch mean, so a ratio divides by zero",
+        "relative_reconstruction_bias": "x . x_hat sums to zero in a batch",
+    }.get(k, "not finite")
 
 # %% ../nbs/02_metrics.ipynb #metrics-running-result-def
 @patch
-def result(self:Running,
-)->dict: # name -> float or None
+def result(
+    self: Running,
+) -> dict:  # name -> float or None
     "Every number of the stream so far."
-    if not self.n: raise InputError("no token counted: every mask was 0 or the stream was empty; hand over at least one batch with counted tokens")
-    out,s,n = dict(n_tokens=self.n),self.s,self.n
+    if not self.n:
+        raise InputError(
+            "no token counted: every mask was 0 or the stream was empty; hand over at least one batch with counted tokens"
+        )
+    out = dict(n_tokens=self.n)
+    s = self.s
+    n = self.n
     if "err" in s:
-        b = {k: torch.stack([torch.as_tensor(o, dtype=torch.float64, device="cpu") for o in v]).mean() for k,v in self.batches.items()}
+        b = {
+            k: torch.stack([torch.as_tensor(o, dtype=torch.float64, device="cpu") for o in v]).mean()
+            for k, v in self.batches.items()
+        }
         n = s["n_hat"]
-        out.update(mse=s["err"]/n, explained_variance=1 - s["err"]/self.dev, l2_norm_in=s["l2_norm_in"]/n, l2_norm_out=s["l2_norm_out"]/n,
-            l2_ratio=s["l2_ratio"]/n, cossim=s["cossim"]/n, explained_variance_legacy=s["legacy"]/n, relative_reconstruction_bias=b["bias"],
-            explained_variance_saebench=1 - b["R"]/(b["S"] - (b["S"]/len(self.mean))**2), mse_saebench=sum(self.batches["mse"])/n)
+        out.update(
+            mse=s["err"] / n,
+            explained_variance=1 - s["err"] / self.dev,
+            l2_norm_in=s["l2_norm_in"] / n,
+            l2_norm_out=s["l2_norm_out"] / n,
+            l2_ratio=s["l2_ratio"] / n,
+            cossim=s["cossim"] / n,
+            explained_variance_legacy=s["legacy"] / n,
+            relative_reconstruction_bias=b["bias"],
+            explained_variance_saebench=1 - b["R"] / (b["S"] - (b["S"] / len(self.mean)) ** 2),
+            mse_saebench=sum(self.batches["mse"]) / n,
+        )
     if "fired" in s:
-        out.update(l0=s["fired"].sum()/self.n_f, l1=s["l1"]/self.n_f, frac_dead=frac_dead(s["fired"]))
+        out.update(l0=s["fired"].sum() / self.n_f, l1=s["l1"] / self.n_f, frac_dead=frac_dead(s["fired"]))
     return self._say(out)
 
 # %% ../nbs/02_metrics.ipynb #metrics-running-props
 @patch(as_prop=True)
-def density(self:Running)->Tensor: # [d_sae], share of tokens on which each latent is nonzero
+def density(self: Running) -> Tensor:  # [d_sae], share of tokens on which each latent is nonzero
     "How often each latent fired."
     return self.s["fired"].double() / self.n_f
 
+
 @patch(as_prop=True)
-def l0_histogram(self:Running)->list: # Entry i: number of tokens with i active latents
+def l0_histogram(self: Running) -> list:  # Entry i: number of tokens with i active latents
     "Counts of L0 per token, cut after the largest one seen."
     c = self.s["l0_counts"]
-    return c[:int(c.nonzero().max()) + 1].tolist()
+    return c[: int(c.nonzero().max()) + 1].tolist()
 
 # %% ../nbs/02_metrics.ipynb #metrics-running-merge
 @patch
-def tensors(self:Running)->dict: # name -> tensor
+def tensors(self: Running) -> dict:  # name -> tensor
     "Everything the sums hold."
-    num = lambda v: torch.as_tensor(v).detach()
-    out = dict(n=num(self.n), n_f=num(self.n_f), **{f"s.{k}": num(v) for k,v in self.s.items()})
-    out.update({f"b.{k}": torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in vs]) for k,vs in self.batches.items()})
+
+    def num(v):
+        return torch.as_tensor(v).detach()
+
+    out = dict(n=num(self.n), n_f=num(self.n_f), **{f"s.{k}": num(v) for k, v in self.s.items()})
+    out.update(
+        {
+            f"b.{k}": torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in vs])
+            for k, vs in self.batches.items()
+        }
+    )
     return {**out, **(dict(mean=self.mean, dev=self.dev) if self.n else {})}
 
+# %% ../nbs/02_metrics.ipynb #metrics-running-merge-merge
 @patch
-def merge(self:Running,
-    ts:dict, # From `tensors`
-)->Running:
+def merge(
+    self: Running,
+    ts: dict,  # From `tensors`
+) -> Running:
     "Take in another stream's sums, as if it had followed."
     n = int(ts["n"])
-    self._add(**{k[2:]: v for k,v in ts.items() if k.startswith("s.")}); self.n_f += int(ts["n_f"])
-    for k,v in ts.items():
-        if k.startswith("b."): self.batches.setdefault(k[2:], []).extend(v)
-    if n: self._join(n, ts["mean"], ts["dev"])
+    self._add(**{k[2:]: v for k, v in ts.items() if k.startswith("s.")})
+    self.n_f += int(ts["n_f"])
+    for k, v in ts.items():
+        if k.startswith("b."):
+            self.batches.setdefault(k[2:], []).extend(v)
+    if n:
+        self._join(n, ts["mean"], ts["dev"])
     return self
 
 # %% ../nbs/02_metrics.ipynb #metrics-ratio-se
 def ratio_se(
-    num:Tensor, # One numerator per independent row, [n]
-    den:Tensor, # One denominator per row, [n]
-)->float:       # Standard error of num.sum() / den.sum(); None with fewer than 2 rows or a zero denominator
+    num: Tensor,  # One numerator per independent row, [n]
+    den: Tensor,  # One denominator per row, [n]
+) -> float:  # Standard error of num.sum() / den.sum(); None with fewer than 2 rows or a zero denominator
     "Standard error of a ratio of sums over independent rows."
-    num,den = num.double(),den.double()
-    n,d = len(num),den.sum()
-    if n < 2 or d == 0: return None
-    return ((num - num.sum()/d * den).square().sum() * n/(n - 1)).sqrt().div(d.abs()).item()
+    num, den = num.double(), den.double()
+    n, d = len(num), den.sum()
+    if n < 2 or d == 0:
+        return None
+    return ((num - num.sum() / d * den).square().sum() * n / (n - 1)).sqrt().div(d.abs()).item()

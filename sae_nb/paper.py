@@ -7,159 +7,319 @@ __all__ = ['order', 'command', 'palette', 'panels', 'columns', 'expected', 'save
            'summary', 'table_tex', 'macro', 'numbers_tex', 'check_tex', 'build_paper']
 
 # %% ../nbs/99_paper.ipynb #paper-imports
-import re, shutil, subprocess
+import re
+import shutil
+import subprocess
 from pathlib import Path
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import EngFormatter
+
 from .core import *
-from .train import read_history
 from .runs import gather, same_weights
+from .train import read_history
 
 # %% ../nbs/99_paper.ipynb #paper-expect
 order = ["standard", "topk", "batchtopk", "ortho"]  # variants, in the order of every figure
 command = "papermill nbs/run.ipynb runs/paper.ipynb -p variant standard,topk,batchtopk,ortho -p seed 0,1,2 -p name paper -p tokens 500000 -p d_sae 1024"
 palette = dict(zip(order, sns.color_palette("colorblind")))
 
+# %% ../nbs/99_paper.ipynb #paper-expect-expected
 def expected(
-    df,              # From `gather`
+    df,  # From `gather`
     variants=order,  # Variants a figure needs
-    seeds=(0, 1, 2), # Seeds of each
-    name="paper",    # Name the runs were given
-):                   # The rows of `df` that were expected, in order
+    seeds=(0, 1, 2),  # Seeds of each
+    name="paper",  # Name the runs were given
+):  # The rows of `df` that were expected, in order
     "The runs of the paper, or an error that names those missing and the command that makes them."
     want = [f"{name}-{v}-s{s}" for v in variants for s in seeds]
     have = set(df["name"]) if len(df) else set()
     missing = [w for w in want if w not in have]
-    if missing: raise InputError(f"{len(missing)} of {len(want)} runs are missing under runs/ ({', '.join(missing[:4])} ...); make them with: {command}")
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(want)} runs are missing under runs/ ({', '.join(missing[:4])} ...); make them with: {command}"
+        )
     df = df.set_index("name").loc[want].reset_index()
     for k in ("tokens", "d_sae", "k", "model", "model_content", "hook", "recipes"):
-        if df[k].nunique() > 1: raise InputError(f"the runs of the paper differ in {k} ({', '.join(map(str, df[k].unique()))}); make them again with one command")
-    if (df["core/frac_alive"] <= 0).any() or same_weights(df): raise InputError(f"runs of the paper are dead or the same: {same_weights(df) or df.name[df['core/frac_alive'] <= 0].tolist()}")
+        if df[k].nunique() > 1:
+            raise InputError(
+                f"the runs of the paper differ in {k} ({', '.join(map(str, df[k].unique()))}); make them again with one command"
+            )
+    if (df["core/frac_alive"] <= 0).any() or same_weights(df):
+        raise InputError(
+            f"runs of the paper are dead or the same: {same_weights(df) or df.name[df['core/frac_alive'] <= 0].tolist()}"
+        )
     return df
 
 # %% ../nbs/99_paper.ipynb #paper-save
 def save_figure(
-    fig,       # A matplotlib figure
-    name:str,  # File name without ending
-    data,      # The DataFrame it was drawn from
-    folder=None, # None: figures/ of the project
-):             # The figure
+    fig,  # A matplotlib figure
+    name: str,  # File name without ending
+    data,  # The DataFrame it was drawn from
+    folder=None,  # None: figures/ of the project
+):  # The figure
     "Write PDF, PNG and CSV."
-    d = Path(folder or root()/"figures"); d.mkdir(exist_ok=True)
-    fig.savefig(d/f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None}, bbox_inches="tight")
-    fig.savefig(d/f"{name}.png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-    write_text(d/f"{name}.csv", data.to_csv(index=False, float_format="%.6g"))
+    d = Path(folder or root() / "figures")
+    d.mkdir(exist_ok=True)
+    fig.savefig(
+        d / f"{name}.pdf",
+        metadata={"CreationDate": None, "Producer": None, "Creator": None},
+        bbox_inches="tight",
+    )
+    fig.savefig(d / f"{name}.png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    write_text(d / f"{name}.csv", data.to_csv(index=False, float_format="%.6g"))
     return fig
 
 # %% ../nbs/99_paper.ipynb #paper-compare
-panels = {"core/explained_variance": "explained variance", "core/ce_loss_score": "CE recovered", "core/l0": "L0", "core/frac_alive": "latents alive"}
+panels = {
+    "core/explained_variance": "explained variance",
+    "core/ce_loss_score": "CE recovered",
+    "core/l0": "L0",
+    "core/frac_alive": "latents alive",
+}
 
+# %% ../nbs/99_paper.ipynb #paper-compare-comparison
 def comparison(
-    runs, # From `expected`
-):        # The figure
+    runs,  # From `expected`
+):  # The figure
     "Main metrics of every variant and seed, beside the random dictionary."
-    seed_all(0) # where points are spread apart is drawn
-    fig,axes = plt.subplots(1, 4, figsize=(10, 2.7), layout="constrained")
-    for ax,(m,label) in zip(axes, panels.items()):
-        sns.stripplot(runs, x="variant", y=m, hue="variant", palette=palette, order=order, ax=ax, size=6, jitter=.12, legend=False)
+    seed_all(0)  # where points are spread apart is drawn
+    fig, axes = plt.subplots(1, 4, figsize=(10, 2.7), layout="constrained")
+    for ax, (m, label) in zip(axes, panels.items()):
+        sns.stripplot(
+            runs,
+            x="variant",
+            y=m,
+            hue="variant",
+            palette=palette,
+            order=order,
+            ax=ax,
+            size=6,
+            jitter=0.12,
+            legend=False,
+        )
         null = m.replace("core/", "core/null_random/")
         if null in runs and m != "core/l0":
             ax.axhline(runs[null].mean(), color=".6", lw=1, zorder=0)
-            ax.annotate("random dictionary", (.02, runs[null].mean()), xycoords=("axes fraction", "data"), fontsize=7, color=".45", va="bottom")
-        if m in ("core/l0", "core/frac_alive"): ax.set_ylim(0, max(1.05, 1.2 * runs[m].max()) if m == "core/l0" else 1.05)
-        ax.set(title=label, xlabel="", ylabel=""); ax.tick_params(axis="x", rotation=30); sns.despine(ax=ax)
-    return save_figure(fig, "comparison", runs[["name", "variant", "seed", *[m for m in panels], *[n for n in (p.replace("core/", "core/null_random/") for p in panels) if n in runs]]])
+            ax.annotate(
+                "random dictionary",
+                (0.02, runs[null].mean()),
+                xycoords=("axes fraction", "data"),
+                fontsize=7,
+                color=".45",
+                va="bottom",
+            )
+        if m in ("core/l0", "core/frac_alive"):
+            ax.set_ylim(0, max(1.05, 1.2 * runs[m].max()) if m == "core/l0" else 1.05)
+        ax.set(title=label, xlabel="", ylabel="")
+        ax.tick_params(axis="x", rotation=30)
+        sns.despine(ax=ax)
+    return save_figure(
+        fig,
+        "comparison",
+        runs[
+            [
+                "name",
+                "variant",
+                "seed",
+                *[m for m in panels],
+                *[n for n in (p.replace("core/", "core/null_random/") for p in panels) if n in runs],
+            ]
+        ],
+    )
 
 # %% ../nbs/99_paper.ipynb #paper-curves
 def histories(
-    runs,        # From `expected`
-    folder=None, # Folder of runs; None: runs/ of the project
-):               # DataFrame with a row per logged step
+    runs,  # From `expected`
+    folder=None,  # Folder of runs; None: runs/ of the project
+):  # DataFrame with a row per logged step
     "Histories of all runs in one long table."
-    d = Path(folder or root()/"runs")
-    return pd.concat([pd.DataFrame(read_history(d/n/"history.csv")).assign(name=n, variant=v, seed=s) for n,v,s in zip(runs.name, runs.variant, runs.seed)])[["name", "variant", "seed", "step", "tokens", "loss", "l0", "explained_variance", "frac_dead"]]
+    d = Path(folder or root() / "runs")
+    return pd.concat(
+        [
+            pd.DataFrame(read_history(d / n / "history.csv")).assign(name=n, variant=v, seed=s)
+            for n, v, s in zip(runs.name, runs.variant, runs.seed)
+        ]
+    )[["name", "variant", "seed", "step", "tokens", "loss", "l0", "explained_variance", "frac_dead"]]
 
+# %% ../nbs/99_paper.ipynb #paper-curves-curves
 def curves(
-    runs,        # From `expected`
-    folder=None, # Folder of runs
-):               # The figure
+    runs,  # From `expected`
+    folder=None,  # Folder of runs
+):  # The figure
     "Explained variance, L0 and dead latents against tokens."
     h = histories(runs, folder)
-    fig,axes = plt.subplots(1, 3, figsize=(10, 2.7), layout="constrained")
-    for ax,(m,label) in zip(axes, {"explained_variance": "explained variance", "l0": "L0", "frac_dead": "share of latents dead"}.items()):
-        sns.lineplot(h, x="tokens", y=m, hue="variant", units="name", estimator=None, palette=palette, hue_order=order, ax=ax, lw=.9, legend=ax is axes[0])
-        ax.set(title=label, ylabel=""); ax.xaxis.set_major_formatter(EngFormatter(sep="")); sns.despine(ax=ax)
-    axes[0].set_ylim(0, 1); axes[1].set_yscale("log"); axes[2].set_ylim(0, max(.05, 1.1 * h.frac_dead.max())); axes[0].legend(frameon=False, fontsize=8, title=None)
+    fig, axes = plt.subplots(1, 3, figsize=(10, 2.7), layout="constrained")
+    for ax, (m, label) in zip(
+        axes,
+        {
+            "explained_variance": "explained variance",
+            "l0": "L0",
+            "frac_dead": "share of latents dead",
+        }.items(),
+    ):
+        sns.lineplot(
+            h,
+            x="tokens",
+            y=m,
+            hue="variant",
+            units="name",
+            estimator=None,
+            palette=palette,
+            hue_order=order,
+            ax=ax,
+            lw=0.9,
+            legend=ax is axes[0],
+        )
+        ax.set(title=label, ylabel="")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        sns.despine(ax=ax)
+    axes[0].set_ylim(0, 1)
+    axes[1].set_yscale("log")
+    axes[2].set_ylim(0, max(0.05, 1.1 * h.frac_dead.max()))
+    axes[0].legend(frameon=False, fontsize=8, title=None)
     return save_figure(fig, "curves", h)
 
 # %% ../nbs/99_paper.ipynb #paper-table
-columns = {"core/l0": "L0", "core/explained_variance": "EV", "core/ce_loss_score": "CE score", "core/kl_div_score": "KL score", "core/frac_alive": "alive"}
+columns = {
+    "core/l0": "L0",
+    "core/explained_variance": "EV",
+    "core/ce_loss_score": "CE score",
+    "core/kl_div_score": "KL score",
+    "core/frac_alive": "alive",
+}
+
 
 def summary(
-    runs, # From `expected`
-):        # (means, deviations), variants as rows
+    runs,  # From `expected`
+):  # (means, deviations), variants as rows
     "Mean and standard deviation over seeds."
     g = runs.groupby("variant")[list(columns)]
-    return g.mean().loc[order],g.std().loc[order]
+    return g.mean().loc[order], g.std().loc[order]
 
+# %% ../nbs/99_paper.ipynb #paper-table-table-tex
 def table_tex(
-    runs, # From `expected`
-)->str:   # A booktabs tabular
+    runs,  # From `expected`
+) -> str:  # A booktabs tabular
     "The comparison as LaTeX."
-    mean,sd = summary(runs)
+    mean, sd = summary(runs)
     digits = {c: 1 if c == "core/l0" else 3 for c in columns}
-    rows = [" & ".join([v.replace("_", r"\_")] + [f"${mean.loc[v, c]:.{digits[c]}f} \\pm {sd.loc[v, c]:.{digits[c]}f}$" for c in columns]) + r" \\" for v in order]
-    return "\n".join([r"\begin{tabular}{l" + "r"*len(columns) + "}", r"\toprule", " & ".join(["variant", *columns.values()]) + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])
+    rows = [
+        " & ".join(
+            [v.replace("_", r"\_")]
+            + [f"${mean.loc[v, c]:.{digits[c]}f} \\pm {sd.loc[v, c]:.{digits[c]}f}$" for c in columns]
+        )
+        + r" \\"
+        for v in order
+    ]
+    return "\n".join(
+        [
+            r"\begin{tabular}{l" + "r" * len(columns) + "}",
+            r"\toprule",
+            " & ".join(["variant", *columns.values()]) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
 
 # %% ../nbs/99_paper.ipynb #paper-numbers
 def macro(
-    *words, # Words of the name
-)->str:     # A LaTeX command name: letters only
+    *words,  # Words of the name
+) -> str:  # A LaTeX command name: letters only
     "A command name out of words, digits spelt as letters."
     s = re.sub(r"\d", lambda m: "ABCDEFGHIJ"[int(m[0])], "_".join(map(str, words)))
     parts = [p for p in re.split(r"[^A-Za-z]+", s) if p]
     return parts[0] + "".join(p[:1].upper() + p[1:] for p in parts[1:])
 
+# %% ../nbs/99_paper.ipynb #paper-numbers-numbers-tex
 def numbers_tex(
-    runs, # From `expected`
-)->str:   # One \newcommand per number
+    runs,  # From `expected`
+) -> str:  # One \newcommand per number
     "Every number the paper may quote."
-    out = [f"\\newcommand{{\\nSeeds}}{{{runs.seed.nunique()}}}", f"\\newcommand{{\\nTokens}}{{{int(runs.tokens.iloc[0]):,}}}", f"\\newcommand{{\\dSae}}{{{int(runs.d_sae.iloc[0]):,}}}"]
-    for v,g in runs.groupby("variant", sort=True):
-        for c in sorted(c for c in g if c.startswith(("core/", "train/")) and pd.api.types.is_numeric_dtype(g[c]) and g[c].notna().all()):
-            out += [f"\\newcommand{{\\{macro(v, c)}}}{{{g[c].mean():.3f}}}", f"\\newcommand{{\\{macro(v, c, 'sd')}}}{{{g[c].std():.3f}}}"]
+    out = [
+        f"\\newcommand{{\\nSeeds}}{{{runs.seed.nunique()}}}",
+        f"\\newcommand{{\\nTokens}}{{{int(runs.tokens.iloc[0]):,}}}",
+        f"\\newcommand{{\\dSae}}{{{int(runs.d_sae.iloc[0]):,}}}",
+    ]
+    for v, g in runs.groupby("variant", sort=True):
+        for c in sorted(
+            c
+            for c in g
+            if c.startswith(("core/", "train/"))
+            and pd.api.types.is_numeric_dtype(g[c])
+            and g[c].notna().all()
+        ):
+            out += [
+                f"\\newcommand{{\\{macro(v, c)}}}{{{g[c].mean():.3f}}}",
+                f"\\newcommand{{\\{macro(v, c, 'sd')}}}{{{g[c].std():.3f}}}",
+            ]
     return "\n".join(out) + "\n"
 
 # %% ../nbs/99_paper.ipynb #paper-check
 def check_tex(
-    folder=None, # Folder of paper.tex; None: latex/ of the project
+    folder=None,  # Folder of paper.tex; None: latex/ of the project
 ):
     "Raise if the text quotes a literal number, or names a macro, figure or table that is not there."
-    d = Path(folder or root()/"latex")
-    t = re.sub(r"(?<!\\)%.*", "", (d/"paper.tex").read_text()); body = t.split(r"\begin{document}")[1]
+    d = Path(folder or root() / "latex")
+    t = re.sub(r"(?<!\\)%.*", "", (d / "paper.tex").read_text())
+    body = t.split(r"\begin{document}")[1]
     for f in re.findall(r"\\includegraphics(?:\[.*?\])?\{(.*?)\}", body) + re.findall(r"\\input\{(.*?)\}", t):
-        p = d/f
-        if not (p.exists() or p.with_suffix(".tex").exists()): raise InputError(f"paper.tex includes {f}, which does not exist; run nbs/99_paper.ipynb")
-    known = set(re.findall(r"newcommand\{\\(\w+)\}", (d/"numbers.tex").read_text()))
-    used = {m for m in re.findall(r"\\([A-Za-z]+)", body) if re.match(r"[a-z]+(Core|Train)[A-Z]|nSeeds|nTokens|dSae", m)}
-    if used - known: raise InputError(f"paper.tex quotes {', '.join(sorted(used - known))}, which no run produced; numbers.tex lists what exists")
-    labels,refs = re.findall(r"\\label\{(.*?)\}", body),re.findall(r"\\ref\{(.*?)\}", body)
-    cites,items = re.findall(r"\\cite\w*\{(.*?)\}", body),re.findall(r"\\bibitem\{(.*?)\}", body)
-    twice = {l for l in labels if labels.count(l) > 1}; lost = (set(refs) - set(labels)) | ({c.strip() for k in cites for c in k.split(",")} - set(items))
-    if twice or lost: raise InputError(f"paper.tex: {', '.join(sorted(twice)) or 'no'} label defined twice; {', '.join(sorted(lost)) or 'nothing'} referred to that does not exist")
-    prose = re.sub(r"\\(?:includegraphics|input|label|ref|cite\w*|begin|end|bibitem)(?:\[.*?\])?\{.*?\}|\$\d\$", "", body.split(r"\begin{thebibliography}")[0])
+        p = d / f
+        if not (p.exists() or p.with_suffix(".tex").exists()):
+            raise InputError(f"paper.tex includes {f}, which does not exist; run nbs/99_paper.ipynb")
+    known = set(re.findall(r"newcommand\{\\(\w+)\}", (d / "numbers.tex").read_text()))
+    used = {
+        m
+        for m in re.findall(r"\\([A-Za-z]+)", body)
+        if re.match(r"[a-z]+(Core|Train)[A-Z]|nSeeds|nTokens|dSae", m)
+    }
+    if used - known:
+        raise InputError(
+            f"paper.tex quotes {', '.join(sorted(used - known))}, which no run produced; numbers.tex lists what exists"
+        )
+    labels = re.findall(r"\\label\{(.*?)\}", body)
+    refs = re.findall(r"\\ref\{(.*?)\}", body)
+    cites = re.findall(r"\\cite\w*\{(.*?)\}", body)
+    items = re.findall(r"\\bibitem\{(.*?)\}", body)
+    twice = {l for l in labels if labels.count(l) > 1}
+    lost = (set(refs) - set(labels)) | ({c.strip() for k in cites for c in k.split(",")} - set(items))
+    if twice or lost:
+        raise InputError(
+            f"paper.tex: {', '.join(sorted(twice)) or 'no'} label defined twice; {', '.join(sorted(lost)) or 'nothing'} referred to that does not exist"
+        )
+    prose = re.sub(
+        r"\\(?:includegraphics|input|label|ref|cite\w*|begin|end|bibitem)(?:\[.*?\])?\{.*?\}|\$\d\$",
+        "",
+        body.split(r"\begin{thebibliography}")[0],
+    )
     literal = re.findall(r"(?<![\w_\\])\d[\d.,]*", re.sub(r"\$[^$]*\$", "", prose))
-    if literal: raise InputError(f"paper.tex types the number {literal[0]} by hand; quote a macro of numbers.tex")
+    if literal:
+        raise InputError(f"paper.tex types the number {literal[0]} by hand; quote a macro of numbers.tex")
 
 # %% ../nbs/99_paper.ipynb #paper-build
 def build_paper(
-    folder=None, # Folder of paper.tex; None: latex/ of the project
-):               # Path of the PDF, or None where latexmk is not installed
+    folder=None,  # Folder of paper.tex; None: latex/ of the project
+):  # Path of the PDF, or None where latexmk is not installed
     "Build the PDF with latexmk; an error of TeX is an error here."
-    d = Path(folder or root()/"latex")
-    if shutil.which("latexmk") is None: return print("latexmk is not installed; the page was checked but not built")
-    r = subprocess.run(["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"], cwd=d, capture_output=True, text=True)
-    if r.returncode or re.search(r"LaTeX Warning: (Reference|Citation|Label)", (d/"paper.log").read_text(errors="replace")): raise InputError("latexmk failed or something is undefined; see latex/paper.log: " + " ".join(re.findall(r"^! .*", r.stdout, re.M)[:1]))
-    return d/"paper.pdf"
+    d = Path(folder or root() / "latex")
+    if shutil.which("latexmk") is None:
+        return print("latexmk is not installed; the page was checked but not built")
+    r = subprocess.run(
+        ["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"],
+        cwd=d,
+        capture_output=True,
+        text=True,
+    )
+    if r.returncode or re.search(
+        r"LaTeX Warning: (Reference|Citation|Label)", (d / "paper.log").read_text(errors="replace")
+    ):
+        raise InputError(
+            "latexmk failed or something is undefined; see latex/paper.log: "
+            + " ".join(re.findall(r"^! .*", r.stdout, re.M)[:1])
+        )
+    return d / "paper.pdf"

@@ -7,341 +7,560 @@ __all__ = ['glance', 'Params', 'params_from', 'fast', 'declared', 'parse_options
            'run_status', 'guarding', 'provenance', 'Session', 'public', 'gather', 'same_weights', 'launch']
 
 # %% ../nbs/10_runs.ipynb #runs-imports
-import importlib.metadata, inspect, json, math, os, re, shutil, subprocess, sys
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass, asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
 import torch
 from fastcore.basics import patch
 from tqdm import tqdm
+
 import sae_nb
-from .core import *
-from .sae import *
 from .acts import *
-from .train import *
-from .look import *
+from .core import *
 from .envelope import flat
+from .look import *
+from .sae import *
 from .store import Store
 from .suite import Bench, chosen, evaluators, reasons, scoreboard
+from .train import *
 
 # %% ../nbs/10_runs.ipynb #runs-params
 @dataclass
 class Params:
     "What a run can be told."
-    variant:str = "standard"  # registered variants, comma-separated, or all; ortho/jumprelu puts one on another
-    model:str = "world"       # "world", "toy", a Hugging Face name, or a local model folder
-    hook:str = ""             # e.g. "blocks.12.hook_resid_post"; empty: the model's default
-    text:str = ""             # file, folder or hf:<data set>; empty: the model's default
-    d_sae:int = 2048          # latents
-    k:int = 32                # active latents per token
-    l1:float = 0.             # L1 coefficient where there is one; 0: steered so that L0 meets k
-    options:str = ""          # options of the variants, as words or JSON; see 10_runs
-    preset:str = ""           # named sets of options of the variant, comma-separated, or all; see its notebook
-    recipes:str = "auxk"      # additions to the loop, comma-separated: auxk, resample
-    tokens:int = 1_000_000    # activations to train on
-    batch:int = 2048          # tokens per step
-    lr:float = 4e-3           # Adam's learning rate; for a hundred million tokens and more take 3e-4
-    warmup_steps:int = -1     # rise of the learning rate; -1: a twentieth of the steps
-    ctx:int = 128             # tokens per row
-    buffer:int = 512          # rows harvested and shuffled at a time
-    seed:str = "0"            # seeds of the weights, comma-separated; the first one also seeds the data, which all share
-    evals:str = "core"        # registered evaluators, comma-separated, or all; empty: none
-    eval_rows:int = 256       # held-out rows to evaluate on
-    eval_options:str = ""     # options of evaluators, as words (tpp.random_seed=1) or JSON
-    eval_nulls:str = "random,frozen" # SAEs that know nothing, beside every evaluation; empty: none
-    probe_data:str = ""       # csv, parquet or jsonl with columns text and label, for sparse_probing
-    data_dir:str = ""         # folder that mirrors the hub, for the evaluations' data sets; empty: the hub
-    device:str = ""           # cpu, cuda; empty: the GPU if there is one
-    dtype:str = "float32"     # of the language model: float32 or bfloat16
-    checkpoint:int = 200      # steps between checkpoints; 0: none
-    cache:str = ""            # folder for activations on disk; empty: none
-    cache_gb:float = 100.    # size that folder may reach, in GB
-    name:str = ""             # run folder under runs/; empty: from variant, model and seed
-    resume:bool = True        # go on where an interrupted run stopped
+
+    variant: str = (
+        "standard"  # registered variants, comma-separated, or all; ortho/jumprelu puts one on another
+    )
+    model: str = "world"  # "world", "toy", a Hugging Face name, or a local model folder
+    hook: str = ""  # e.g. "blocks.12.hook_resid_post"; empty: the model's default
+    text: str = ""  # file, folder or hf:<data set>; empty: the model's default
+    d_sae: int = 2048  # latents
+    k: int = 32  # active latents per token
+    l1: float = 0.0  # L1 coefficient where there is one; 0: steered so that L0 meets k
+    options: str = ""  # options of the variants, as words or JSON; see 10_runs
+    preset: str = ""  # named sets of options of the variant, comma-separated, or all; see its notebook
+    recipes: str = "auxk"  # additions to the loop, comma-separated: auxk, resample
+    tokens: int = 1_000_000  # activations to train on
+    batch: int = 2048  # tokens per step
+    lr: float = 4e-3  # Adam's learning rate; for a hundred million tokens and more take 3e-4
+    warmup_steps: int = -1  # rise of the learning rate; -1: a twentieth of the steps
+    ctx: int = 128  # tokens per row
+    buffer: int = 512  # rows harvested and shuffled at a time
+    seed: str = (
+        "0"  # seeds of the weights, comma-separated; the first one also seeds the data, which all share
+    )
+    evals: str = "core"  # registered evaluators, comma-separated, or all; empty: none
+    eval_rows: int = 256  # held-out rows to evaluate on
+    eval_options: str = ""  # options of evaluators, as words (tpp.random_seed=1) or JSON
+    eval_nulls: str = "random,frozen"  # SAEs that know nothing, beside every evaluation; empty: none
+    probe_data: str = ""  # csv, parquet or jsonl with columns text and label, for sparse_probing
+    data_dir: str = ""  # folder that mirrors the hub, for the evaluations' data sets; empty: the hub
+    device: str = ""  # cpu, cuda; empty: the GPU if there is one
+    dtype: str = "float32"  # of the language model: float32 or bfloat16
+    checkpoint: int = 200  # steps between checkpoints; 0: none
+    cache: str = ""  # folder for activations on disk; empty: none
+    cache_gb: float = 100.0  # size that folder may reach, in GB
+    name: str = ""  # run folder under runs/; empty: from variant, model and seed
+    resume: bool = True  # go on where an interrupted run stopped
 
 # %% ../nbs/10_runs.ipynb #runs-coerce
 def _coerce(f, v):
     "Value `v` as the type of field `f`."
     try:
-        if f.type is bool: return {"true": True, "false": False, "1": True, "0": False}[str(v).lower()]
+        if f.type is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[str(v).lower()]
         if f.type is int:
             n = float(v) if not isinstance(v, int) else v
-            if n != int(n): raise ValueError
+            if n != int(n):
+                raise ValueError
             return int(n)
         if f.type is float:
-            if not math.isfinite(float(v)): raise ValueError
+            if not math.isfinite(float(v)):
+                raise ValueError
             return float(v)
-        return json.dumps(v) if isinstance(v, dict) else ",".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
+        return (
+            json.dumps(v)
+            if isinstance(v, dict)
+            else ",".join(map(str, v))
+            if isinstance(v, (list, tuple))
+            else str(v)
+        )
     except (ValueError, KeyError, TypeError, OverflowError):
         what = {int: "a whole number", float: "a number", bool: "True or False"}.get(f.type, "a word")
         raise InputError(f"{f.name} = {v!r} is not {what}") from None
 
+# %% ../nbs/10_runs.ipynb #runs-coerce-params-from
 def params_from(
-    given:dict, # Names and values, e.g. the globals of a notebook
-)->Params:      # Checked
+    given: dict,  # Names and values, e.g. the globals of a notebook
+) -> Params:  # Checked
     "Parameters with their types, or an error that lists the names there are."
     skip = {"In", "Out", "get_ipython", "exit", "quit", "open", "given"}
     known = {f.name: f for f in fields(Params)}
-    given = {k: v for k,v in given.items() if not k.startswith("_") and k not in skip and isinstance(v, (str, int, float, list, tuple, dict))}
-    for k in given: one_of("parameter", k, known)
-    p = Params(**{k: _coerce(known[k], v) for k,v in given.items()})
-    if os.environ.get("SAE_NB_FAST"): p = fast(p)
+    given = {
+        k: v
+        for k, v in given.items()
+        if not k.startswith("_") and k not in skip and isinstance(v, (str, int, float, list, tuple, dict))
+    }
+    for k in given:
+        one_of("parameter", k, known)
+    p = Params(**{k: _coerce(known[k], v) for k, v in given.items()})
+    if os.environ.get("SAE_NB_FAST"):
+        p = fast(p)
     for n in ("d_sae", "k", "tokens", "batch", "ctx", "buffer", "eval_rows"):
-        if getattr(p, n) < 1: raise InputError(f"{n} = {getattr(p, n)} must be at least 1")
-    if p.l1 < 0: raise InputError(f"l1 = {p.l1} is negative; give 0 (steered by k) or more")
+        if getattr(p, n) < 1:
+            raise InputError(f"{n} = {getattr(p, n)} must be at least 1")
+    if p.l1 < 0:
+        raise InputError(f"l1 = {p.l1} is negative; give 0 (steered by k) or more")
     return p
 
 # %% ../nbs/10_runs.ipynb #runs-fast
 def fast(
-    p:Params, # Parameters
-)->Params:    # The same, shortened
+    p: Params,  # Parameters
+) -> Params:  # The same, shortened
     "A minute-long version of a run, for tests."
     small = dict(tokens=60_000, d_sae=512, eval_rows=32, buffer=64)
-    q = Params(**{**asdict(p), **{k: min(v, getattr(p, k)) for k,v in small.items()}})
+    q = Params(**{**asdict(p), **{k: min(v, getattr(p, k)) for k, v in small.items()}})
     q.name = q.name or f"fast-{q.variant}-{Path(q.model).name}".replace(",", "+").replace("/", ".")
     return q
 
 # %% ../nbs/10_runs.ipynb #runs-notebook-check
 def declared(
-    nb=None, # A run notebook; None: nbs/run.ipynb
-)->list:     # (name, default, comment) in order
+    nb=None,  # A run notebook; None: nbs/run.ipynb
+) -> list:  # (name, default, comment) in order
     "The parameters a run notebook declares."
-    cells = read_json(nb or root()/"nbs"/"run.ipynb")["cells"]
+    cells = read_json(nb or root() / "nbs" / "run.ipynb")["cells"]
     src = "".join(next(c for c in cells if "parameters" in c["metadata"].get("tags", []))["source"])
     out = []
     for line in src.splitlines():
-        if "=" not in line: continue
-        left,comment = line.split("#", 1); name,value = left.split("=", 1)
+        if "=" not in line:
+            continue
+        left, comment = line.split("#", 1)
+        name, value = left.split("=", 1)
         out.append((name.split(":")[0].strip(), eval(value.strip(), {}), comment.strip()))
     return out
 
 # %% ../nbs/10_runs.ipynb #runs-options
 def parse_options(
-    s:str, # 'a=1 b=x' or JSON
-)->dict:   # option -> value
+    s: str,  # 'a=1 b=x' or JSON
+) -> dict:  # option -> value
     "Options as a dictionary."
     s = s.strip()
-    if not s: return {}
+    if not s:
+        return {}
     try:
-        if s.startswith("{"): return json.loads(s)
-        return {k: _value(v) for k,v in (w.split("=", 1) for w in re.split(r"[,\s]+(?=[\w.]+\s*=)", s))}
-    except ValueError: raise InputError(f"options = {s!r} cannot be read; write \"tau=0.2 fraction=0.002\" or JSON such as '{{\"tau\": 0.2}}'") from None
+        if s.startswith("{"):
+            return json.loads(s)
+        return {k: _value(v) for k, v in (w.split("=", 1) for w in re.split(r"[,\s]+(?=[\w.]+\s*=)", s))}
+    except ValueError:
+        raise InputError(
+            f'options = {s!r} cannot be read; write "tau=0.2 fraction=0.002" or JSON such as \'{{"tau": 0.2}}\''
+        ) from None
 
+# %% ../nbs/10_runs.ipynb #runs-options-value
 def _value(v):
     "A number, true, false or null if it is one, else the word itself."
     v = v.strip()
-    try: return {"True": True, "False": False, "None": None}[v] if v in ("True", "False", "None") else json.loads(v)
-    except ValueError: return float(v) if re.fullmatch(r"[-+]?(\.\d+|\d+\.)(e[-+]?\d+)?", v) else v
+    try:
+        return (
+            {"True": True, "False": False, "None": None}[v]
+            if v in ("True", "False", "None")
+            else json.loads(v)
+        )
+    except ValueError:
+        return float(v) if re.fullmatch(r"[-+]?(\.\d+|\d+\.)(e[-+]?\d+)?", v) else v
 
 # %% ../nbs/10_runs.ipynb #runs-variant-args
 def variant_args(
-    variant:str, # Registered name
-    p:Params,    # Parameters
-    opts:dict,   # Options, already parsed
-)->dict:         # Constructor arguments
+    variant: str,  # Registered name
+    p: Params,  # Parameters
+    opts: dict,  # Options, already parsed
+) -> dict:  # Constructor arguments
     "What `k`, `l1` and the options mean to one variant."
     has = options(variant, opts.get("base"))
-    args = {k: v for k,v in opts.items() if k in has}
-    if "k" in has: args.setdefault("k", p.k)
-    if "l1_coeff" in has and p.l1: args.setdefault("l1_coeff", p.l1)
-    fixed = {"c" if "c" in has else "l0_coeff" if "l0_coeff" in has else "l1_coeff"} & set(args) # what a target would steer
-    if "target_l0" in has and not fixed: args.setdefault("target_l0", float(p.k))
+    args = {k: v for k, v in opts.items() if k in has}
+    if "k" in has:
+        args.setdefault("k", p.k)
+    if "l1_coeff" in has and p.l1:
+        args.setdefault("l1_coeff", p.l1)
+    fixed = {"c" if "c" in has else "l0_coeff" if "l0_coeff" in has else "l1_coeff"} & set(
+        args
+    )  # what a target would steer
+    if "target_l0" in has and not fixed:
+        args.setdefault("target_l0", float(p.k))
     return args
 
+# %% ../nbs/10_runs.ipynb #runs-variant-args-presets-of
 def presets_of(
-    variant:str, # Registered name
-    wanted:str,  # Comma-separated names, "all", or nothing
-)->dict:         # name -> options; {"": {}} if nothing is wanted
+    variant: str,  # Registered name
+    wanted: str,  # Comma-separated names, "all", or nothing
+) -> dict:  # name -> options; {"": {}} if nothing is wanted
     "The presets a parameters cell asks for."
-    if not wanted.strip(): return {"": {}}
+    if not wanted.strip():
+        return {"": {}}
     preset_options(variant, next(iter(presets.get(variant, {})), ""))  # an error if there are none
-    ns = list(presets[variant]) if wanted.strip() == "all" else [w.strip() for w in wanted.split(",") if w.strip()]
-    if not ns: raise InputError(f"preset = {wanted!r} names none; choose one of: {', '.join(presets[variant])}")
+    ns = (
+        list(presets[variant])
+        if wanted.strip() == "all"
+        else [w.strip() for w in wanted.split(",") if w.strip()]
+    )
+    if not ns:
+        raise InputError(f"preset = {wanted!r} names none; choose one of: {', '.join(presets[variant])}")
     return {n: preset_options(variant, n) for n in ns}
 
 # %% ../nbs/10_runs.ipynb #runs-run
 class Run:
     "One SAE's folder under runs/."
-    harmless = {"resume", "device", "cache", "cache_gb", "name", "evals", "eval_rows", "checkpoint", "eval_options", "eval_nulls", "probe_data", "data_dir"} # parameters that do not change the weights
-    def __init__(self,
-        folder,      # Where its files go
-        config:dict, # What is asked for, as JSON
+
+    harmless = {
+        "resume",
+        "device",
+        "cache",
+        "cache_gb",
+        "name",
+        "evals",
+        "eval_rows",
+        "checkpoint",
+        "eval_options",
+        "eval_nulls",
+        "probe_data",
+        "data_dir",
+    }  # parameters that do not change the weights
+
+    def __init__(
+        self,
+        folder,  # Where its files go
+        config: dict,  # What is asked for, as JSON
     ):
-        self.folder,self.name,self.config = Path(folder),Path(folder).name,config
-        self.finished = (self.folder/"metrics.json").exists()
-        if self.finished: self._compare()
+        self.folder = Path(folder)
+        self.name = Path(folder).name
+        self.config = config
+        self.finished = (self.folder / "metrics.json").exists()
+        if self.finished:
+            self._compare()
+
     def differs(self):
         "What the config on disk says otherwise, beside parameters that do not change a result."
-        own = lambda c: {**c["params"], "seed": c["seed"], "variant": c["variant"], "preset": c.get("preset", "")}
-        old,new = own(read_json(self.folder/"config.json")),own(self.config)
+
+        def own(c):
+            return {
+                **c["params"],
+                "seed": c["seed"],
+                "variant": c["variant"],
+                "preset": c.get("preset", ""),
+            }
+
+        old = own(read_json(self.folder / "config.json"))
+        new = own(self.config)
         default = asdict(Params())
-        return [f"{k} = {old.get(k, default.get(k))!r} there, {v!r} now" for k,v in new.items() if k not in self.harmless and old.get(k, default.get(k)) != v]
+        return [
+            f"{k} = {old.get(k, default.get(k))!r} there, {v!r} now"
+            for k, v in new.items()
+            if k not in self.harmless and old.get(k, default.get(k)) != v
+        ]
+
     def _compare(self):
         diff = self.differs()
-        if diff: raise InputError(f"runs/{self.name} is finished with other parameters ({', '.join(diff)}); choose another name (-p name ...) or delete that folder")
+        if diff:
+            raise InputError(
+                f"runs/{self.name} is finished with other parameters ({', '.join(diff)}); choose another name (-p name ...) or delete that folder"
+            )
+
     @property
-    def trained(self): return (self.folder/"sae.safetensors").exists()
+    def trained(self):
+        return (self.folder / "sae.safetensors").exists()
+
     def status(self, status, reason=""):
-        old = read_json(self.folder/"status.json") if (self.folder/"status.json").exists() else {}
-        write_json(self.folder/"status.json", {**old, "status": status, "reason": reason})
+        old = read_json(self.folder / "status.json") if (self.folder / "status.json").exists() else {}
+        write_json(self.folder / "status.json", {**old, "status": status, "reason": reason})
 
 # %% ../nbs/10_runs.ipynb #runs-content
 @patch
-def check_content(self:Run):
+def check_content(self: Run):
     "A finished run must have seen the same model and text, whatever they are called."
-    if not self.finished: return
-    old,new = read_json(self.folder/"config.json").get("content"),self.config["content"]
-    if old != new: raise InputError(f"runs/{self.name} is finished on another model or text of the same name (content {old} there, {new} now; runs made side by side share the data of their first seed); choose another name (-p name ...) or delete that folder")
+    if not self.finished:
+        return
+    old = read_json(self.folder / "config.json").get("content")
+    new = self.config["content"]
+    if old != new:
+        raise InputError(
+            f"runs/{self.name} is finished on another model or text of the same name (content {old} there, {new} now; runs made side by side share the data of their first seed); choose another name (-p name ...) or delete that folder"
+        )
 
 # %% ../nbs/10_runs.ipynb #runs-start
 @patch
-def start(self:Run, resume:bool=True):
+def start(self: Run, resume: bool = True):
     "Write config.json; keep what an interrupted run with the same plan left if `resume`."
-    cfg = self.folder/"config.json"
+    cfg = self.folder / "config.json"
     same = cfg.exists() and not self.differs() and read_json(cfg).get("content") == self.config.get("content")
     if self.trained and not same:
-        raise InputError(f"runs/{self.name} holds a trained SAE made with other parameters ({', '.join(self.differs()) or 'another model or text'}); choose another name (-p name ...) or delete that folder")
+        raise InputError(
+            f"runs/{self.name} holds a trained SAE made with other parameters ({', '.join(self.differs()) or 'another model or text'}); choose another name (-p name ...) or delete that folder"
+        )
     if self.folder.exists() and not (resume and same):
-        for n in ("checkpoint", "evals"): shutil.rmtree(self.folder/n, ignore_errors=True)
-        for n in ("history.csv", "reactivations.csv", "sae.safetensors"): (self.folder/n).unlink(missing_ok=True)
-    write_json(cfg, self.config); self.status("running")
+        for n in ("checkpoint", "evals"):
+            shutil.rmtree(self.folder / n, ignore_errors=True)
+        for n in ("history.csv", "reactivations.csv", "sae.safetensors"):
+            (self.folder / n).unlink(missing_ok=True)
+    write_json(cfg, self.config)
+    self.status("running")
 
+# %% ../nbs/10_runs.ipynb #runs-start-finish
 @patch
-def finish(self:Run, metrics:dict):
+def finish(self: Run, metrics: dict):
     "Write metrics.json, last of all."
-    shutil.rmtree(self.folder/"checkpoint", ignore_errors=True)
+    shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
     self.status("finished")
-    write_json(self.folder/"metrics.json", metrics); self.finished = True
+    write_json(self.folder / "metrics.json", metrics)
+    self.finished = True
 
 # %% ../nbs/10_runs.ipynb #runs-status
 def run_status(
-    folder, # A run folder
-)->tuple:   # ("finished" | "running" | "failed", reason)
+    folder,  # A run folder
+) -> tuple:  # ("finished" | "running" | "failed", reason)
     "How a run ended, or that it has not."
-    p = Path(folder)/"status.json"
+    p = Path(folder) / "status.json"
     s = read_json(p) if p.exists() else dict(status="running", reason="")
-    if s["status"] == "finished" and not (Path(folder)/"metrics.json").exists(): return "running",""
-    return s["status"],s["reason"]
+    if s["status"] == "finished" and not (Path(folder) / "metrics.json").exists():
+        return "running", ""
+    return s["status"], s["reason"]
 
+# %% ../nbs/10_runs.ipynb #runs-status-guarding
 @contextmanager
 def guarding(
-    runs, # Runs that fail if the body raises
+    runs,  # Runs that fail if the body raises
 ):
     "Mark runs as failed, with the reason, when something goes wrong; the error goes on."
-    try: yield
+    try:
+        yield
     except BaseException as e:
         for r in runs:
             if not r.finished:
-                if not (r.folder/"config.json").exists(): continue # nothing was begun
-                try: r.status("failed" if isinstance(e, Exception) else "running", f"{type(e).__name__}: {e}" if isinstance(e, Exception) else "interrupted")
-                except InputError: pass # a full disk cannot take the reason either
+                if not (r.folder / "config.json").exists():  # nothing was begun
+                    continue
+                try:
+                    r.status(
+                        "failed" if isinstance(e, Exception) else "running",
+                        f"{type(e).__name__}: {e}" if isinstance(e, Exception) else "interrupted",
+                    )
+                except InputError:  # a full disk cannot take the reason either
+                    pass
         raise
 
 # %% ../nbs/10_runs.ipynb #runs-versions
-def provenance()->dict: # commit, python, versions
+def provenance() -> dict:  # commit, python, versions
     "Which code made this."
-    git = lambda *a: subprocess.run(["git", *a], cwd=Path(sae_nb.__file__).parent, capture_output=True, text=True).stdout.strip()
-    try: commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else "") # of the module, not of notebooks or runs
-    except OSError: commit = ""
+
+    def git(*a):
+        return subprocess.run(
+            ["git", *a], cwd=Path(sae_nb.__file__).parent, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:  # of the module, not of notebooks or runs
+        commit = git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else ""
+        )
+    except OSError:
+        commit = ""
     libs = ("torch", "transformers", "nnsight", "datasets", "numpy", "safetensors")
-    return dict(commit=commit or "unknown", python=sys.version.split()[0], sae_nb=sae_nb.__version__, versions={n: importlib.metadata.version(n) for n in libs})
+    return dict(
+        commit=commit or "unknown",
+        python=sys.version.split()[0],
+        sae_nb=sae_nb.__version__,
+        versions={n: importlib.metadata.version(n) for n in libs},
+    )
 
 # %% ../nbs/10_runs.ipynb #runs-session
 class Session:
     "Parameters, model, stream and runs of one execution of run.ipynb."
-    def __init__(self,
-        given:dict, # The notebook's parameters
+
+    def __init__(
+        self,
+        given: dict,  # The notebook's parameters
     ):
         self.p = p = params_from(given)
-        variants,seeds = names("variants") if p.variant == "all" else [w.strip() for w in p.variant.split(",") if w.strip()],[w.strip() for w in p.seed.split(",") if w.strip()]
-        if not variants or not seeds: raise InputError(f"variant = {p.variant!r} and seed = {p.seed!r} must each name at least one")
-        for v in variants: options(v)
+        variants = (
+            names("variants")
+            if p.variant == "all"
+            else [w.strip() for w in p.variant.split(",") if w.strip()]
+        )
+        seeds = [w.strip() for w in p.seed.split(",") if w.strip()]
+        if not variants or not seeds:
+            raise InputError(f"variant = {p.variant!r} and seed = {p.seed!r} must each name at least one")
+        for v in variants:
+            options(v)
         for s in seeds:
-            if not (s.isascii() and s.isdigit() and len(s) < 10): raise InputError(f"seed = {s!r} is not a whole number of 0 or more")
+            if not (s.isascii() and s.isdigit() and len(s) < 10):
+                raise InputError(f"seed = {s!r} is not a whole number of 0 or more")
         self.recipes = [r.strip() for r in p.recipes.split(",") if r.strip()]
-        for n in self.recipes: find("trainers", n)
+        for n in self.recipes:
+            find("trainers", n)
         self.evals = self._evaluators()
-        self.cfg = TrainConfig(tokens=p.tokens, batch=p.batch, lr=p.lr, warmup_steps=None if p.warmup_steps < 0 else p.warmup_steps, checkpoint_every=p.checkpoint).resolve()
-        pick_device(p.device); pick_dtype(p.dtype)
-        self.lm,self.toy,self.quiet = None,None,False
+        self.cfg = TrainConfig(
+            tokens=p.tokens,
+            batch=p.batch,
+            lr=p.lr,
+            warmup_steps=None if p.warmup_steps < 0 else p.warmup_steps,
+            checkpoint_every=p.checkpoint,
+        ).resolve()
+        pick_device(p.device)
+        pick_dtype(p.dtype)
+        self.lm = None
+        self.toy = None
+        self.quiet = False
         self._plan(list(dict.fromkeys(variants)), list(dict.fromkeys(map(int, seeds))))
 
 # %% ../nbs/10_runs.ipynb #runs-plan
 @patch
-def _plan(self:Session, variants, seeds):
+def _plan(self: Session, variants, seeds):
     "One run per variant and seed; builds each SAE once at a small width to check its options."
-    p,opts = self.p,parse_options(self.p.options)
-    used,self.runs = set(),[]
-    plan = [(v, n, variant_args(v, p, {**o, **opts})) for v in variants for n,o in presets_of(v, p.preset).items()]
+    p, opts = self.p, parse_options(self.p.options)
+    used = set()
+    self.runs = []
+    plan = [
+        (v, n, variant_args(v, p, {**o, **opts}))
+        for v in variants
+        for n, o in presets_of(v, p.preset).items()
+    ]
     several = len(plan) * len(seeds) > 1
-    for v,preset,args in plan:
+    for v, preset, args in plan:
         used |= set(args)
         build(v, 8, p.d_sae, **args)
         for s in seeds:
             what = "-".join(filter(None, [v.replace("/", "."), preset]))
-            name = f"{what}-{Path(p.model).name}-s{s}" if not p.name else f"{p.name}-{what}-s{s}" if several else p.name
-            if Path(name).name != name or name.startswith("."): raise InputError(f"name = {name!r} must be a plain folder name")
-            cfg = dict(name=name, variant=v, preset=preset, seed=s, variant_args=args, params=public(p), training=asdict(self.cfg), recipes=self.recipes, **provenance())
-            self.runs.append(Run(root()/"runs"/name, cfg))
+            name = (
+                f"{what}-{Path(p.model).name}-s{s}"
+                if not p.name
+                else f"{p.name}-{what}-s{s}"
+                if several
+                else p.name
+            )
+            if Path(name).name != name or name.startswith("."):
+                raise InputError(f"name = {name!r} must be a plain folder name")
+            cfg = dict(
+                name=name,
+                variant=v,
+                preset=preset,
+                seed=s,
+                variant_args=args,
+                params=public(p),
+                training=asdict(self.cfg),
+                recipes=self.recipes,
+                **provenance(),
+            )
+            self.runs.append(Run(root() / "runs" / name, cfg))
     for o in opts:
-        if o not in used: one_of(f"option of {', '.join(variants)}:", o, set().union(*(options(v, opts.get("base")) for v in variants)))
+        if o not in used:
+            one_of(
+                f"option of {', '.join(variants)}:",
+                o,
+                set().union(*(options(v, opts.get("base")) for v in variants)),
+            )
 
 # %% ../nbs/10_runs.ipynb #runs-public
 def public(
-    p:Params, # Parameters
-)->dict:      # The same, fit to be kept
+    p: Params,  # Parameters
+) -> dict:  # The same, fit to be kept
     "Parameters with local paths reduced to names."
-    name = lambda v: Path(v).name if v and Path(v).exists() else v
-    return {**asdict(p), **{k: name(getattr(p, k)) for k in ("model", "text", "cache", "probe_data", "data_dir")}}
+
+    def name(v):
+        return Path(v).name if v and Path(v).exists() else v
+
+    return {
+        **asdict(p),
+        **{k: name(getattr(p, k)) for k in ("model", "text", "cache", "probe_data", "data_dir")},
+    }
 
 # %% ../nbs/10_runs.ipynb #runs-open
 @patch
-def open(self:Session):
+def open(self: Session):
     "Load the model, open the text, start the runs."
-    p,dev = self.p,pick_device(self.p.device)
+    p, dev = self.p, pick_device(self.p.device)
     self.seed = self.runs[0].config["seed"]
     probe = [build(r.config["variant"], 8, p.d_sae, **r.config["variant_args"]) for r in self.runs]
     rows = any(s.sequential for s in probe)
     with guarding(self.runs):
-        if p.model == "toy": self._open_toy(rows)
-        else: self._open_lm(dev, rows)
+        if p.model == "toy":
+            self._open_toy(rows)
+        else:
+            self._open_lm(dev, rows)
         for r in self.runs:
-            r.config.update(hook=self.hook, d_in=self.stream.d_in, data=self.data, content=self.content, scale=self.stream.scale)
+            r.config.update(
+                hook=self.hook,
+                d_in=self.stream.d_in,
+                data=self.data,
+                content=self.content,
+                scale=self.stream.scale,
+            )
             r.check_content()
-            if not r.finished: r.start(p.resume)
+            if not r.finished:
+                r.start(p.resume)
     self.origin = self.stream.state()
     return self
 
 # %% ../nbs/10_runs.ipynb #runs-open-lm
 @patch
-def _open_lm(self:Session, dev, rows):
+def _open_lm(self: Session, dev, rows):
     "A language model and text."
     from sae_nb.lm import load_lm
+
     p = self.p
     self.lm = load_lm(p.model, str(dev), p.dtype)
     self.lm.name = public(p)["model"]
     self.hook = p.hook or self.lm.default_hook
     self.lm.width(self.hook)
-    if p.ctx > self.lm.context: raise InputError(f"ctx = {p.ctx} is more than the {self.lm.context} tokens {p.model} can read; use a smaller ctx")
+    if p.ctx > self.lm.context:
+        raise InputError(
+            f"ctx = {p.ctx} is more than the {self.lm.context} tokens {p.model} can read; use a smaller ctx"
+        )
     text = p.text or ("world" if p.model == "world" else "hf:monology/pile-uncopyrighted")
-    if text == "world": source = WorldSource(p.ctx, self.seed)
-    elif text.startswith("hf:"): source = HFSource(text[3:], self.lm, p.ctx)
-    else: source = text_source(text, self.lm, p.ctx, self.seed)
-    self.stream = Stream(self.lm, source, self.hook, p.batch, rows, p.buffer, seed=self.seed, cache=p.cache or None, cache_gb=p.cache_gb)
+    if text == "world":
+        source = WorldSource(p.ctx, self.seed)
+    elif text.startswith("hf:"):
+        source = HFSource(text[3:], self.lm, p.ctx)
+    else:
+        source = text_source(text, self.lm, p.ctx, self.seed)
+    self.stream = Stream(
+        self.lm,
+        source,
+        self.hook,
+        p.batch,
+        rows,
+        p.buffer,
+        seed=self.seed,
+        cache=p.cache or None,
+        cache_gb=p.cache_gb,
+    )
     self.held = heldout(self.lm, source, p.eval_rows)
     local = p.model == "world" or Path(p.model).exists()
-    self.content = dict(model=self.lm.fingerprint()[:16] if local else p.model, text=source.fingerprint(), rows=rows)
-    self.data = f"{source.name}, rows of {p.ctx} tokens; {sum(len(t) for t,_,_ in self.held)} rows held out"
+    self.content = dict(
+        model=self.lm.fingerprint()[:16] if local else p.model, text=source.fingerprint(), rows=rows
+    )
+    self.data = f"{source.name}, rows of {p.ctx} tokens; {sum(len(t) for t, _, _ in self.held)} rows held out"
 
 # %% ../nbs/10_runs.ipynb #runs-open-toy
 @patch
-def _open_toy(self:Session, rows):
+def _open_toy(self: Session, rows):
     "Known directions instead of a language model."
     from sae_nb.toy import Toy
+
     p = self.p
     self.hook = "toy"
     self.toy = Toy(d_in=64, n_true=256, n_active=8, seed=0)
-    if rows and p.batch < p.ctx: raise InputError(f"batch = {p.batch} tokens is less than one row of {p.ctx}, and this SAE needs whole rows; use a batch of at least {p.ctx}")
+    if rows and p.batch < p.ctx:
+        raise InputError(
+            f"batch = {p.batch} tokens is less than one row of {p.ctx}, and this SAE needs whole rows; use a batch of at least {p.ctx}"
+        )
     size = dict(batch=p.batch // p.ctx, T=p.ctx) if rows else dict(batch=p.batch)
     self.stream = self.toy.stream(**size, start=self.seed * 10**6)
     draw = self.toy.stream(**size, part="test")
@@ -351,234 +570,371 @@ def _open_toy(self:Session, rows):
 
 # %% ../nbs/10_runs.ipynb #runs-summary
 @patch
-def summary(self:Session)->str: # Markdown
+def summary(self: Session) -> str:  # Markdown
     "What will be trained on what, in one paragraph."
-    p,c = self.p,self.cfg
+    p, c = self.p, self.cfg
     what = ", ".join(f"`{r.name}`" + (" (finished earlier)" if r.finished else "") for r in self.runs)
     where = f"`{public(p)['model']}` at `{self.hook}` (d_in {self.stream.d_in})"
-    return (f"Training {what} on {where}: {p.d_sae:,} latents, {c.steps:,} steps of {c.batch:,} tokens, learning rate {c.lr:g} after {c.warmup_steps} steps of warm-up. "
-            f"Data: {self.data}. A latent silent for {c.dead_after_tokens:,} tokens counts as dead.")
+    return (
+        f"Training {what} on {where}: {p.d_sae:,} latents, {c.steps:,} steps of {c.batch:,} tokens, learning rate {c.lr:g} after {c.warmup_steps} steps of warm-up. "
+        f"Data: {self.data}. A latent silent for {c.dead_after_tokens:,} tokens counts as dead."
+    )
 
 # %% ../nbs/10_runs.ipynb #runs-fresh
 @patch
-def fresh(self:Session, r:Run)->SAE:
+def fresh(self: Session, r: Run) -> SAE:
     "A new SAE for a run, its decoder bias at the mean of the data."
-    c,dev = r.config,self.lm.device if self.lm else "cpu"
+    c, dev = r.config, self.lm.device if self.lm else "cpu"
     sae = build(c["variant"], self.stream.d_in, self.p.d_sae, seed=c["seed"], **c["variant_args"]).to(dev)
     mean = getattr(self.stream, "mean", None)
-    if mean is not None: sae.b_dec.data.copy_(mean * self.stream.scale)
+    if mean is not None:
+        sae.b_dec.data.copy_(mean * self.stream.scale)
     return sae
 
 # %% ../nbs/10_runs.ipynb #runs-train
 @patch
-def train(self:Session,
-    plot:bool=True, # Redraw the curves and show progress; False: work in silence
+def train(
+    self: Session,
+    plot: bool = True,  # Redraw the curves and show progress; False: work in silence
 ):
     "Train every run that is not finished, on one stream."
     self.quiet = not plot
     todo = [r for r in self.runs if not r.finished and not r.trained]
     if not todo:
-        if plot: print("every SAE is trained already")
+        if plot:
+            print("every SAE is trained already")
         return self
-    self.stream.load_state(self.origin) # also when this is called again after an interruption
+    self.stream.load_state(self.origin)  # also when this is called again after an interruption
     with guarding(todo):
         ts = [Trainee(self.fresh(r), self.cfg, self.recipes, r.name, r.folder) for r in todo]
         for t in ts:
-            gone = {n: type(r).registered for r in t.sae.recipes for n in (*r.replaces, getattr(r, "registered", "")) if n in self.recipes}
-            if gone and plot: print(f"{t.name}: " + ", ".join(f"{n} gives way to its own {o}" for n,o in gone.items()))
+            gone = {
+                n: type(r).registered
+                for r in t.sae.recipes
+                for n in (*r.replaces, getattr(r, "registered", ""))
+                if n in self.recipes
+            }
+            if gone and plot:
+                print(f"{t.name}: " + ", ".join(f"{n} gives way to its own {o}" for n, o in gone.items()))
         live = LivePlot() if plot else None
         train(ts, self.stream, self.p.resume, live, self.quiet)
-        if hasattr(self.stream, "close"): self.stream.close() # nothing is prepared for a step that will not come
-        if live: live(ts, force=True)
-        for r,t in zip(todo, ts):
-            if t.failed: print(t.failed); r.status("failed", t.failed); continue
-            write_json(r.folder/"status.json", dict(status="running", reason="", weights=weight_hash(t.sae)))
-            save(t.sae.fold(self.stream.scale), r.folder, model=public(self.p)["model"], hook=self.hook, scale=self.stream.scale, weight_hash=weight_hash(t.sae))
+        if hasattr(self.stream, "close"):  # nothing is prepared for a step that will not come
+            self.stream.close()
+        if live:
+            live(ts, force=True)
+        for r, t in zip(todo, ts):
+            if t.failed:
+                print(t.failed)
+                r.status("failed", t.failed)
+                continue
+            write_json(
+                r.folder / "status.json", dict(status="running", reason="", weights=weight_hash(t.sae))
+            )
+            save(
+                t.sae.fold(self.stream.scale),
+                r.folder,
+                model=public(self.p)["model"],
+                hook=self.hook,
+                scale=self.stream.scale,
+                weight_hash=weight_hash(t.sae),
+            )
     return self
 
 # %% ../nbs/10_runs.ipynb #runs-evaluators
 @patch
-def _evaluators(self:Session)->dict:
+def _evaluators(self: Session) -> dict:
     "The evaluators asked for, with their settings."
-    p,toy = self.p,self.p.model == "toy"
+    p, toy = self.p, self.p.model == "toy"
     opts = parse_options(p.eval_options)
     wanted = chosen(p.evals, toy)
     if p.probe_data:
-        if "sparse_probing" not in wanted: raise InputError("probe_data is read by sparse_probing, which is not among the evals; add -p evals core,sparse_probing")
+        if "sparse_probing" not in wanted:
+            raise InputError(
+                "probe_data is read by sparse_probing, which is not among the evals; add -p evals core,sparse_probing"
+            )
         opts["sparse_probing.dataset_names"] = [p.probe_data]
     self.null_names = [n.strip() for n in p.eval_nulls.split(",") if n.strip()]
-    for n in self.null_names: one_of("eval_nulls:", n, ("random", "frozen"))
-    return evaluators(wanted, p.model == "world", bool(os.environ.get("SAE_NB_FAST")), opts, **({"data_dir": p.data_dir} if p.data_dir else {}))
+    for n in self.null_names:
+        one_of("eval_nulls:", n, ("random", "frozen"))
+    return evaluators(
+        wanted,
+        p.model == "world",
+        bool(os.environ.get("SAE_NB_FAST")),
+        opts,
+        **({"data_dir": p.data_dir} if p.data_dir else {}),
+    )
 
 # %% ../nbs/10_runs.ipynb #runs-bench
 @patch
-def _sample(self:Session, n:int=32_768):
+def _sample(self: Session, n: int = 32_768):
     "Training activations, in their own units, for SAEs that know nothing."
     self.stream.load_state(self.origin)
     xs = []
-    while sum(map(len, xs)) < n: b = next(self.stream); xs.append(counted(b.x, b.mask if b.x.ndim == 3 else None) / self.stream.scale)
+    while sum(map(len, xs)) < n:
+        b = next(self.stream)
+        xs.append(counted(b.x, b.mask if b.x.ndim == 3 else None) / self.stream.scale)
     self.stream.load_state(self.origin)
     return torch.cat(xs)[:n]
 
+# %% ../nbs/10_runs.ipynb #runs-bench-bench
 @patch
-def bench(self:Session)->Bench:
+def bench(self: Session) -> Bench:
     "What the evaluators of this session share; made once."
     if not hasattr(self, "_bench"):
-        store = Store(Path(self.p.cache)/"evals" if self.p.cache else None)
-        need = self.null_names and any("nulls" in inspect.signature(type(e).__call__).parameters for e in self.evals.values())
-        self._bench = Bench(self.lm, self.hook if self.lm else None, self.held, self.toy, self._sample() if need else None, store, self.null_names, 10 if os.environ.get("SAE_NB_FAST") else 100, self.quiet)
+        store = Store(Path(self.p.cache) / "evals" if self.p.cache else None)
+        need = self.null_names and any(
+            "nulls" in inspect.signature(type(e).__call__).parameters for e in self.evals.values()
+        )
+        self._bench = Bench(
+            self.lm,
+            self.hook if self.lm else None,
+            self.held,
+            self.toy,
+            self._sample() if need else None,
+            store,
+            self.null_names,
+            10 if os.environ.get("SAE_NB_FAST") else 100,
+            self.quiet,
+        )
     return self._bench
 
 # %% ../nbs/10_runs.ipynb #runs-evaluate
 @patch
-def evaluate(self:Session):
+def evaluate(self: Session):
     "Run every evaluator on every SAE that was not evaluated so, and write the results; metrics.json comes last."
-    dev,bar = self.lm.device if self.lm else "cpu",OneLine()
-    old = {r.name: read_json(r.folder/"metrics.json") if r.finished else {} for r in self.runs}
-    known = lambda r, e: any(k.startswith(f"{e}/") for k in old[r.name]) and not (r.folder/"evals"/f"{e}.json").exists()   # a reported run keeps its numbers, not its files
+    dev, bar = self.lm.device if self.lm else "cpu", OneLine()
+    old = {r.name: read_json(r.folder / "metrics.json") if r.finished else {} for r in self.runs}
+
+    def known(r, e):
+        return (
+            any(k.startswith(f"{e}/") for k in old[r.name])
+            and not (r.folder / "evals" / f"{e}.json").exists()
+        )  # a reported run keeps its numbers, not its files
+
     todo = {r.name: [e for e in self.evals if not known(r, e)] for r in self.runs if r.trained}
     runs = [r for r in self.runs if todo.get(r.name) or (r.trained and not r.finished)]
     self.envs = {r.name: {} for r in runs}
-    with guarding(runs), redirect_stderr(bar) if bar.kernel else nullcontext():   # the evaluators' own bars share the line
+    with (
+        guarding(runs),
+        redirect_stderr(bar) if bar.kernel else nullcontext(),
+    ):  # the evaluators' own bars share the line
         saes = {r.name: load(r.folder, dev) for r in runs}
-        for n,e in tqdm(self.evals.items(), desc="evaluating", file=bar, ncols=80, disable=self.quiet or not runs):
+        for n, e in tqdm(
+            self.evals.items(), desc="evaluating", file=bar, ncols=80, disable=self.quiet or not runs
+        ):
             for r in runs:
-                if n in todo[r.name]: self.envs[r.name][n] = self.bench().run(e, saes[r.name], r.folder, r.name)
-        for r in runs: self._metrics(r, old[r.name])
+                if n in todo[r.name]:
+                    self.envs[r.name][n] = self.bench().run(e, saes[r.name], r.folder, r.name)
+        for r in runs:
+            self._metrics(r, old[r.name])
     failed = {r.name: run_status(r.folder)[1] for r in self.runs if run_status(r.folder)[0] == "failed"}
-    if failed: raise TrainingError("; ".join(failed.values()))
+    if failed:
+        raise TrainingError("; ".join(failed.values()))
     return self
 
+# %% ../nbs/10_runs.ipynb #runs-evaluate-metrics
 @patch
-def _metrics(self:Session, r:Run, old:dict):
+def _metrics(self: Session, r: Run, old: dict):
     "Write metrics.json of a run."
-    new = {e: flat(env) for e,env in self.envs[r.name].items()}
-    m = {k: v for k,v in old.items() if k.split("/")[0] not in new} | {f"{e}/{k}": v for e,d in new.items() for k,v in d.items()}
-    h = read_history(r.folder/"history.csv")[-1]
-    m.update({f"train/{k}": h[k] for k in ("step", "tokens", "loss", "l0", "explained_variance", "frac_dead")})
-    if m != old: r.finish(m)
+    new = {e: flat(env) for e, env in self.envs[r.name].items()}
+    m = {k: v for k, v in old.items() if k.split("/")[0] not in new} | {
+        f"{e}/{k}": v for e, d in new.items() for k, v in d.items()
+    }
+    h = read_history(r.folder / "history.csv")[-1]
+    m.update(
+        {f"train/{k}": h[k] for k in ("step", "tokens", "loss", "l0", "explained_variance", "frac_dead")}
+    )
+    if m != old:
+        r.finish(m)
 
 # %% ../nbs/10_runs.ipynb #runs-show-data
 @patch
-def show_data(self:Session):
+def show_data(self: Session):
     "Words of one held-out row, or the size of a toy's batch."
-    if not self.lm: return print(f"batches of shape {tuple(self.held[0].x.shape)}")
-    tokens,docs,mask = (b[0] for b in self.held[0])
-    print("".join(w if m else f"[{w}]" for w,d,m in zip(self.lm.words(tokens), docs, mask) if d > 0)[:1500])
+    if not self.lm:
+        return print(f"batches of shape {tuple(self.held[0].x.shape)}")
+    tokens, docs, mask = (b[0] for b in self.held[0])
+    print("".join(w if m else f"[{w}]" for w, d, m in zip(self.lm.words(tokens), docs, mask) if d > 0)[:1500])
+
 
 @patch
-def _scans(self:Session):
+def _scans(self: Session):
     "One scan per run, made once."
     if not hasattr(self, "_scan"):
         saes = {r.name: load(r.folder, self.lm.device) for r in self.runs}
-        self._scan = {n: (sae, scan(sae, self.lm, self.hook, self.held)) for n,sae in saes.items()}
+        self._scan = {n: (sae, scan(sae, self.lm, self.hook, self.held)) for n, sae in saes.items()}
     return self._scan
 
+# %% ../nbs/10_runs.ipynb #runs-show-data-show-scan
 @patch
-def show_scan(self:Session):
+def show_scan(self: Session):
     "L0 histogram and density of latents."
-    if self.lm: plot_scan({n: s for n,(_,s) in self._scans().items()})
+    if self.lm:
+        plot_scan({n: s for n, (_, s) in self._scans().items()})
 
 # %% ../nbs/10_runs.ipynb #runs-show-contexts
 @patch
-def show_contexts(self:Session,
-    n_active:int=10, # Most active latents shown
-    n_random:int=5,  # Others, drawn with a fixed seed
-    dense:float=.2,  # Latents that fire more often than this are left out
-):                   # HTML
+def show_contexts(
+    self: Session,
+    n_active: int = 10,  # Most active latents shown
+    n_random: int = 5,  # Others, drawn with a fixed seed
+    dense: float = 0.2,  # Latents that fire more often than this are left out
+):  # HTML
     "Top contexts of active and of random latents."
     from IPython.display import HTML
-    if not self.lm: return
+
+    if not self.lm:
+        return
     out = []
-    for n,(sae,s) in self._scans().items():
+    for n, (sae, s) in self._scans().items():
         mass = (s.density * s.top.mean(-1)).masked_fill(s.density > dense, -1)
         best = mass.topk(min(n_active, len(mass))).indices
         live = [i for i in (s.density > 0).nonzero()[:, 0].tolist() if i not in set(best.tolist())]
         pick = torch.randperm(len(live), generator=torch.Generator().manual_seed(0))[:n_random].tolist()
-        out.append(f"<h4>{n}</h4>" + contexts_html(s, sae, self.lm, self.hook, best.tolist() + [live[i] for i in pick]))
+        out.append(
+            f"<h4>{n}</h4>"
+            + contexts_html(s, sae, self.lm, self.hook, best.tolist() + [live[i] for i in pick])
+        )
     return HTML("".join(out))
 
+# %% ../nbs/10_runs.ipynb #runs-show-contexts-show-files
 @patch
-def show_files(self:Session):
+def show_files(self: Session):
     "What lies in each run folder, how the run ended, and whether other runs have the same weights."
     for g in same_weights(gather()):
-        if {r.name for r in self.runs} & set(g): print(f"the same weights under {len(g)} names: {', '.join(g)}")
+        if {r.name for r in self.runs} & set(g):
+            print(f"the same weights under {len(g)} names: {', '.join(g)}")
     for r in self.runs:
         print(f"runs/{r.name}: {run_status(r.folder)[0]}")
         for f in sorted(r.folder.rglob("*")):
-            if f.is_file(): print(f"   {f.relative_to(r.folder)}  {f.stat().st_size:,} bytes")
+            if f.is_file():
+                print(f"   {f.relative_to(r.folder)}  {f.stat().st_size:,} bytes")
 
 # %% ../nbs/10_runs.ipynb #runs-gather
 def gather(
-    folder=None, # Folder of runs; None: runs/ of the project
-):               # pandas.DataFrame, one row per finished run
+    folder=None,  # Folder of runs; None: runs/ of the project
+):  # pandas.DataFrame, one row per finished run
     "Parameters, a hash of the weights and the metrics of every finished run."
     import pandas as pd
+
     rows = []
-    for d in sorted(Path(folder or root()/"runs").glob("*/metrics.json")):
-        c,w = read_json(d.parent/"config.json"),read_json(d.parent/"status.json").get("weights")
+    for d in sorted(Path(folder or root() / "runs").glob("*/metrics.json")):
+        c = read_json(d.parent / "config.json")
+        w = read_json(d.parent / "status.json").get("weights")
         own = {k: c.get(k) for k in ("variant", "preset", "seed", "hook", "commit")}
-        rows.append({**c["params"], **own, "model_content": (c.get("content") or {}).get("model"), "name": d.parent.name, "weights": w, **read_json(d)})
+        rows.append(
+            {
+                **c["params"],
+                **own,
+                "model_content": (c.get("content") or {}).get("model"),
+                "name": d.parent.name,
+                "weights": w,
+                **read_json(d),
+            }
+        )
     return pd.DataFrame(rows)
 
+# %% ../nbs/10_runs.ipynb #runs-gather-same-weights
 def same_weights(
-    runs, # From `gather`
-)->list:  # Groups of names of runs whose trained weights are identical
+    runs,  # From `gather`
+) -> list:  # Groups of names of runs whose trained weights are identical
     "Runs that are secretly the same."
-    if not len(runs): return []
-    return [g["name"].tolist() for _,g in runs.dropna(subset="weights").groupby("weights") if len(g) > 1]
+    if not len(runs):
+        return []
+    return [g["name"].tolist() for _, g in runs.dropna(subset="weights").groupby("weights") if len(g) > 1]
 
 # %% ../nbs/10_runs.ipynb #runs-glance
-glance = ["core/l0", "core/explained_variance", "core/ce_loss_score", "core/kl_div_score", "core/ce_loss_with_sae", "core/ce_loss_without_sae", "core/ce_loss_with_ablation",
-          "core/cossim", "core/l2_ratio", "core/relative_reconstruction_bias", "core/frac_alive", "core/freq_over_10_percent", "core/average_max_decoder_cosine_sim"]
+glance = [
+    "core/l0",
+    "core/explained_variance",
+    "core/ce_loss_score",
+    "core/kl_div_score",
+    "core/ce_loss_with_sae",
+    "core/ce_loss_without_sae",
+    "core/ce_loss_with_ablation",
+    "core/cossim",
+    "core/l2_ratio",
+    "core/relative_reconstruction_bias",
+    "core/frac_alive",
+    "core/freq_over_10_percent",
+    "core/average_max_decoder_cosine_sim",
+]
 
+# %% ../nbs/10_runs.ipynb #runs-glance-table
 @patch
-def table(self:Session,
-    everything:bool=False, # All numbers instead of the main ones
-):                         # A pandas DataFrame of formatted numbers
+def table(
+    self: Session,
+    everything: bool = False,  # All numbers instead of the main ones
+):  # A pandas DataFrame of formatted numbers
     "Metrics of the session's runs beside their nulls."
     import pandas as pd
-    ms,nulls = {r.name: read_json(r.folder/"metrics.json") for r in self.runs},{}
+
+    ms = {r.name: read_json(r.folder / "metrics.json") for r in self.runs}
+    nulls = {}
     for m in ms.values():
-        for k,v in m.items():
-            e,_,rest = k.partition("/null_")
-            if rest: n,_,metric = rest.partition("/"); nulls.setdefault(f"({n})", {}).setdefault(f"{e}/{metric}", []).append(v)
-    df = pd.DataFrame({**ms, **{n: {k: sum(v) / len(v) for k,v in d.items()} for n,d in nulls.items()}})
-    keep = [k for k in df.index if "/null_" not in k and (everything or k in glance or k.startswith("toy_truth/"))]
+        for k, v in m.items():
+            e, _, rest = k.partition("/null_")
+            if rest:
+                n, _, metric = rest.partition("/")
+                nulls.setdefault(f"({n})", {}).setdefault(f"{e}/{metric}", []).append(v)
+    df = pd.DataFrame({**ms, **{n: {k: sum(v) / len(v) for k, v in d.items()} for n, d in nulls.items()}})
+    keep = [
+        k for k in df.index if "/null_" not in k and (everything or k in glance or k.startswith("toy_truth/"))
+    ]
     df = df.loc[sorted(keep, key=lambda k: glance.index(k) if k in glance else len(glance))]
     return df.map(lambda v: "" if pd.isna(v) else f"{v:.4g}")
 
 # %% ../nbs/10_runs.ipynb #runs-board
 @patch
-def scoreboard(self:Session): # HTML
+def scoreboard(self: Session):  # HTML
     "Headline numbers of every evaluator beside their nulls, and why some are missing."
     from html import escape
+
     from IPython.display import HTML
+
     df = scoreboard(self.envs)
     why = "".join(f"<li>{escape(w)}</li>" for w in reasons(self.envs))
     return HTML(df.to_html(border=0) + (f"<p>– not measurable:</p><ul>{why}</ul>" if why else ""))
 
+# %% ../nbs/10_runs.ipynb #runs-board-show-evals
 @patch
-def show_evals(self:Session):
+def show_evals(self: Session):
     "One figure per evaluation."
     import matplotlib.pyplot as plt
-    from IPython.display import display, Markdown
-    for n,e in self.evals.items():
-        envs = {r: es[n] for r,es in self.envs.items() if n in es}
-        if not envs or not hasattr(e, "plot"): continue
+    from IPython.display import Markdown, display
+
+    for n, e in self.evals.items():
+        envs = {r: es[n] for r, es in self.envs.items() if n in es}
+        if not envs or not hasattr(e, "plot"):
+            continue
         display(Markdown(f"### {n}"))
-        fig = e.plot(envs); display(fig); plt.close(fig)
+        fig = e.plot(envs)
+        display(fig)
+        plt.close(fig)
 
 # %% ../nbs/10_runs.ipynb #runs-launch
 def launch(
-    out=None, # Executed notebook; None: runs/<name>/run.ipynb
-    **params, # Parameters of run.ipynb
-)->Path:      # The executed notebook
+    out=None,  # Executed notebook; None: runs/<name>/run.ipynb
+    **params,  # Parameters of run.ipynb
+) -> Path:  # The executed notebook
     "Execute run.ipynb with papermill."
     import papermill as pm
+
     p = params_from(params)
-    plus = lambda w: w.replace(" ", "").replace(",", "+").replace("/", ".")
-    name = p.name or "-".join(filter(None, [plus(p.variant), plus(p.preset), Path(p.model).name, f"s{plus(p.seed)}"]))
-    out = Path(out or root()/"runs"/name/"run.ipynb"); out.parent.mkdir(parents=True, exist_ok=True)
-    pm.execute_notebook(str(root()/"nbs"/"run.ipynb"), str(out), parameters=params, progress_bar=True, cwd=str(root()/"nbs"))
+
+    def plus(w):
+        return w.replace(" ", "").replace(",", "+").replace("/", ".")
+
+    name = p.name or "-".join(
+        filter(None, [plus(p.variant), plus(p.preset), Path(p.model).name, f"s{plus(p.seed)}"])
+    )
+    out = Path(out or root() / "runs" / name / "run.ipynb")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pm.execute_notebook(
+        str(root() / "nbs" / "run.ipynb"),
+        str(out),
+        parameters=params,
+        progress_bar=True,
+        cwd=str(root() / "nbs"),
+    )
     return out

@@ -7,460 +7,644 @@ __all__ = ['presets', 'Out', 'SAE', 'Front', 'parts_of', 'options', 'build', 'ad
            'load', 'check_variant']
 
 # %% ../nbs/03_sae.ipynb #sae-imports
-import copy, functools, inspect, json, math
+import copy
+import functools
+import inspect
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import torch
-from torch import nn, Tensor
 from fastcore.basics import patch
 from safetensors import safe_open
-from .core import *
+from torch import Tensor, nn
+
 from . import sparse
-from .sparse import Active, Pieces, Rough, affine, by_columns, decode_active, dense, encode_active, encode_dense, entries_of
+from .core import *
+from sae_nb.sparse import (
+    Active,
+    Pieces,
+    Rough,
+    affine,
+    by_columns,
+    decode_active,
+    dense,
+    encode_active,
+    encode_dense,
+    entries_of,
+)
 
 # %% ../nbs/03_sae.ipynb #sae-out
 @dataclass
 class Out:
     "One pass of an SAE over the tokens that count."
-    x:Tensor     # Activations, [n_tokens, d_in]
-    z:Tensor     # Pre-activations, [n_tokens, d_sae] or [n_on]
-    v:Tensor     # Latents, [n_tokens, d_sae] or [n_on]
-    x_hat:Tensor # Reconstructions, [n_tokens, d_in]
-    mask:Tensor=None # Document numbers the tokens were counted by, [N] or [B, T]; None: all counted
-    terms:dict = field(default_factory=dict) # name -> scalar; the loss is their sum
-    logs:dict = field(default_factory=dict)  # name -> number worth keeping, no part of the loss
-    notes:dict = field(default_factory=dict) # front -> what it computed on the way, for penalties to read
-    active:Active = None # Where the entries are; None: a dense pass
-    made:tuple = None    # What the pre-activations are made of: (reads, biases, what is taken off), see `SAE.reads`
+
+    x: Tensor  # Activations, [n_tokens, d_in]
+    z: Tensor  # Pre-activations, [n_tokens, d_sae] or [n_on]
+    v: Tensor  # Latents, [n_tokens, d_sae] or [n_on]
+    x_hat: Tensor  # Reconstructions, [n_tokens, d_in]
+    mask: Tensor = None  # Document numbers the tokens were counted by, [N] or [B, T]; None: all counted
+    terms: dict = field(default_factory=dict)  # name -> scalar; the loss is their sum
+    logs: dict = field(default_factory=dict)  # name -> number worth keeping, no part of the loss
+    notes: dict = field(default_factory=dict)  # front -> what it computed on the way, for penalties to read
+    active: Active = None  # Where the entries are; None: a dense pass
+    made: tuple = (
+        None  # What the pre-activations are made of: (reads, biases, what is taken off), see `SAE.reads`
+    )
 
     @property
-    def loss(self): return sum(self.terms.values())
-    def at(self, t): return t if self.active is None else self.active.at(t) # numbers per latent [d_sae], for each entry
-    def per_token(self, v)->Tensor: return v.sum() / len(self.x)            # sum over latents, mean over tokens
+    def loss(self):
+        return sum(self.terms.values())
+
+    def at(self, t):  # numbers per latent [d_sae], for each entry
+        return t if self.active is None else self.active.at(t)
+
+    def per_token(self, v) -> Tensor:  # sum over latents, mean over tokens
+        return v.sum() / len(self.x)
+
     @functools.cached_property
-    def f(self)->Tensor: return self.v if self.active is None else dense(self.active, self.v) # Latents, [n_tokens, d_sae]
+    def f(self) -> Tensor:  # Latents, [n_tokens, d_sae]
+        return self.v if self.active is None else dense(self.active, self.v)
+
     @functools.cached_property
-    def entries(self)->tuple: return entries_of(self.v) if self.active is None else (self.active, self.v) # (places, latents there [n_on])
+    def entries(self) -> tuple:  # (places, latents there [n_on])
+        return entries_of(self.v) if self.active is None else (self.active, self.v)
 
 # %% ../nbs/03_sae.ipynb #sae-out-counts
 @patch(as_prop=True)
-def fired(self:Out)->Tensor: # [d_sae], bool
+def fired(self: Out) -> Tensor:  # [d_sae], bool
     "Which latents are on for some token."
-    if self.active is None: return (self.v > 0).any(0)
-    return torch.zeros(self.active.d_sae, dtype=torch.bool, device=self.v.device).index_fill(0, self.active.cols[self.v > 0], True)
+    if self.active is None:
+        return (self.v > 0).any(0)
+    return torch.zeros(self.active.d_sae, dtype=torch.bool, device=self.v.device).index_fill(
+        0, self.active.cols[self.v > 0], True
+    )
+
 
 @patch(as_prop=True)
-def l0(self:Out)->Tensor: # Scalar
+def l0(self: Out) -> Tensor:  # Scalar
     "Latents per token."
     return self.v.count_nonzero() / len(self.x)
 
+# %% ../nbs/03_sae.ipynb #sae-out-counts-decode
 @patch
-def decode(self:Out,
-    v:Tensor, # In the form of the latents
-    W:Tensor, # [d_sae, d]
-)->Tensor:    # [n_tokens, d]
+def decode(
+    self: Out,
+    v: Tensor,  # In the form of the latents
+    W: Tensor,  # [d_sae, d]
+) -> Tensor:  # [n_tokens, d]
     "Weighted sums of rows of `W`."
     return v @ W if self.active is None else decode_active(self.active, v, W)
 
+# %% ../nbs/03_sae.ipynb #sae-out-counts-made-of
 @patch
-def made_of(self:Out,
-    idx, # Latents, indices [n] or a slice
-)->tuple: # ([(what is read [n_tokens, m], its weights [m, n]), ...], biases [n], what is taken off the first or None)
+def made_of(
+    self: Out,
+    idx,  # Latents, indices [n] or a slice
+) -> tuple:  # ([(what is read [n_tokens, m], its weights [m, n]), ...], biases [n], what is taken off the first or None)
     "What the pre-activations of some latents are made of, for whoever wants them again or more of them than were on."
-    reads,b,c = self.made
-    return *_some(reads, b, idx),c
+    reads, b, c = self.made
+    return *_some(reads, b, idx), c
 
+# %% ../nbs/03_sae.ipynb #sae-out-counts-z-of
 @patch
-def z_of(self:Out,
-    idx=slice(None), # Latents, indices [n] or a slice
-)->Tensor:           # [n_tokens, n]
+def z_of(
+    self: Out,
+    idx=slice(None),  # Latents, indices [n] or a slice
+) -> Tensor:  # [n_tokens, n]
     "Pre-activations of some latents on every token, with a graph."
-    if self.made is None: return self.z[:, idx]
-    reads,b,c = self.made_of(idx)
+    if self.made is None:
+        return self.z[:, idx]
+    reads, b, c = self.made_of(idx)
     return encode_dense(affine(reads, b, c), b, reads, c)
 
 # %% ../nbs/03_sae.ipynb #sae-class
 class SAE(nn.Module):
     "The frame of every variant. `activate` is what a variant must say."
+
     scaled = ("b_enc", "b_dec")
+
     def __new__(cls, *args, **kwargs):
         o = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(o, *args, **kwargs) # partial: copying builds without arguments
+        bound = inspect.signature(cls.__init__).bind_partial(
+            o, *args, **kwargs
+        )  # partial: copying builds without arguments
         bound.apply_defaults()
-        object.__setattr__(o, "args", {k: v for k,v in bound.arguments.items() if k != "self"})
-        object.__setattr__(o, "variant", cls.__dict__.get("registered")) # a subclass does not inherit a name
+        object.__setattr__(o, "args", {k: v for k, v in bound.arguments.items() if k != "self"})
+        object.__setattr__(o, "variant", cls.__dict__.get("registered"))  # a subclass does not inherit a name
         return o
 
-    def __init__(self,
-        d_in:int,   # Width of the activations
-        d_sae:int,  # Number of latents
-        seed:int=0, # Seeds the initial weights and anything the SAE draws later
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        d_sae: int,  # Number of latents
+        seed: int = 0,  # Seeds the initial weights and anything the SAE draws later
     ):
         super().__init__()
-        for n,v in dict(d_in=d_in, d_sae=d_sae).items():
-            if not isinstance(v, int) or v < 1: raise InputError(f"{n} = {v} is not a size; give a whole number of at least 1")
-        self.d_in,self.d_sae,self.seed = d_in,d_sae,seed
+        for n, v in dict(d_in=d_in, d_sae=d_sae).items():
+            if not isinstance(v, int) or v < 1:
+                raise InputError(f"{n} = {v} is not a size; give a whole number of at least 1")
+        self.d_in = d_in
+        self.d_sae = d_sae
+        self.seed = seed
         self.gen = torch.Generator().manual_seed(seed)
         W = torch.randn(d_sae, d_in, generator=self.gen)
         self.W_dec = nn.Parameter(W / W.norm(dim=-1, keepdim=True))
         self.W_enc = nn.Parameter(by_columns(self.W_dec.detach().T))
-        self.b_enc,self.b_dec = nn.Parameter(torch.zeros(d_sae)),nn.Parameter(torch.zeros(d_in))
-        self.fronts,self.penalties,self.recipes = nn.ModuleDict(),nn.ModuleDict(),[]
-        self.skip = 0.                              # share of the input added to the reconstruction
-        self.sparsity_scale,self.progress = 1.,0.   # set by the loop: warm-up of coefficients, share of training done
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.fronts = nn.ModuleDict()
+        self.penalties = nn.ModuleDict()
+        self.recipes = []
+        self.skip = 0.0  # share of the input added to the reconstruction
+        self.sparsity_scale = 1.0
+        self.progress = 0.0  # set by the loop: warm-up of coefficients, share of training done
 
     @property
-    def sequential(self): return any(getattr(p, "sequential", False) for p in (*self.fronts.values(), *self.penalties.values()))
+    def sequential(self):
+        return any(getattr(p, "sequential", False) for p in (*self.fronts.values(), *self.penalties.values()))
 
 # %% ../nbs/03_sae.ipynb #sae-front
 class Front(nn.Module):
     "A part between the activations and the encoder; by itself it does nothing."
-    sequential = False # True: looks along the positions of a row
+
+    sequential = False  # True: looks along the positions of a row
+
     def __init__(self):
         super().__init__()
         self.register_buffer("units", torch.ones(()))
-        self.notes = {}    # what the last training pass computed on the way; handed to the pass and forgotten
-    def read(self, x, mask=None): return x    # centred activations [..., d_in] -> what the encoder reads, same shape
-    def add(self, x, mask=None): return None  # centred activations [..., d_in] -> (u [..., m], weights [m, d_sae]), or None
-    def per_latent(self): return []           # (parameter, dimension that counts latents) of each weight that belongs to latents
+        self.notes = {}  # what the last training pass computed on the way; handed to the pass and forgotten
+
+    def read(self, x, mask=None):  # centred activations [..., d_in] -> what the encoder reads, same shape
+        return x
+
+    def add(
+        self, x, mask=None
+    ):  # centred activations [..., d_in] -> (u [..., m], weights [m, d_sae]), or None
+        return None
+
+    def per_latent(self):  # (parameter, dimension that counts latents) of each weight that belongs to latents
+        return []
 
 # %% ../nbs/03_sae.ipynb #sae-pre
 @patch
-def reads(self:SAE,
-    x:Tensor,         # Activations, [..., d_in]
-    mask:Tensor=None, # Document numbers, [...]; read by sequence-aware parts only
-)->tuple:             # ([(what is read [..., m], its weights [m, d_sae]), ...], what is taken off the first [d_in] or None)
+def reads(
+    self: SAE,
+    x: Tensor,  # Activations, [..., d_in]
+    mask: Tensor = None,  # Document numbers, [...]; read by sequence-aware parts only
+) -> (
+    tuple
+):  # ([(what is read [..., m], its weights [m, d_sae]), ...], what is taken off the first [d_in] or None)
     "What the encoder multiplies with what."
-    if not self.fronts: return [(x, self.W_enc)],self.b_dec
+    if not self.fronts:
+        return [(x, self.W_enc)], self.b_dec
     x = x - self.b_dec
-    seen,more = x,[]
+    seen, more = x, []
     for p in self.fronts.values():
         seen = p.read(seen * p.units, mask) / p.units
         u = p.add(x * p.units, mask)
-        if u is not None: more.append((u[0] / p.units, u[1]))
-    return [(seen, self.W_enc), *more],None
+        if u is not None:
+            more.append((u[0] / p.units, u[1]))
+    return [(seen, self.W_enc), *more], None
 
-def _some(reads, b, idx): return [(u, W[:, idx]) for u,W in reads],b[idx]
+# %% ../nbs/03_sae.ipynb #sae-pre-some
+def _some(reads, b, idx):
+    return [(u, W[:, idx]) for u, W in reads], b[idx]
+
 
 @patch
-def pre(self:SAE,
-    x:Tensor,         # Activations, [..., d_in]
-    mask:Tensor=None, # Document numbers, [...]; read by sequence-aware parts only
-)->Tensor:            # Pre-activations, [..., d_sae]
+def pre(
+    self: SAE,
+    x: Tensor,  # Activations, [..., d_in]
+    mask: Tensor = None,  # Document numbers, [...]; read by sequence-aware parts only
+) -> Tensor:  # Pre-activations, [..., d_sae]
     "Affine map of `x` into the latents, through the fronts."
-    reads,c = self.reads(x, mask)
-    reads = [(u.reshape(-1, u.shape[-1]), W) for u,W in reads]
+    reads, c = self.reads(x, mask)
+    reads = [(u.reshape(-1, u.shape[-1]), W) for u, W in reads]
     return encode_dense(affine(reads, self.b_enc, c), self.b_enc, reads, c).reshape(*x.shape[:-1], self.d_sae)
 
 # %% ../nbs/03_sae.ipynb #sae-activate
 @patch
-def latent(self:SAE,
-    z:Tensor, # Pre-activations, [..., d_sae] or those of chosen entries, [n_on]
-    at,       # Function that brings numbers per latent, [d_sae], to where they are needed
-)->Tensor:    # Latents, same shape as `z`, none negative
+def latent(
+    self: SAE,
+    z: Tensor,  # Pre-activations, [..., d_sae] or those of chosen entries, [n_on]
+    at,  # Function that brings numbers per latent, [d_sae], to where they are needed
+) -> Tensor:  # Latents, same shape as `z`, none negative
     "What a pre-activation becomes if nothing else decides."
     return z.relu()
 
+# %% ../nbs/03_sae.ipynb #sae-activate-activate
 @patch
-def activate(self:SAE,
-    z:Tensor, # Pre-activations, [..., d_sae]
-)->Tensor:    # Latents, same shape, none negative
+def activate(
+    self: SAE,
+    z: Tensor,  # Pre-activations, [..., d_sae]
+) -> Tensor:  # Latents, same shape, none negative
     "What survives of `z`."
     return self.latent(z, lambda t: t)
 
+
 @patch
-def active(self:SAE,
-    p:Pieces, # Pre-activations of the tokens that count, without a graph
-)->tuple:     # (where latents may be on, what stands there [n_on]); None: a dense pass, please
+def active(
+    self: SAE,
+    p: Pieces,  # Pre-activations of the tokens that count, without a graph
+) -> tuple:  # (where latents may be on, what stands there [n_on]); None: a dense pass, please
     "Called in training, before `latent`; one of `sparse.choose_topk`, `choose_batch`, `choose_where`."
     return None
 
+# %% ../nbs/03_sae.ipynb #sae-activate-calibrate
 @patch
-def calibrate(self:SAE,
-    z:Tensor, # Pre-activations of some latents on the tokens that count, [n_tokens, n]
-    at:slice, # Which latents
-)->Tensor:    # What is made of them, same shape
+def calibrate(
+    self: SAE,
+    z: Tensor,  # Pre-activations of some latents on the tokens that count, [n_tokens, n]
+    at: slice,  # Which latents
+) -> Tensor:  # What is made of them, same shape
     "Called in training only, before anything is chosen: a variant may set itself up from its first batch here."
     return z
 
+
 @patch(as_prop=True)
-def calibrates(self:SAE)->bool: # False: `calibrate` will leave this batch alone, and not all pre-activations need be made
+def calibrates(
+    self: SAE,
+) -> bool:  # False: `calibrate` will leave this batch alone, and not all pre-activations need be made
     "Does `calibrate` want to see the next batch?"
     return type(self).calibrate is not SAE.calibrate
 
 # %% ../nbs/03_sae.ipynb #sae-encode-decode
 @patch
-def encode(self:SAE,
-    x:Tensor,         # Activations, [..., d_in]
-    mask:Tensor=None, # Document numbers, [...]
-)->Tensor:            # Latents, [..., d_sae]
+def encode(
+    self: SAE,
+    x: Tensor,  # Activations, [..., d_in]
+    mask: Tensor = None,  # Document numbers, [...]
+) -> Tensor:  # Latents, [..., d_sae]
     "Latents of `x`."
     return self.activate(self.pre(x, mask))
 
+# %% ../nbs/03_sae.ipynb #sae-encode-decode-decode
 @patch
-def decode(self:SAE,
-    f:Tensor, # Latents, [..., d_sae]
-)->Tensor:    # Reconstruction, [..., d_in]
+def decode(
+    self: SAE,
+    f: Tensor,  # Latents, [..., d_sae]
+) -> Tensor:  # Reconstruction, [..., d_in]
     "Weighted sum of the decoder's rows."
     return f @ self.W_dec + self.b_dec
 
+# %% ../nbs/03_sae.ipynb #sae-encode-decode-rebuild
 @patch
-def rebuild(self:SAE,
-    f:Tensor, # Latents, [..., d_sae]
-    x:Tensor, # The activations they came from, [..., d_in]
-)->Tensor:    # Reconstruction, [..., d_in]
+def rebuild(
+    self: SAE,
+    f: Tensor,  # Latents, [..., d_sae]
+    x: Tensor,  # The activations they came from, [..., d_in]
+) -> Tensor:  # Reconstruction, [..., d_in]
     "What the SAE puts in the place of `x`: the decoded latents, and the skip connection if there is one."
     return self.decode(f) + self.skip * x if self.skip else self.decode(f)
 
+# %% ../nbs/03_sae.ipynb #sae-encode-decode-forward
 @patch
-def forward(self:SAE,
-    x:Tensor,         # Activations, [..., d_in]
-    mask:Tensor=None, # Document numbers, [...]
-)->Tensor:            # Reconstruction, [..., d_in]
+def forward(
+    self: SAE,
+    x: Tensor,  # Activations, [..., d_in]
+    mask: Tensor = None,  # Document numbers, [...]
+) -> Tensor:  # Reconstruction, [..., d_in]
     "Encode, then decode."
     return self.rebuild(self.encode(x, mask), x)
 
 # %% ../nbs/03_sae.ipynb #sae-penalise
 @patch
-def penalise(self:SAE,
-    name:str,       # What its term is called
-    part:nn.Module, # Called with the SAE and the pass
+def penalise(
+    self: SAE,
+    name: str,  # What its term is called
+    part: nn.Module,  # Called with the SAE and the pass
 ):
     "Add a penalty."
-    if name in self.penalties: raise InputError(f"{self.variant or type(self).__name__} has the penalty {name} already; put another variant under this one")
+    if name in self.penalties:
+        raise InputError(
+            f"{self.variant or type(self).__name__} has the penalty {name} already; put another variant under this one"
+        )
     self.penalties[name] = part
 
 # %% ../nbs/03_sae.ipynb #sae-per-latent
 @patch
-def per_latent(self:SAE)->list: # [(parameter, dimension)]
+def per_latent(self: SAE) -> list:  # [(parameter, dimension)]
     "Every parameter that has one entry per latent, with the dimension along which latents are counted."
-    return [(self.W_dec, 0), (self.W_enc, 1), (self.b_enc, 0)] + [o for p in self.fronts.values() for o in p.per_latent()]
+    return [(self.W_dec, 0), (self.W_enc, 1), (self.b_enc, 0)] + [
+        o for p in self.fronts.values() for o in p.per_latent()
+    ]
 
 # %% ../nbs/03_sae.ipynb #sae-loss
 @patch
-def reconstruction(self:SAE, o:Out)->dict:
+def reconstruction(self: SAE, o: Out) -> dict:
     "Squared error summed over d_in, averaged over tokens."
     return {"mse": (o.x - o.x_hat).pow(2).sum(-1).mean()}
 
+
 @patch
-def sparsity(self:SAE, o:Out)->dict:
+def sparsity(self: SAE, o: Out) -> dict:
     "Terms paid for active latents; none unless a variant says so."
     return {}
 
 # %% ../nbs/03_sae.ipynb #sae-sparse
 @patch(as_prop=True)
-def chooses(self:SAE)->bool: # Whether `active` and `latent` say the same as `activate`
+def chooses(self: SAE) -> bool:  # Whether `active` and `latent` say the same as `activate`
     "May this SAE take the sparse road?"
-    owner = lambda n: next(i for i,c in enumerate(type(self).__mro__) if n in vars(c))
-    return type(self).pre is SAE.pre and owner("active") <= owner("activate") and type(self).active is not SAE.active
 
+    def owner(n):
+        return next(i for i, c in enumerate(type(self).__mro__) if n in vars(c))
+
+    return (
+        type(self).pre is SAE.pre
+        and owner("active") <= owner("activate")
+        and type(self).active is not SAE.active
+    )
+
+# %% ../nbs/03_sae.ipynb #sae-sparse-pieces
 @patch
-def _pieces(self:SAE, reads, c):
+def _pieces(self: SAE, reads, c):
     "Pre-activations as variants choose from them."
     n = len(reads[0][0])
-    most,held = sparse.pays(n, self.d_in, self.d_sae),sparse.room * (16 if self.b_enc.is_cuda else 1)
+    most = sparse.pays(n, self.d_in, self.d_sae)
+    held = sparse.room * (16 if self.b_enc.is_cuda else 1)
+
     @torch.no_grad()
     def make(at):
-        part,b = _some(reads, self.b_enc, at)
+        part, b = _some(reads, self.b_enc, at)
         return self.calibrate(affine(part, b, c, sparse.scratch(n, len(b), b) if most >= 0 else None), at)
-    rough = most >= 0 and n and not self.calibrates and self.d_in >= sparse.rough_from and sparse.rounds_well(self.b_enc)
-    if n * self.d_sae > held: most = math.inf
+
+    rough = (
+        most >= 0
+        and n
+        and not self.calibrates
+        and self.d_in >= sparse.rough_from
+        and sparse.rounds_well(self.b_enc)
+    )
+    if n * self.d_sae > held:
+        most = math.inf
     return Pieces(make, n, self.d_sae, most, held, Rough(reads, self.b_enc, c) if rough else None)
 
+# %% ../nbs/03_sae.ipynb #sae-sparse-passed
 @patch
-def passed(self:SAE, x, mask)->Out:
+def passed(self: SAE, x, mask) -> Out:
     "A training pass, along the shorter road."
-    reads,c = self.reads(x, mask)
-    reads = [(counted(u, mask), W) for u,W in reads]; x = counted(x, mask)
+    reads, c = self.reads(x, mask)
+    reads = [(counted(u, mask), W) for u, W in reads]
+    x = counted(x, mask)
     p = self._pieces(reads, c)
     found = self.active(p)
     if found is None:
         z = p.piece(slice(0, self.d_sae))
         z = encode_dense(z if p.most < 0 else z.clone(), self.b_enc, reads, c)
         return Out(x, z, f := self.activate(z), self.rebuild(f, x), mask, made=(reads, self.b_enc, c))
-    a,z = found
-    z = encode_active(a, z, self.b_enc, reads, c); v = self.latent(z, a.at)
+    a, z = found
+    z = encode_active(a, z, self.b_enc, reads, c)
+    v = self.latent(z, a.at)
     x_hat = decode_active(a, v, self.W_dec) + self.b_dec
-    return Out(x, z, v, x_hat + self.skip * x if self.skip else x_hat, mask, active=a, made=(reads, self.b_enc, c))
+    return Out(
+        x, z, v, x_hat + self.skip * x if self.skip else x_hat, mask, active=a, made=(reads, self.b_enc, c)
+    )
 
 # %% ../nbs/03_sae.ipynb #sae-run
 @patch
-def run(self:SAE,
-    x:Tensor,         # Activations, [N, d_in] or [B, T, d_in]
-    mask:Tensor=None, # Document numbers, [N] or [B, T]
-)->Out:               # The pass, with the terms of the loss
+def run(
+    self: SAE,
+    x: Tensor,  # Activations, [N, d_in] or [B, T, d_in]
+    mask: Tensor = None,  # Document numbers, [N] or [B, T]
+) -> Out:  # The pass, with the terms of the loss
     "Everything a training step needs to know of one batch."
-    if not self.sequential: x,mask = counted(x, mask),None
-    elif mask is None: mask = torch.ones(x.shape[:-1], dtype=torch.long, device=x.device)
-    if self.training and torch.is_grad_enabled() and self.chooses: o = self.passed(x, mask)
+    if not self.sequential:
+        x, mask = counted(x, mask), None
+    elif mask is None:
+        mask = torch.ones(x.shape[:-1], dtype=torch.long, device=x.device)
+    if self.training and torch.is_grad_enabled() and self.chooses:
+        o = self.passed(x, mask)
     else:
-        z = self.pre(x, mask); x,z = counted(x, mask),counted(z, mask)
-        if self.training: z = self.calibrate(z, slice(None))
+        z = self.pre(x, mask)
+        x, z = counted(x, mask), counted(z, mask)
+        if self.training:
+            z = self.calibrate(z, slice(None))
         o = Out(x, z, f := self.activate(z), self.rebuild(f, x), mask)
-    for n,p in self.fronts.items(): o.notes[n],p.notes = p.notes,{}
-    for part in (self.reconstruction, self.sparsity): o.terms.update(part(o))
-    for p in self.penalties.values(): o.terms.update(p(self, o))
+    for n, p in self.fronts.items():
+        o.notes[n] = p.notes
+        p.notes = {}
+    for part in (self.reconstruction, self.sparsity):
+        o.terms.update(part(o))
+    for p in self.penalties.values():
+        o.terms.update(p(self, o))
     return o
 
 # %% ../nbs/03_sae.ipynb #sae-loss-pair
 @patch
-def loss(self:SAE,
-    x:Tensor,         # Activations, [N, d_in] or [B, T, d_in]
-    mask:Tensor=None, # Document numbers, [N] or [B, T]
-)->tuple:             # (scalar, {name: number})
+def loss(
+    self: SAE,
+    x: Tensor,  # Activations, [N, d_in] or [B, T, d_in]
+    mask: Tensor = None,  # Document numbers, [N] or [B, T]
+) -> tuple:  # (scalar, {name: number})
     "The loss of a batch and what is worth logging of it."
     o = self.run(x, mask)
-    logs = {k: v.detach().item() for k,v in o.terms.items()}
+    logs = {k: v.detach().item() for k, v in o.terms.items()}
     return o.loss, {**logs, **o.logs, "l0": o.l0.item()}
 
 # %% ../nbs/03_sae.ipynb #sae-norm
 @patch
 @torch.no_grad()
-def before_step(self:SAE):
+def before_step(self: SAE):
     "Remove from the decoder's gradient the component along each row."
-    if self.W_dec.grad is None: return
-    for g,w in zip(self.W_dec.grad.split(128), self.W_dec.split(128)): g.addcmul_(w, (g * w).sum(-1, keepdim=True), value=-1) # a few rows at a time stay in the cache
+    if self.W_dec.grad is None:
+        return
+    for g, w in zip(
+        self.W_dec.grad.split(128), self.W_dec.split(128)
+    ):  # a few rows at a time stay in the cache
+        g.addcmul_(w, (g * w).sum(-1, keepdim=True), value=-1)
 
+# %% ../nbs/03_sae.ipynb #sae-norm-after-step
 @patch
 @torch.no_grad()
-def after_step(self:SAE):
+def after_step(self: SAE):
     "Bring every decoder row back to length one."
     self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
 
 # %% ../nbs/03_sae.ipynb #sae-fold
 @patch
 @torch.no_grad()
-def fold(self:SAE,
-    scale:float, # What the activations were multiplied by during training
-)->SAE:          # A copy for raw activations
+def fold(
+    self: SAE,
+    scale: float,  # What the activations were multiplied by during training
+) -> SAE:  # A copy for raw activations
     "An SAE that does to `x` what this one does to `scale * x`, in the units of `x`."
     o = copy.deepcopy(self)
-    for n in o.scaled: o.get_parameter_or_buffer(n).div_(scale)
-    for p in o.fronts.values(): p.units.mul_(scale)
+    for n in o.scaled:
+        o.get_parameter_or_buffer(n).div_(scale)
+    for p in o.fronts.values():
+        p.units.mul_(scale)
     return o
 
+# %% ../nbs/03_sae.ipynb #sae-fold-get-parameter-or-buffer
 @patch
-def get_parameter_or_buffer(self:SAE, name:str)->Tensor:
+def get_parameter_or_buffer(self: SAE, name: str) -> Tensor:
     "The tensor called `name`, trained or kept."
     return dict(self.named_parameters(), **dict(self.named_buffers()))[name]
 
 # %% ../nbs/03_sae.ipynb #sae-options
 def parts_of(
-    variant:str,   # Registered name, or a path of them
-    base:str=None, # Said otherwise
-)->tuple:          # (name, base or None)
+    variant: str,  # Registered name, or a path of them
+    base: str = None,  # Said otherwise
+) -> tuple:  # (name, base or None)
     "The outermost variant of a path, and what it stands on."
-    name,_,rest = variant.partition("/")
-    if rest and base and rest != base: raise InputError(f"{variant} stands on {rest!r} and base = {base!r} says otherwise; leave one of them out")
-    return name,rest or base
+    name, _, rest = variant.partition("/")
+    if rest and base and rest != base:
+        raise InputError(
+            f"{variant} stands on {rest!r} and base = {base!r} says otherwise; leave one of them out"
+        )
+    return name, rest or base
 
+# %% ../nbs/03_sae.ipynb #sae-options-options
 def options(
-    variant:str,   # Registered name, or a path such as "ortho/jumprelu"
-    base:str=None, # For a variant on top of another: which; None: its default
-)->dict:           # option -> default, without d_in, d_sae and seed
+    variant: str,  # Registered name, or a path such as "ortho/jumprelu"
+    base: str = None,  # For a variant on top of another: which; None: its default
+) -> dict:  # option -> default, without d_in, d_sae and seed
     "What can be said about a variant."
-    variant,base = parts_of(variant, base)
+    variant, base = parts_of(variant, base)
     ps = inspect.signature(find("variants", variant)).parameters.values()
-    own = {p.name: p.default for p in ps if p.kind is not p.VAR_KEYWORD and p.name not in ("d_in", "d_sae", "seed")}
-    if base and "base" not in own: raise InputError(f"{variant} stands on no other variant; leave {base!r} out")
+    own = {
+        p.name: p.default
+        for p in ps
+        if p.kind is not p.VAR_KEYWORD and p.name not in ("d_in", "d_sae", "seed")
+    }
+    if base and "base" not in own:
+        raise InputError(f"{variant} stands on no other variant; leave {base!r} out")
     base = base or own.get("base") if any(p.kind is p.VAR_KEYWORD for p in ps) else None
     return {**(options(base) if base else {}), **own, **({"base": base} if base and "base" in own else {})}
 
 # %% ../nbs/03_sae.ipynb #sae-build
 def build(
-    variant:str, # Registered name, or a path such as "ortho/jumprelu"
-    d_in:int,    # Width of the activations
-    d_sae:int,   # Number of latents
-    seed:int=0,  # Seeds the SAE's own generator
-    **args,      # Options of the variant
-)->SAE:          # Ready to train, and to be saved
+    variant: str,  # Registered name, or a path such as "ortho/jumprelu"
+    d_in: int,  # Width of the activations
+    d_sae: int,  # Number of latents
+    seed: int = 0,  # Seeds the SAE's own generator
+    **args,  # Options of the variant
+) -> SAE:  # Ready to train, and to be saved
     "The SAE a parameters cell asks for."
-    variant,base = parts_of(variant, args.get("base"))
+    variant, base = parts_of(variant, args.get("base"))
     make = find("variants", variant)
     known = options(variant, base)
-    if base: args["base"] = base
-    for a,v in args.items():
+    if base:
+        args["base"] = base
+    for a, v in args.items():
         default = known[one_of(f"{variant} option", a, known)]
-        wrong = isinstance(default, (int, float)) and not isinstance(v, (int, float)) or isinstance(default, str) and not isinstance(v, str)
-        if wrong: raise InputError(f"{variant} option {a} = {v!r} is not {'a word' if isinstance(default, str) else 'a number'}; its default is {default!r}")
+        wrong = (
+            isinstance(default, (int, float))
+            and not isinstance(v, (int, float))
+            or isinstance(default, str)
+            and not isinstance(v, str)
+        )
+        if wrong:
+            raise InputError(
+                f"{variant} option {a} = {v!r} is not {'a word' if isinstance(default, str) else 'a number'}; its default is {default!r}"
+            )
     return make(d_in, d_sae, seed=seed, **args)
 
 # %% ../nbs/03_sae.ipynb #sae-presets
-presets = {} # variant -> {name: (options, what it is)}
+presets = {}  # variant -> {name: (options, what it is)}
+
 
 def add_preset(
-    variant:str, # Registered name
-    name:str,    # What a parameters cell says, e.g. "run_7"
-    about:str,   # One line
-    **args,      # Options
+    variant: str,  # Registered name
+    name: str,  # What a parameters cell says, e.g. "run_7"
+    about: str,  # One line
+    **args,  # Options
 ):
     "Make a set of options known by name."
-    presets.setdefault(variant, {})[name] = args,about
+    presets.setdefault(variant, {})[name] = args, about
 
+# %% ../nbs/03_sae.ipynb #sae-presets-preset-options
 def preset_options(
-    variant:str, # Registered name
-    name:str,    # One of its presets
-)->dict:         # Options
+    variant: str,  # Registered name
+    name: str,  # One of its presets
+) -> dict:  # Options
     "The options of a preset."
-    if "/" in variant: raise InputError(f"presets belong to a variant by itself; {variant!r} is a path")
-    find("variants", variant); names("variants")
-    if variant not in presets: raise InputError(f"{variant} has no presets; those that have: {', '.join(sorted(presets)) or 'none'}")
+    if "/" in variant:
+        raise InputError(f"presets belong to a variant by itself; {variant!r} is a path")
+    find("variants", variant)
+    names("variants")
+    if variant not in presets:
+        raise InputError(f"{variant} has no presets; those that have: {', '.join(sorted(presets)) or 'none'}")
     return dict(presets[variant][one_of(f"preset of {variant}:", name, presets[variant])][0])
 
 # %% ../nbs/03_sae.ipynb #sae-composed
 def composed(
-    name:str, # What a parameters cell says
+    name: str,  # What a parameters cell says
 ):
     "Decorator: register a function that returns an SAE as the variant `name`."
+
     def _composed(make):
         @functools.wraps(make)
         def _make(*args, **kwargs):
-            sae,bound = make(*args, **kwargs),inspect.signature(make).bind(*args, **kwargs)
+            sae = make(*args, **kwargs)
+            bound = inspect.signature(make).bind(*args, **kwargs)
             bound.apply_defaults()
-            rest = next((p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-            flat = {k: v for k,v in bound.arguments.items() if k != rest}
-            sae.variant,sae.args = name,{**flat, **bound.arguments.get(rest, {})}
+            rest = next(
+                (p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None
+            )
+            flat = {k: v for k, v in bound.arguments.items() if k != rest}
+            sae.variant = name
+            sae.args = {**flat, **bound.arguments.get(rest, {})}
             return sae
+
         return register("variants", name)(_make)
+
     return _composed
 
 # %% ../nbs/03_sae.ipynb #sae-save
 def save(
-    sae:SAE, # What to keep
+    sae: SAE,  # What to keep
     folder,  # Folder to write `sae.safetensors` into
     **meta,  # Also kept in the header, e.g. model and hook
-)->Path:     # The file
+) -> Path:  # The file
     "Write an SAE as one safetensors file."
-    if sae.variant is None: raise InputError(f"{type(sae).__name__} is not registered, so a reader could not build it; register it first")
+    if sae.variant is None:
+        raise InputError(
+            f"{type(sae).__name__} is not registered, so a reader could not build it; register it first"
+        )
     head = dict(variant=sae.variant, args=json.dumps(sae.args), meta=json.dumps(meta))
-    return write_tensors(Path(folder)/"sae.safetensors", sae.state_dict(), head)
+    return write_tensors(Path(folder) / "sae.safetensors", sae.state_dict(), head)
 
 # %% ../nbs/03_sae.ipynb #sae-load
 def load(
-    path,         # Run folder, or a file written by `save`
-    device="cpu", # Where the weights go
-)->SAE:           # In evaluation mode
+    path,  # Run folder, or a file written by `save`
+    device="cpu",  # Where the weights go
+) -> SAE:  # In evaluation mode
     "Read an SAE back; `sae.meta` holds what was said about it."
     path = Path(path)
-    if path.is_dir(): path = path/"sae.safetensors"
+    if path.is_dir():
+        path = path / "sae.safetensors"
     ts = read_tensors(path, device)
-    with safe_open(str(path), "pt") as f: head = f.metadata() or {}
-    if "variant" not in head: raise InputError(f"{path} names no variant in its header; it was not written by sae_nb.sae.save")
+    with safe_open(str(path), "pt") as f:
+        head = f.metadata() or {}
+    if "variant" not in head:
+        raise InputError(f"{path} names no variant in its header; it was not written by sae_nb.sae.save")
     sae = find("variants", head["variant"])(**json.loads(head["args"])).to(device)
-    sae.load_state_dict({k: v for k,v in ts.items()})
-    sae.variant,sae.args,sae.meta = head["variant"],json.loads(head["args"]),json.loads(head["meta"])
+    sae.load_state_dict({k: v for k, v in ts.items()})
+    sae.variant = head["variant"]
+    sae.args = json.loads(head["args"])
+    sae.meta = json.loads(head["meta"])
     dt = ts["W_dec"].dtype
     return sae.to(dt).eval()
 
 # %% ../nbs/03_sae.ipynb #sae-state
-def _state(sae): return {k: v.clone() for k,v in sae.state_dict().items()}
-def _same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def _state(sae):
+    return {k: v.clone() for k, v in sae.state_dict().items()}
 
+
+def _same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+# %% ../nbs/03_sae.ipynb #sae-state-contract-shapes
 def _contract_shapes(sae, x):
     "Any leading dimensions, two dtypes, no negative latents."
     for dt in (torch.float32, torch.bfloat16):
         s = copy.deepcopy(sae).to(dt).eval()
-        assert s.encode(x[0].to(dt)).shape == (*x.shape[1:-1], s.d_sae), f"a flat batch is not accepted in {dt}"
+        assert s.encode(x[0].to(dt)).shape == (*x.shape[1:-1], s.d_sae), (
+            f"a flat batch is not accepted in {dt}"
+        )
         f = s.encode(x.to(dt))
         assert f.shape == (*x.shape[:-1], s.d_sae) and s(x.to(dt)).shape == x.shape, f"shapes wrong in {dt}"
         assert f.dtype == dt and torch.isfinite(f).all(), f"latents are {f.dtype} or not finite in {dt}"
@@ -473,68 +657,115 @@ def _contract_grads(sae, x):
     "A training pass reaches every weight; tokens that do not count reach none."
     s = copy.deepcopy(sae).train()
     mask = torch.ones(x.shape[:-1], dtype=torch.long)
-    for _ in range(2): s.zero_grad(); s.run(x, mask).loss.backward()
-    assert len({p.data_ptr() for p in sae.parameters()}) == len(list(sae.parameters())), "two weights share their memory"
-    for n,p in s.named_parameters():
-        assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, f"{n} receives no gradient"
-    a,b,y = copy.deepcopy(sae),copy.deepcopy(sae),x.clone()
-    mask[:, 0] = 0; y[:, 0] = 1e4
-    assert torch.allclose(a.run(x, mask).loss, b.run(y, mask).loss, rtol=1e-5), "a token that does not count changes the loss"
+    for _ in range(2):
+        s.zero_grad()
+        s.run(x, mask).loss.backward()
+    assert len({p.data_ptr() for p in sae.parameters()}) == len(list(sae.parameters())), (
+        "two weights share their memory"
+    )
+    for n, p in s.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, (
+            f"{n} receives no gradient"
+        )
+    a = copy.deepcopy(sae)
+    b = copy.deepcopy(sae)
+    y = x.clone()
+    mask[:, 0] = 0
+    y[:, 0] = 1e4
+    assert torch.allclose(a.run(x, mask).loss, b.run(y, mask).loss, rtol=1e-5), (
+        "a token that does not count changes the loss"
+    )
 
 # %% ../nbs/03_sae.ipynb #sae-contract-eval
 def _contract_eval(sae, x):
     "Evaluation changes nothing; saving and loading loses nothing."
     s = copy.deepcopy(sae).train()
     s.run(x).loss.backward()
-    s.eval(); before,gen = _state(s),s.gen.get_state()
-    f = s.encode(x); s(x); s.loss(x)
+    s.eval()
+    before, gen = _state(s), s.gen.get_state()
+    f = s.encode(x)
+    s(x)
+    s.loss(x)
     assert _same(before, _state(s)) and torch.equal(gen, s.gen.get_state()), "evaluating changed the state"
     assert torch.equal(f, s.encode(x)), "evaluating twice differs"
-    if s.variant is None: return
-    fresh = find("variants", s.variant)(**s.args).eval(); fresh.load_state_dict(before)
+    if s.variant is None:
+        return
+    fresh = find("variants", s.variant)(**s.args).eval()
+    fresh.load_state_dict(before)
     assert torch.equal(f, fresh.encode(x)), "a loaded copy differs: some state is not a parameter or buffer"
 
 # %% ../nbs/03_sae.ipynb #sae-contract-fold
 def _one_step(s, x, mask):
     "What the loop does to an SAE, with a plain gradient step."
-    s.zero_grad(); o = s.run(x, mask); o.loss.backward(); s.before_step()
+    s.zero_grad()
+    o = s.run(x, mask)
+    o.loss.backward()
+    s.before_step()
     with torch.no_grad():
-        for p in s.parameters(): p.sub_(1e-3 * p.grad)
+        for p in s.parameters():
+            p.sub_(1e-3 * p.grad)
     s.after_step()
     return o.loss.detach()
 
+# %% ../nbs/03_sae.ipynb #sae-contract-fold-contract-fold
 def _contract_fold(sae, x):
     "Folding a scale gives the same SAE in other units."
-    s,mask = copy.deepcopy(sae).train(),torch.ones(x.shape[:-1], dtype=torch.long)
-    for _ in range(2): _one_step(s, x, mask)
-    s.eval(); raw = s.fold(4.)
-    assert torch.allclose(raw(x / 4, mask), s(x, mask) / 4, atol=1e-5), "folding a scale changes the reconstruction: a tensor is missing from `scaled`"
+    s = copy.deepcopy(sae).train()
+    mask = torch.ones(x.shape[:-1], dtype=torch.long)
+    for _ in range(2):
+        _one_step(s, x, mask)
+    s.eval()
+    raw = s.fold(4.0)
+    assert torch.allclose(raw(x / 4, mask), s(x, mask) / 4, atol=1e-5), (
+        "folding a scale changes the reconstruction: a tensor is missing from `scaled`"
+    )
 
+# %% ../nbs/03_sae.ipynb #sae-contract-fold-contract-resume
 def _contract_resume(sae, x):
     "Weights, buffers and the generator are the whole running state."
     mask = torch.ones(x.shape[:-1], dtype=torch.long)
     a = copy.deepcopy(sae).train()
-    for _ in range(2): _one_step(a, x, mask)
-    b = copy.deepcopy(sae).train(); b.load_state_dict(_state(a)); b.gen.set_state(a.gen.get_state())
-    for _ in range(2): assert torch.equal(_one_step(a, x, mask), _one_step(b, x, mask)) and _same(_state(a), _state(b)), "a restored copy goes on differently"
+    for _ in range(2):
+        _one_step(a, x, mask)
+    b = copy.deepcopy(sae).train()
+    b.load_state_dict(_state(a))
+    b.gen.set_state(a.gen.get_state())
+    for _ in range(2):
+        assert torch.equal(_one_step(a, x, mask), _one_step(b, x, mask)) and _same(_state(a), _state(b)), (
+            "a restored copy goes on differently"
+        )
 
+# %% ../nbs/03_sae.ipynb #sae-contract-fold-contract-rows
 def _contract_rows(sae, x):
     "What a sequence-aware SAE says of one document does not depend on its neighbours in the row."
-    if not sae.sequential: return
+    if not sae.sequential:
+        return
     s = copy.deepcopy(sae).eval()
-    mask = torch.ones(x.shape[:-1], dtype=torch.long); mask[:, x.shape[1]//2:] = 2
-    y = x.clone(); y[mask == 1] += 3.
-    assert torch.allclose(s.encode(x, mask)[mask == 2], s.encode(y, mask)[mask == 2], atol=1e-5), "a document leaks into the next one of its row"
+    mask = torch.ones(x.shape[:-1], dtype=torch.long)
+    mask[:, x.shape[1] // 2 :] = 2
+    y = x.clone()
+    y[mask == 1] += 3.0
+    assert torch.allclose(s.encode(x, mask)[mask == 2], s.encode(y, mask)[mask == 2], atol=1e-5), (
+        "a document leaks into the next one of its row"
+    )
 
 # %% ../nbs/03_sae.ipynb #sae-check-variant
 def check_variant(
-    make,      # Class or factory, called as make(16, 48, **args)
-    d_in=16,   # Width to try
+    make,  # Class or factory, called as make(16, 48, **args)
+    d_in=16,  # Width to try
     d_sae=48,  # Latents to try
-    **args,    # Options of the variant
+    **args,  # Options of the variant
 ):
     "Hold a variant to the contract: shapes, dtypes, gradients, masks, pure evaluation, save and load, folding, resuming."
     g = torch.Generator().manual_seed(0)
     x = torch.randn(6, 10, d_in, generator=g) * (1 + torch.rand(6, 10, 1, generator=g))
     sae = make(d_in, d_sae, **args)
-    for check in (_contract_shapes, _contract_grads, _contract_eval, _contract_fold, _contract_resume, _contract_rows): check(sae, x)
+    for check in (
+        _contract_shapes,
+        _contract_grads,
+        _contract_eval,
+        _contract_fold,
+        _contract_resume,
+        _contract_rows,
+    ):
+        check(sae, x)

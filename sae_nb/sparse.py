@@ -9,451 +9,651 @@ __all__ = ['share', 'small', 'room', 'rough_from', 'up', 'on_gpu', 'Active', 'on
            'Rough']
 
 # %% ../nbs/02_sparse.ipynb #sparse-imports
-import contextlib, functools, math, warnings
+import contextlib
+import functools
+import math
+import warnings
+
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from fastcore.basics import patch
+
 from . import sparse_cuda as gpu
 from .core import one_of
 
-def on_gpu(t): return t.is_cuda   # there `02_sparse_cuda` does the products, with Triton kernels if Triton is installed
+
+def on_gpu(t):  # there `02_sparse_cuda` does the products, with Triton kernels if Triton is installed
+    return t.is_cuda
 
 # %% ../nbs/02_sparse.ipynb #sparse-active-def
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
 
+# %% ../nbs/02_sparse.ipynb #sparse-active-def-active
 class Active:
     "The places of a sparse [n_tokens, d_sae] matrix."
-    def __init__(self,
-        cols:Tensor,  # Latents that are on, token after token, [n_on] int64
-        starts:Tensor,# Where each token begins in `cols`, and their number at the end, [n_tokens + 1] int64
-        d_sae:int,    # Latents there are
-        per:int=0,    # The same number for every token; 0: it varies
-    ): self.cols,self.starts,self.d_sae,self.per = cols,starts,d_sae,per
-    def __len__(self): return len(self.starts) - 1
-    def at(self, t): return t.index_select(0, self.cols)   # numbers per latent [d_sae] -> per entry [n_on]; its gradient adds up in the same order every time
+
+    def __init__(
+        self,
+        cols: Tensor,  # Latents that are on, token after token, [n_on] int64
+        starts: Tensor,  # Where each token begins in `cols`, and their number at the end, [n_tokens + 1] int64
+        d_sae: int,  # Latents there are
+        per: int = 0,  # The same number for every token; 0: it varies
+    ):
+        self.cols = cols
+        self.starts = starts
+        self.d_sae = d_sae
+        self.per = per
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def at(
+        self, t
+    ):  # numbers per latent [d_sae] -> per entry [n_on]; its gradient adds up in the same order every time
+        return t.index_select(0, self.cols)
+
     @functools.cached_property
-    def rows(self): # Token of each entry, [n_on]
-        if self.per: return torch.arange(len(self), device=self.cols.device).repeat_interleave(self.per)
+    def rows(self):  # Token of each entry, [n_on]
+        if self.per:
+            return torch.arange(len(self), device=self.cols.device).repeat_interleave(self.per)
         return torch.repeat_interleave(self.starts.diff(), output_size=len(self.cols))
+
     @functools.cached_property
-    def by_latent(self): # Order of the entries by latent, and where each latent begins, [n_on], [d_sae + 1]
-        if on_gpu(self.cols): return gpu.by_latent(self.cols, self.d_sae)
+    def by_latent(self):  # Order of the entries by latent, and where each latent begins, [n_on], [d_sae + 1]
+        if on_gpu(self.cols):
+            return gpu.by_latent(self.cols, self.d_sae)
         order = self.cols.to(torch.int32).argsort(stable=True)
         return order, F.pad(torch.bincount(self.cols, minlength=self.d_sae).cumsum(0), (1, 0))
-    def between(self, a, b): # The entries of latents a to b - 1, and which they are
+
+    def between(self, a, b):  # The entries of latents a to b - 1, and which they are
         keep = (self.cols >= a) & (self.cols < b)
         return Active(self.cols[keep] - a, F.pad(keep.cumsum(0), (1, 0))[self.starts], b - a), keep
-    def csr(self, vals): # The values as a sparse matrix, [n_tokens, d_sae]
-        return torch.sparse_csr_tensor(self.starts, self.cols, vals, (len(self), self.d_sae), check_invariants=False)
-    def csr_t(self, vals): # The same, transposed, [d_sae, n_tokens]
-        order,starts = self.by_latent
-        return torch.sparse_csr_tensor(starts, self.rows[order], vals[order], (self.d_sae, len(self)), check_invariants=False)
+
+    def csr(self, vals):  # The values as a sparse matrix, [n_tokens, d_sae]
+        return torch.sparse_csr_tensor(
+            self.starts, self.cols, vals, (len(self), self.d_sae), check_invariants=False
+        )
+
+    def csr_t(self, vals):  # The same, transposed, [d_sae, n_tokens]
+        order, starts = self.by_latent
+        return torch.sparse_csr_tensor(
+            starts, self.rows[order], vals[order], (self.d_sae, len(self)), check_invariants=False
+        )
 
 # %% ../nbs/02_sparse.ipynb #sparse-road-def
-share,small,room = .1,2**23,2**26 # latents on, as a share of all, below which sparse pays; multiplications of one dense product above which it does;
-_only = [""]                       # numbers held at a time while latents are chosen
+share = 0.1
+small = 2**23
+room = (
+    2**26
+)  # latents on, as a share of all, below which sparse pays; multiplications of one dense product above which it does;
+_only = [""]  # numbers held at a time while latents are chosen
 
+# %% ../nbs/02_sparse.ipynb #sparse-road-def-only
 @contextlib.contextmanager
 def only(
-    road:str, # "dense", "sparse" or "" for whatever pays
+    road: str,  # "dense", "sparse" or "" for whatever pays
 ):
     "Inside the `with`, training passes take this road where they can."
     _only.append(one_of("road", road, ["dense", "sparse", ""]))
-    try: yield
-    finally: _only.pop()
+    try:
+        yield
+    finally:
+        _only.pop()
 
+# %% ../nbs/02_sparse.ipynb #sparse-road-def-pays
 def pays(
-    n_tokens:int, # Tokens in the batch
-    d_in:int,     # Width of what is multiplied
-    d_sae:int,    # Number of latents
-)->float:         # Number of active entries up to which the sparse road is the shorter one
+    n_tokens: int,  # Tokens in the batch
+    d_in: int,  # Width of what is multiplied
+    d_sae: int,  # Number of latents
+) -> float:  # Number of active entries up to which the sparse road is the shorter one
     "How much may be on."
-    if _only[-1]: return math.inf if _only[-1] == "sparse" else -1
+    if _only[-1]:
+        return math.inf if _only[-1] == "sparse" else -1
     return share * n_tokens * d_sae if n_tokens * d_in * d_sae >= small else -1
 
 # %% ../nbs/02_sparse.ipynb #sparse-pieces-def
 class Pieces:
     "Pre-activations, a range of latents at a time: yields (slice of latents, [n_tokens, width])."
-    def __init__(self,
-        make,          # Function from a slice of latents to [n_tokens, width], without a graph
-        n_tokens:int,  # Tokens
-        d_sae:int,     # Latents
-        most:float=math.inf, # Entries up to which a sparse pass is wanted
-        held:int=None, # Numbers held at a time; None: `room`
-        rough=None,    # A `Rough` of the same numbers; None: they are all made
-    ): self.make,self.n_tokens,self.d_sae,self.most,self.held,self.rough,self.whole = make,n_tokens,d_sae,most,held or room,rough,None
+
+    def __init__(
+        self,
+        make,  # Function from a slice of latents to [n_tokens, width], without a graph
+        n_tokens: int,  # Tokens
+        d_sae: int,  # Latents
+        most: float = math.inf,  # Entries up to which a sparse pass is wanted
+        held: int = None,  # Numbers held at a time; None: `room`
+        rough=None,  # A `Rough` of the same numbers; None: they are all made
+    ):
+        self.make = make
+        self.n_tokens = n_tokens
+        self.d_sae = d_sae
+        self.most = most
+        self.held = held or room
+        self.rough = rough
+        self.whole = None
+
     @property
-    def width(self): return max(1, min(self.d_sae, self.held // max(1, self.n_tokens)))
+    def width(self):
+        return max(1, min(self.d_sae, self.held // max(1, self.n_tokens)))
+
     @property
-    def single(self): return self.width == self.d_sae
+    def single(self):
+        return self.width == self.d_sae
+
     @property
-    def ranges(self): return [slice(a, min(self.d_sae, a + self.width)) for a in range(0, self.d_sae, self.width)]
+    def ranges(self):
+        return [slice(a, min(self.d_sae, a + self.width)) for a in range(0, self.d_sae, self.width)]
+
     def piece(self, at):
-        if not self.single: return self.make(at)
-        if self.whole is None: self.whole = self.make(at)
+        if not self.single:
+            return self.make(at)
+        if self.whole is None:
+            self.whole = self.make(at)
         return self.whole
 
-def _pattern(rows, cols, n_tokens, d_sae): # entries in the order of tokens
+# %% ../nbs/02_sparse.ipynb #sparse-pieces-def-pattern
+def _pattern(rows, cols, n_tokens, d_sae):  # entries in the order of tokens
     return Active(cols, F.pad(torch.bincount(rows, minlength=n_tokens).cumsum(0), (1, 0)), d_sae)
 
-def _found(mask): # rows and columns of what is True, in the order of rows
-    flat = mask.flatten().nonzero()[:, 0]; rows = flat // mask.shape[1]
-    return rows,flat - rows * mask.shape[1]
 
-def _by_token(parts, p): # entries of several pieces, each in the order of tokens
-    if len(parts) == 1: rows,cols,vals = parts[0]
+def _found(mask):  # rows and columns of what is True, in the order of rows
+    flat = mask.flatten().nonzero()[:, 0]
+    rows = flat // mask.shape[1]
+    return rows, flat - rows * mask.shape[1]
+
+# %% ../nbs/02_sparse.ipynb #sparse-pieces-def-by-token
+def _by_token(parts, p):  # entries of several pieces, each in the order of tokens
+    if len(parts) == 1:
+        rows, cols, vals = parts[0]
     else:
-        rows,cols,vals = map(torch.cat, zip(*parts)); o = rows.argsort(stable=True)
-        rows,cols,vals = rows[o],cols[o],vals[o]
-    return _pattern(rows, cols, p.n_tokens, p.d_sae),vals
+        rows, cols, vals = map(torch.cat, zip(*parts))
+        o = rows.argsort(stable=True)
+        rows = rows[o]
+        cols = cols[o]
+        vals = vals[o]
+    return _pattern(rows, cols, p.n_tokens, p.d_sae), vals
 
 # %% ../nbs/02_sparse.ipynb #sparse-choosing-topk
 def choose_topk(
-    p:Pieces, # Pre-activations
-    k:int,    # Per token
-)->tuple:     # (places, what stands there [n_on]); None: dense is shorter
+    p: Pieces,  # Pre-activations
+    k: int,  # Per token
+) -> tuple:  # (places, what stands there [n_on]); None: dense is shorter
     "The `k` largest of every token."
-    if k * p.n_tokens > p.most: return None
-    vals,cols = None,None
+    if k * p.n_tokens > p.most:
+        return None
+    vals, cols = None, None
     for at in p.ranges:
-        v,i = p.rough.topk(at, k) if p.rough else _topk(p.piece(at), k)
+        v, i = p.rough.topk(at, k) if p.rough else _topk(p.piece(at), k)
         i += at.start
         if vals is not None:
-            v,i = torch.cat([vals, v], 1),torch.cat([cols, i], 1)
-            v,j = v.topk(min(k, v.shape[1]), dim=-1, sorted=False); i = i.gather(1, j)
-        vals,cols = v,i
-    return Active(cols.flatten(), torch.arange(0, cols.numel() + 1, k, device=cols.device), p.d_sae, k),vals.flatten()
+            v, i = torch.cat([vals, v], 1), torch.cat([cols, i], 1)
+            v, j = v.topk(min(k, v.shape[1]), dim=-1, sorted=False)
+            i = i.gather(1, j)
+        vals, cols = v, i
+    return Active(
+        cols.flatten(), torch.arange(0, cols.numel() + 1, k, device=cols.device), p.d_sae, k
+    ), vals.flatten()
 
-def _topk(z, k): return gpu.topk(z, min(k, z.shape[1])) if on_gpu(z) else z.topk(min(k, z.shape[1]), dim=-1, sorted=False)
+# %% ../nbs/02_sparse.ipynb #sparse-choosing-topk-topk
+def _topk(z, k):
+    return gpu.topk(z, min(k, z.shape[1])) if on_gpu(z) else z.topk(min(k, z.shape[1]), dim=-1, sorted=False)
 
 # %% ../nbs/02_sparse.ipynb #sparse-choosing-where
 def choose_where(
-    p:Pieces, # Pre-activations
-    low,      # Level to exceed: a number, or a function from a slice of latents to one per latent, [width]
-)->tuple:     # (places, what stands there [n_on]); None: dense is shorter
+    p: Pieces,  # Pre-activations
+    low,  # Level to exceed: a number, or a function from a slice of latents to one per latent, [width]
+) -> tuple:  # (places, what stands there [n_on]); None: dense is shorter
     "Everything above a level."
-    parts,level = [],low if callable(low) else lambda at: torch.as_tensor(low)
+    parts = []
+    level = low if callable(low) else lambda at: torch.as_tensor(low)
     for at in p.ranges:
-        if p.rough: found = p.rough.where(at, level(at), p.most)
+        if p.rough:
+            found = p.rough.where(at, level(at), p.most)
         else:
-            z = p.piece(at); mask = ~(z <= level(at).to(z))   # the level after the piece, which may move it; NaN goes on, to be noticed
-            found = None if p.most < math.inf and mask.count_nonzero() > p.most else (*(rc := _found(mask)), z[rc])
-        if found is None: return None
+            z = p.piece(at)
+            mask = ~(
+                z <= level(at).to(z)
+            )  # the level after the piece, which may move it; NaN goes on, to be noticed
+            found = (
+                None
+                if p.most < math.inf and mask.count_nonzero() > p.most
+                else (*(rc := _found(mask)), z[rc])
+            )
+        if found is None:
+            return None
         parts.append((found[0], found[1] + at.start, found[2]))
     return _by_token(parts, p)
 
 # %% ../nbs/02_sparse.ipynb #sparse-choosing-batch
 def largest(
-    z:Tensor, # Any shape
-    n:int,    # How many
-)->Tensor:    # Their places in `z.flatten()`, rising, [n]
+    z: Tensor,  # Any shape
+    n: int,  # How many
+) -> Tensor:  # Their places in `z.flatten()`, rising, [n]
     "The `n` largest numbers of a tensor."
-    if on_gpu(z): return gpu.largest(z if z.ndim == 2 else z.view(1, -1), min(n, z.numel()))
-    flat,step = z.flatten(), 61
-    if n * 4 > flat.numel() or flat.numel() < 200 * step: return flat.topk(min(n, flat.numel()), sorted=False).indices.sort().values
+    if on_gpu(z):
+        return gpu.largest(z if z.ndim == 2 else z.view(1, -1), min(n, z.numel()))
+    flat, step = z.flatten(), 61
+    if n * 4 > flat.numel() or flat.numel() < 200 * step:
+        return flat.topk(min(n, flat.numel()), sorted=False).indices.sort().values
     sample = flat[::step]
     guess = min(len(sample), int(1.1 * n / step) + 50)
     near = (flat >= sample.topk(guess).values[-1]).nonzero()[:, 0]
-    if len(near) < n: return flat.topk(n, sorted=False).indices.sort().values
+    if len(near) < n:
+        return flat.topk(n, sorted=False).indices.sort().values
     return near[flat[near].topk(n, sorted=False).indices].sort().values
 
+# %% ../nbs/02_sparse.ipynb #sparse-choosing-batch-choose-batch
 def choose_batch(
-    p:Pieces, # Pre-activations
-    k:int,    # Per token, on average
-)->tuple:     # (places, what stands there [n_on]); None: dense is shorter
+    p: Pieces,  # Pre-activations
+    k: int,  # Per token, on average
+) -> tuple:  # (places, what stands there [n_on]); None: dense is shorter
     "The `k * n_tokens` largest of the batch."
-    n,parts = k * p.n_tokens,[]
-    if n > p.most: return None
+    n, parts = k * p.n_tokens, []
+    if n > p.most:
+        return None
     found = p.rough.largest(n) if p.rough and p.single else None
-    if found is not None: return _by_token([found], p)
+    if found is not None:
+        return _by_token([found], p)
     for at in p.ranges:
-        z = p.piece(at); flat = largest(z, n); rows = flat // z.shape[1]
+        z = p.piece(at)
+        flat = largest(z, n)
+        rows = flat // z.shape[1]
         parts.append((rows, flat - rows * z.shape[1] + at.start, z.flatten()[flat]))
         if len(parts) > 1:
-            both = tuple(map(torch.cat, zip(*parts))); o = largest(both[2], n)
+            both = tuple(map(torch.cat, zip(*parts)))
+            o = largest(both[2], n)
             parts = [tuple(t[o] for t in both)]
     o = parts[0][0].argsort(stable=True)
     return _by_token([tuple(t[o] for t in parts[0])], p)
 
 # %% ../nbs/02_sparse.ipynb #sparse-products
-def _bags(idx, starts, weights, W): # for every bag i: sum of weights * W[idx] from starts[i] to starts[i + 1]
+def _bags(
+    idx, starts, weights, W
+):  # for every bag i: sum of weights * W[idx] from starts[i] to starts[i + 1]
     wide = torch.promote_types(W.dtype, torch.float32)
-    if not len(idx): return W.new_zeros(len(starts) - 1, W.shape[1])
-    return F.embedding_bag(idx, W.to(wide), starts, mode="sum", per_sample_weights=weights.to(wide), include_last_offset=True).to(W.dtype)
+    if not len(idx):
+        return W.new_zeros(len(starts) - 1, W.shape[1])
+    return F.embedding_bag(
+        idx, W.to(wide), starts, mode="sum", per_sample_weights=weights.to(wide), include_last_offset=True
+    ).to(W.dtype)
 
+# %% ../nbs/02_sparse.ipynb #sparse-products-spmm
 def spmm(
-    a:Active, vals:Tensor, # A sparse [n_tokens, d_sae]
-    W:Tensor,              # [d_sae, d]
-)->Tensor:                 # [n_tokens, d]
+    a: Active,
+    vals: Tensor,  # A sparse [n_tokens, d_sae]
+    W: Tensor,  # [d_sae, d]
+) -> Tensor:  # [n_tokens, d]
     "Sparse times dense."
     return gpu.spmm(a, vals, W) if on_gpu(W) else _bags(a.cols, a.starts, vals, W)
 
+# %% ../nbs/02_sparse.ipynb #sparse-products-spmm-t
 def spmm_t(
-    a:Active, vals:Tensor, # A sparse [n_tokens, d_sae]
-    X:Tensor,              # [n_tokens, d]
-)->Tensor:                 # [d_sae, d]
+    a: Active,
+    vals: Tensor,  # A sparse [n_tokens, d_sae]
+    X: Tensor,  # [n_tokens, d]
+) -> Tensor:  # [d_sae, d]
     "Sparse, transposed, times dense."
-    if on_gpu(X): return gpu.spmm_t(a, vals, X)
-    order,starts = a.by_latent
+    if on_gpu(X):
+        return gpu.spmm_t(a, vals, X)
+    order, starts = a.by_latent
     return _bags(a.rows[order], starts, vals[order], X)
 
+# %% ../nbs/02_sparse.ipynb #sparse-products-sampled
 def sampled(
-    a:Active,  # Where
-    X:Tensor,  # [n_tokens, d]
-    W:Tensor,  # [d_sae, d]
-)->Tensor:     # X @ W.T at the active places, [n_on]
+    a: Active,  # Where
+    X: Tensor,  # [n_tokens, d]
+    W: Tensor,  # [d_sae, d]
+) -> Tensor:  # X @ W.T at the active places, [n_on]
     "Dense times dense, computed at a few places only."
-    if on_gpu(X): return gpu.sampled(a, X, W)
-    if not len(a.cols): return X.new_zeros(0)
+    if on_gpu(X):
+        return gpu.sampled(a, X, W)
+    if not len(a.cols):
+        return X.new_zeros(0)
     if X.dtype in (torch.float32, torch.float64):
         zeros = X.new_zeros(len(a.cols))
-        if W.numel() <= 2**22 or X.numel() > W.numel(): return torch.sparse.sampled_addmm(a.csr(zeros), X, W.T, beta=0.).values()
-        by = torch.sparse.sampled_addmm(a.csr_t(zeros), W, X.T, beta=0.).values() # W does not fit into the cache: one row after another, each once
+        if W.numel() <= 2**22 or X.numel() > W.numel():
+            return torch.sparse.sampled_addmm(a.csr(zeros), X, W.T, beta=0.0).values()
+        by = torch.sparse.sampled_addmm(
+            a.csr_t(zeros), W, X.T, beta=0.0
+        ).values()  # W does not fit into the cache: one row after another, each once
         return zeros.index_copy_(0, a.by_latent[0], by)
     out = X.new_empty(len(a.cols))
-    for i in range(0, len(a.cols), 65536): s = slice(i, i + 65536); out[s] = (X[a.rows[s]] * W[a.cols[s]]).sum(-1)
+    for i in range(0, len(a.cols), 65536):
+        s = slice(i, i + 65536)
+        out[s] = (X[a.rows[s]] * W[a.cols[s]]).sum(-1)
     return out
 
 # %% ../nbs/02_sparse.ipynb #sparse-decode-def
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, vals, W, a): ctx.a = a; ctx.save_for_backward(vals, W); return spmm(a, vals, W)
+    def forward(ctx, vals, W, a):
+        ctx.a = a
+        ctx.save_for_backward(vals, W)
+        return spmm(a, vals, W)
+
     @staticmethod
     def backward(ctx, g):
-        (vals,W),a = ctx.saved_tensors,ctx.a
+        (vals, W), a = ctx.saved_tensors, ctx.a
         g = g.contiguous()
-        return sampled(a, g, W) if ctx.needs_input_grad[0] else None, spmm_t(a, vals, g) if ctx.needs_input_grad[1] else None, None
+        return (
+            sampled(a, g, W) if ctx.needs_input_grad[0] else None,
+            spmm_t(a, vals, g) if ctx.needs_input_grad[1] else None,
+            None,
+        )
 
+# %% ../nbs/02_sparse.ipynb #sparse-decode-def-decode-active
 def decode_active(
-    a:Active,    # Which latents are on
-    vals:Tensor, # How strongly, [n_on]
-    W:Tensor,    # Decoder, [d_sae, d_in]
-)->Tensor:       # [n_tokens, d_in]
+    a: Active,  # Which latents are on
+    vals: Tensor,  # How strongly, [n_on]
+    W: Tensor,  # Decoder, [d_sae, d_in]
+) -> Tensor:  # [n_tokens, d_in]
     "Weighted sums of decoder rows, differentiable in the values and the rows."
     return _Decode.apply(vals, W, a)
 
 # %% ../nbs/02_sparse.ipynb #sparse-encode-def
 def per_latent(
-    a:Active, g:Tensor, # Entries of a [n_tokens, d_sae] matrix
-)->Tensor:              # Its column sums, [d_sae]
+    a: Active,
+    g: Tensor,  # Entries of a [n_tokens, d_sae] matrix
+) -> Tensor:  # Its column sums, [d_sae]
     "What each latent gets."
-    if on_gpu(g): return gpu.latent_sums(a, g).to(g.dtype)
+    if on_gpu(g):
+        return gpu.latent_sums(a, g).to(g.dtype)
     wide = torch.promote_types(g.dtype, torch.float32)
     return torch.zeros(a.d_sae, dtype=wide, device=g.device).index_add_(0, a.cols, g.to(wide)).to(g.dtype)
 
+# %% ../nbs/02_sparse.ipynb #sparse-encode-def-encode
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, a, b, c, *reads):
         seen = reads[0] if c is None else reads[0] - c
-        ctx.a = a; ctx.save_for_backward(seen, *reads[1:])
+        ctx.a = a
+        ctx.save_for_backward(seen, *reads[1:])
         return z.clone()
+
     @staticmethod
     def backward(ctx, g):
-        a,need,reads,out = ctx.a,ctx.needs_input_grad,ctx.saved_tensors,[]
+        a = ctx.a
+        need = ctx.needs_input_grad
+        reads = ctx.saved_tensors
+        out = []
         g_b = per_latent(a, g)
-        for u,W,need_u,need_W in zip(reads[::2], reads[1::2], need[4::2], need[5::2]):
-            out += [spmm(a, g, W.T) if need_u else None, spmm_t(a, g, u).T if need_W else None] # columns lie together in both
+        for u, W, need_u, need_W in zip(reads[::2], reads[1::2], need[4::2], need[5::2]):
+            out += [
+                spmm(a, g, W.T) if need_u else None,
+                spmm_t(a, g, u).T if need_W else None,
+            ]  # columns lie together in both
         return None, None, g_b if need[2] else None, -(reads[1] @ g_b) if need[3] else None, *out
 
+# %% ../nbs/02_sparse.ipynb #sparse-encode-def-encode-active
 def encode_active(
-    a:Active,   # Which latents were chosen
-    z:Tensor,   # Their pre-activations, without a graph, [n_on]
-    b:Tensor,   # Biases, [d_sae]
-    reads:list, # [(what the encoder reads [n_tokens, m], its weights [m, d_sae]), ...]
-    c:Tensor=None, # Taken off what is read first, [m]; None: nothing
-)->Tensor:      # The same pre-activations, [n_on]
+    a: Active,  # Which latents were chosen
+    z: Tensor,  # Their pre-activations, without a graph, [n_on]
+    b: Tensor,  # Biases, [d_sae]
+    reads: list,  # [(what the encoder reads [n_tokens, m], its weights [m, d_sae]), ...]
+    c: Tensor = None,  # Taken off what is read first, [m]; None: nothing
+) -> Tensor:  # The same pre-activations, [n_on]
     "Chosen pre-activations, differentiable in everything they came from."
     return _Encode.apply(z, a, b, c, *(t for pair in reads for t in pair))
 
 # %% ../nbs/02_sparse.ipynb #sparse-dense-def
 def dense(
-    a:Active, vals:Tensor, # A sparse [n_tokens, d_sae]
-)->Tensor:                 # The same, with its zeros
+    a: Active,
+    vals: Tensor,  # A sparse [n_tokens, d_sae]
+) -> Tensor:  # The same, with its zeros
     "Sparse to dense, differentiable in the values."
     return vals.new_zeros(len(a), a.d_sae).index_put((a.rows, a.cols), vals)
 
-def entries_of(
-    f:Tensor, # [n_tokens, d_sae]
-)->tuple:     # (places that are not zero, values there [n_on])
-    "Dense to sparse, differentiable in the values."
-    at = f.detach().flatten().nonzero()[:, 0]; rows = at // f.shape[1]
-    return _pattern(rows, at - rows * f.shape[1], *f.shape),f.flatten()[at]
 
+def entries_of(
+    f: Tensor,  # [n_tokens, d_sae]
+) -> tuple:  # (places that are not zero, values there [n_on])
+    "Dense to sparse, differentiable in the values."
+    at = f.detach().flatten().nonzero()[:, 0]
+    rows = at // f.shape[1]
+    return _pattern(rows, at - rows * f.shape[1], *f.shape), f.flatten()[at]
+
+# %% ../nbs/02_sparse.ipynb #sparse-dense-def-affine
 @torch.no_grad()
 def affine(
-    reads:list,      # [(what the encoder reads [n_tokens, m], its weights [m, d_sae]), ...]
-    b:Tensor,        # Biases, [d_sae]
-    c:Tensor=None,   # Taken off what is read first, [m]; None: nothing
-    out:Tensor=None, # Where the result goes, [n_tokens, d_sae]; None: somewhere new
-)->Tensor:           # [n_tokens, d_sae]
+    reads: list,  # [(what the encoder reads [n_tokens, m], its weights [m, d_sae]), ...]
+    b: Tensor,  # Biases, [d_sae]
+    c: Tensor = None,  # Taken off what is read first, [m]; None: nothing
+    out: Tensor = None,  # Where the result goes, [n_tokens, d_sae]; None: somewhere new
+) -> Tensor:  # [n_tokens, d_sae]
     "(x - c) W + u W' + ... + b, without a graph."
-    (x,W),*more = reads
+    (x, W), *more = reads
     z = torch.addmm(b, x if c is None else x - c, W, out=out)
-    for u,V in more: z.addmm_(u, V)
+    for u, V in more:
+        z.addmm_(u, V)
     return z
 
+# %% ../nbs/02_sparse.ipynb #sparse-dense-def-dense
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, b, c, *reads):
         ctx.save_for_backward(reads[0] if c is None else reads[0] - c, *reads[1:])
         return z.view_as(z)
+
     @staticmethod
     def backward(ctx, g):
-        need,reads,out = ctx.needs_input_grad,ctx.saved_tensors,[]
+        need = ctx.needs_input_grad
+        reads = ctx.saved_tensors
+        out = []
         g_b = g.sum(0)
-        for u,W,need_u,need_W in zip(reads[::2], reads[1::2], need[3::2], need[4::2]):
+        for u, W, need_u, need_W in zip(reads[::2], reads[1::2], need[3::2], need[4::2]):
             out += [g @ W.T if need_u else None, (g.T @ u).T if need_W else None]
         return None, g_b if need[1] else None, -(reads[1] @ g_b) if need[2] else None, *out
 
+# %% ../nbs/02_sparse.ipynb #sparse-dense-def-encode-dense
 def encode_dense(
-    z:Tensor,   # All pre-activations, without a graph, [n_tokens, d_sae]
-    b:Tensor,   # Biases, [d_sae]
-    reads:list, # As in `encode_active`
-    c:Tensor=None, # Taken off what is read first, [m]; None: nothing
-)->Tensor:      # The same, [n_tokens, d_sae]
+    z: Tensor,  # All pre-activations, without a graph, [n_tokens, d_sae]
+    b: Tensor,  # Biases, [d_sae]
+    reads: list,  # As in `encode_active`
+    c: Tensor = None,  # Taken off what is read first, [m]; None: nothing
+) -> Tensor:  # The same, [n_tokens, d_sae]
     "All pre-activations, differentiable in everything they came from."
     return _Dense.apply(z, b, c, *(t for pair in reads for t in pair))
 
-_held = {}
-def scratch(
-    n:int, m:int, # Shape
-    like:Tensor,  # Of this device and dtype
-    what:str="z", # What it is for
-)->Tensor:        # [n, m], not initialised
-    "Memory for pre-activations that nobody keeps: the same for every step, since new pages cost about a tenth of an encoder product."
-    key = like.device,like.dtype,what
-    if key not in _held or _held[key].numel() < n * m: _held[key] = torch.empty(n * m, dtype=like.dtype, device=like.device)
-    return _held[key][:n * m].view(n, m)
 
+_held = {}
+
+# %% ../nbs/02_sparse.ipynb #sparse-dense-def-scratch
+def scratch(
+    n: int,
+    m: int,  # Shape
+    like: Tensor,  # Of this device and dtype
+    what: str = "z",  # What it is for
+) -> Tensor:  # [n, m], not initialised
+    "Memory for pre-activations that nobody keeps: the same for every step, since new pages cost about a tenth of an encoder product."
+    key = like.device, like.dtype, what
+    if key not in _held or _held[key].numel() < n * m:
+        _held[key] = torch.empty(n * m, dtype=like.dtype, device=like.device)
+    return _held[key][: n * m].view(n, m)
+
+# %% ../nbs/02_sparse.ipynb #sparse-dense-def-by-columns
 def by_columns(
-    W:Tensor, # [m, n]
-)->Tensor:    # The same numbers, each column in one stretch of memory
+    W: Tensor,  # [m, n]
+) -> Tensor:  # The same numbers, each column in one stretch of memory
     "Layout in which a few columns are read, and gradients of a few columns written, without touching the others."
     return W.T.clone(memory_format=torch.contiguous_format).T
 
 # %% ../nbs/02_sparse.ipynb #sparse-rough-def
-rough_from = 512   # width from which the rough look pays; math.inf: never
+rough_from = 512  # width from which the rough look pays; math.inf: never
 
-def rounds_well(t:Tensor)->bool:
+
+def rounds_well(t: Tensor) -> bool:
     "Does this tensor's device multiply bfloat16 faster than float32, and is rounding safe there?"
-    has = lambda f: getattr(torch.cpu, f, lambda: False)()
-    return t.device.type == "cpu" and t.dtype == torch.float32 and torch.backends.mkldnn.is_available() and (has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported"))
 
+    def has(f):
+        return getattr(torch.cpu, f, lambda: False)()
+
+    return (
+        t.device.type == "cpu"
+        and t.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and (has("_is_avx512_bf16_supported") or has("_is_amx_tile_supported"))
+    )
+
+# %% ../nbs/02_sparse.ipynb #sparse-rough-def-rough
 class Rough:
     "Upper bounds of pre-activations from products of bfloat16 numbers, and exact values where they are asked for."
+
     @torch.no_grad()
-    def __init__(self, reads, b, c=None): # as in `affine`
-        (x,W),*more = reads
-        self.reads,self.b = [(x if c is None else x - c, W), *more],b
-        X = torch.cat([u for u,_ in self.reads], 1) if more else self.reads[0][0]
-        self.n,self.K = X.shape; self.again = 0       # tokens that had to be computed whole
+    def __init__(self, reads, b, c=None):  # as in `affine`
+        (x, W), *more = reads
+        self.reads = [(x if c is None else x - c, W), *more]
+        self.b = b
+        X = torch.cat([u for u, _ in self.reads], 1) if more else self.reads[0][0]
+        self.n, self.K = X.shape
+        self.again = 0  # tokens that had to be computed whole
         self.X = scratch(self.n, self.K + 3, X.new_empty(0, dtype=torch.bfloat16), "x")
-        self.X[:, :self.K] = X; self.X[:, self.K + 1:] = 1
-        r = X - self.X[:, :self.K]
-        self.lost,self.size = r.norm(dim=1),X.norm(dim=1)
+        self.X[:, : self.K] = X
+        self.X[:, self.K + 1 :] = 1
+        r = X - self.X[:, : self.K]
+        self.lost = r.norm(dim=1)
+        self.size = X.norm(dim=1)
 
 # %% ../nbs/02_sparse.ipynb #sparse-rough-upper
-up = 1 + 2**-7   # more than rounding to bfloat16 can take away
+up = 1 + 2**-7  # more than rounding to bfloat16 can take away
 
+# %% ../nbs/02_sparse.ipynb #sparse-rough-upper-upper
 @patch
 @torch.no_grad()
-def upper(self:Rough,
-    at:slice, # Latents
-)->Tensor:    # u >= z, bfloat16, [n_tokens, width]
+def upper(
+    self: Rough,
+    at: slice,  # Latents
+) -> Tensor:  # u >= z, bfloat16, [n_tokens, width]
     "The rough product."
-    m,K = at.stop - at.start,self.K
-    W = scratch(m, K + 3, self.X, "w"); size,lost = self.b.new_zeros(m),self.b.new_zeros(m)
+    m, K = at.stop - at.start, self.K
+    W = scratch(m, K + 3, self.X, "w")
+    size, lost = self.b.new_zeros(m), self.b.new_zeros(m)
     for a in range(0, m, 256):
         some = slice(at.start + a, min(at.stop, at.start + a + 256))
-        w = torch.cat([V[:, some].T for _,V in self.reads], 1) if len(self.reads) > 1 else self.reads[0][1][:, some].T
-        o = W[a:a + 256, :K]; o.copy_(w)
-        torch.norm(w, dim=1, out=size[a:a + 256]); torch.norm(o.float().sub_(w), dim=1, out=lost[a:a + 256])
+        w = (
+            torch.cat([V[:, some].T for _, V in self.reads], 1)
+            if len(self.reads) > 1
+            else self.reads[0][1][:, some].T
+        )
+        o = W[a : a + 256, :K]
+        o.copy_(w)
+        torch.norm(w, dim=1, out=size[a : a + 256])
+        torch.norm(o.float().sub_(w), dim=1, out=lost[a : a + 256])
     rho = (lost / size.clamp_min(1e-30)).amax()
-    self.X[:, K] = (self.lost + rho * (self.size + self.lost) + K * 2.**-23 * (self.size + self.lost) * (1 + rho)) * up
+    self.X[:, K] = (
+        self.lost + rho * (self.size + self.lost) + K * 2.0**-23 * (self.size + self.lost) * (1 + rho)
+    ) * up
     self.reach = self.X[:, K].float() * size.max()
-    b = self.b[at]; W[:, K] = size * up; W[:, K + 1] = b; W[:, K + 2] = b - W[:, K + 1] + b.abs() * (2.**-14 + K * 2.**-23)
+    b = self.b[at]
+    W[:, K] = size * up
+    W[:, K + 1] = b
+    W[:, K + 2] = b - W[:, K + 1] + b.abs() * (2.0**-14 + K * 2.0**-23)
     return torch.mm(self.X, W.T, out=scratch(self.n, m, self.X, "u"))
 
+# %% ../nbs/02_sparse.ipynb #sparse-rough-upper-exact
 @patch
 @torch.no_grad()
-def exact(self:Rough,
-    a:Active, # Places
-)->Tensor:    # [n_on], float32
+def exact(
+    self: Rough,
+    a: Active,  # Places
+) -> Tensor:  # [n_on], float32
     "Pre-activations at some places."
-    return sum(sampled(a, u, W.T) for u,W in self.reads) + a.at(self.b)
+    return sum(sampled(a, u, W.T) for u, W in self.reads) + a.at(self.b)
+
 
 @patch
 @torch.no_grad()
-def tokens(self:Rough, rows, at): # all pre-activations of some tokens, float32
+def tokens(self: Rough, rows, at):  # all pre-activations of some tokens, float32
     self.again += len(rows)
-    return affine([(u[rows], W[:, at]) for u,W in self.reads], self.b[at])
+    return affine([(u[rows], W[:, at]) for u, W in self.reads], self.b[at])
 
 # %% ../nbs/02_sparse.ipynb #sparse-rough-topk
-def _table(rows, vals, n, width, fill): # ragged rows side by side, [n, width]; entries beyond `width` are dropped
-    count = torch.bincount(rows, minlength=n); place = torch.arange(len(rows)) - (count.cumsum(0) - count)[rows]
-    t = torch.full((n * width,), fill, dtype=vals.dtype); ok = place < width
+def _table(
+    rows, vals, n, width, fill
+):  # ragged rows side by side, [n, width]; entries beyond `width` are dropped
+    count = torch.bincount(rows, minlength=n)
+    place = torch.arange(len(rows)) - (count.cumsum(0) - count)[rows]
+    t = torch.full((n * width,), fill, dtype=vals.dtype)
+    ok = place < width
     t[(rows * width + place)[ok]] = vals[ok]
-    return t.view(n, width),count
+    return t.view(n, width), count
 
+# %% ../nbs/02_sparse.ipynb #sparse-rough-topk-topk
 @patch
 @torch.no_grad()
-def topk(self:Rough,
-    at:slice, # Latents
-    k:int,    # Per token
-)->tuple:     # (values, columns), [n_tokens, k] each
+def topk(
+    self: Rough,
+    at: slice,  # Latents
+    k: int,  # Per token
+) -> tuple:  # (values, columns), [n_tokens, k] each
     "The `k` largest of every token, exactly."
-    m,most = at.stop - at.start,12 * k + 32
-    if m < 2 * most: return self.tokens(torch.arange(self.n), at).topk(min(k, m), dim=-1, sorted=False)
+    m, most = at.stop - at.start, 12 * k + 32
+    if m < 2 * most:
+        return self.tokens(torch.arange(self.n), at).topk(min(k, m), dim=-1, sorted=False)
     u = self.upper(at)
     cut = u[:, ::16].topk(k // 5 + 5, sorted=False).values.amin(1)
-    u16,c16 = (u.view(torch.int16), cut.view(torch.int16)) if (cut > 0).all() else (u, cut)   # the same, and twice as fast
+    u16, c16 = (
+        (u.view(torch.int16), cut.view(torch.int16)) if (cut > 0).all() else (u, cut)
+    )  # the same, and twice as fast
     mask = torch.ge(u16, c16[:, None], out=scratch(self.n, m, torch.empty(0, dtype=torch.bool), "mask"))
-    rows,cols = _found(mask); U = u[rows, cols].float()
-    table,count = _table(rows, U, self.n, most, -math.inf)
-    kth = table[:, :max(k, min(most, int(count.max())))].topk(k, dim=-1, sorted=False).values.amin(1)
+    rows, cols = _found(mask)
+    U = u[rows, cols].float()
+    table, count = _table(rows, U, self.n, most, -math.inf)
+    kth = table[:, : max(k, min(most, int(count.max())))].topk(k, dim=-1, sorted=False).values.amin(1)
     low = torch.maximum(cut.float(), kth - 1.05 * self.reach - kth.abs() * 2**-6)
-    near = U >= low[rows]; rows,cols = rows[near],cols[near]
+    near = U >= low[rows]
+    rows, cols = rows[near], cols[near]
     z = self.exact(_pattern(rows, cols + at.start, self.n, len(self.b)))
-    table,near = _table(rows, z, self.n, most, -math.inf)
-    v,o = table[:, :max(k, min(most, int(near.max())))].topk(k, dim=-1, sorted=False)
+    table, near = _table(rows, z, self.n, most, -math.inf)
+    v, o = table[:, : max(k, min(most, int(near.max())))].topk(k, dim=-1, sorted=False)
     i = cols[((near.cumsum(0) - near)[:, None] + o).clamp_max(max(0, len(cols) - 1))] if len(cols) else o
-    sure = (v.amin(1) >= low + low.abs() * 2**-8) & (count <= most) & (near >= k) # what was left out may round up to `low`
+    sure = (
+        (v.amin(1) >= low + low.abs() * 2**-8) & (count <= most) & (near >= k)
+    )  # what was left out may round up to `low`
     bad = (~sure).nonzero()[:, 0]
-    if len(bad): v[bad],i[bad] = self.tokens(bad, at).topk(k, dim=-1, sorted=False)
-    return v,i
+    if len(bad):
+        v[bad], i[bad] = self.tokens(bad, at).topk(k, dim=-1, sorted=False)
+    return v, i
 
 # %% ../nbs/02_sparse.ipynb #sparse-rough-others
 @patch
 @torch.no_grad()
-def where(self:Rough,
-    at:slice,    # Latents
-    low:Tensor,  # Level, one number or one per latent
-    most:float=math.inf, # Candidates up to which the answer is wanted
-)->tuple:        # (rows, columns, values) of all z > low, in the order of rows; None: too many
+def where(
+    self: Rough,
+    at: slice,  # Latents
+    low: Tensor,  # Level, one number or one per latent
+    most: float = math.inf,  # Candidates up to which the answer is wanted
+) -> tuple:  # (rows, columns, values) of all z > low, in the order of rows; None: too many
     "Everything above a level, exactly."
-    low = low.to(self.b); mask = ~(self.upper(at) < (low - low.abs() * 2.**-7).bfloat16())   # NaN goes on, to be noticed
-    if most < math.inf and mask.count_nonzero() > most: return None
-    rows,cols = _found(mask)
+    low = low.to(self.b)
+    mask = ~(self.upper(at) < (low - low.abs() * 2.0**-7).bfloat16())  # NaN goes on, to be noticed
+    if most < math.inf and mask.count_nonzero() > most:
+        return None
+    rows, cols = _found(mask)
     z = self.exact(_pattern(rows, cols + at.start, self.n, len(self.b)))
     on = ~(z <= (low[cols] if low.ndim else low))
-    return rows[on],cols[on],z[on]
+    return rows[on], cols[on], z[on]
 
+# %% ../nbs/02_sparse.ipynb #sparse-rough-others-largest
 @patch
 @torch.no_grad()
-def largest(self:Rough,
-    n:int,   # How many
-)->tuple:    # (rows, columns, values), in the order of rows; None: no answer this time
+def largest(
+    self: Rough,
+    n: int,  # How many
+) -> tuple:  # (rows, columns, values), in the order of rows; None: no answer this time
     "The `n` largest of all, exactly."
     m = len(self.b)
-    if n * 8 > self.n * m: return None
-    u = self.upper(slice(0, m)); sample = u.flatten()[::61]
+    if n * 8 > self.n * m:
+        return None
+    u = self.upper(slice(0, m))
+    sample = u.flatten()[::61]
     guess = sample.topk(min(len(sample), n // 61 + 20)).values[-1].float()
     cut = (guess - 1.3 * self.reach.mean() - guess.abs() * 2**-6).bfloat16()
     mask = u >= cut
-    if not n <= mask.count_nonzero() <= 4 * n: return None
-    rows,cols = _found(mask)
+    if not n <= mask.count_nonzero() <= 4 * n:
+        return None
+    rows, cols = _found(mask)
     z = self.exact(_pattern(rows, cols, self.n, m))
     o = largest(z, n)
-    return (rows[o],cols[o],z[o]) if z[o].amin() >= cut else None
+    return (rows[o], cols[o], z[o]) if z[o].amin() >= cut else None

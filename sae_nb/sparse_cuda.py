@@ -7,373 +7,699 @@ __all__ = ['jit', 'interpreted', 'road', 'shape', 'long', 'cache', 'kernels', 'b
            'spmm_t2', 'latent_sums', 'sampled', 'group_size', 'topk', 'largest', 'clip_factor', 'adam_rows']
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-imports
-import functools, math, os, warnings
+import functools
+import math
+import os
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-try: import triton, triton.language as tl
-except ImportError: triton,tl = None,type("tl", (), dict(constexpr=None))   # annotations of kernels that then never run
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # annotations of kernels that then never run
+    triton, tl = None, type("tl", (), dict(constexpr=None))
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-switch
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+
 jit = triton.jit if triton else (lambda f: f)
+
+
 interpreted = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-road = "auto"   # "auto", or "torch" to leave every kernel aside
+
+
+road = "auto"  # "auto", or "torch" to leave every kernel aside
+
 
 def kernels(
-    t:Tensor, # Where the work is
-)->bool:      # Kernels, else plain torch
+    t: Tensor,  # Where the work is
+) -> bool:  # Kernels, else plain torch
     "Whether the Triton kernels serve this tensor."
-    return road == "auto" and triton is not None and (t.is_cuda or interpreted) and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return (
+        road == "auto"
+        and triton is not None
+        and (t.is_cuda or interpreted)
+        and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-switch-launch
 def _launch(t, kernel, grid, *args, **kw):
-    if 0 in grid: return
-    if not t.is_cuda: return kernel[grid](*args, **kw)
-    with torch.cuda.device(t.device): kernel[grid](*args, **kw)
+    if 0 in grid:
+        return
+    if not t.is_cuda:
+        return kernel[grid](*args, **kw)
+    with torch.cuda.device(t.device):
+        kernel[grid](*args, **kw)
 
-def _rows(W): return W if W.stride(-1) == 1 or W.shape[-1] == 1 and W.is_contiguous() else W.contiguous()  # rows in one piece, any distance apart
 
-shape = dict(segments=(16, 256, 4), sampled=(16, 256, 4), groups=(4096, 4), adam=(512, 4))   # entries, columns, warps at a time; `compat/gpu.py --tune` tries others
-long = 512                                                                                    # entries from which one row's sum is shared out
-def _width(d, most): return max(16, min(most, 1 << (d - 1).bit_length()))                     # columns of a tile
+def _rows(W):  # rows in one piece, any distance apart
+    return W if W.stride(-1) == 1 or W.shape[-1] == 1 and W.is_contiguous() else W.contiguous()
+
+
+shape = dict(
+    segments=(16, 256, 4), sampled=(16, 256, 4), groups=(4096, 4), adam=(512, 4)
+)  # entries, columns, warps at a time; `compat/gpu.py --tune` tries others
+
+
+long = 512  # entries from which one row's sum is shared out
+
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-switch-width
+def _width(d, most):  # columns of a tile
+    return max(16, min(most, 1 << (d - 1).bit_length()))
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-by-latent
 def by_latent(
-    cols:Tensor, # Latents, [n_on]
-    d_sae:int,   # Latents there are
-):               # Order of the entries by latent, and where each latent begins, [n_on], [d_sae + 1]
+    cols: Tensor,  # Latents, [n_on]
+    d_sae: int,  # Latents there are
+):  # Order of the entries by latent, and where each latent begins, [n_on], [d_sae + 1]
     "Entries latent by latent, tokens in order within one."
-    low,small = (32768, torch.int16) if d_sae <= 65536 else (0, torch.int32 if d_sae < 2**31 else torch.int64)
-    keys,order = (cols - low).to(small).sort(stable=True)
+    low, small = (
+        (32768, torch.int16) if d_sae <= 65536 else (0, torch.int32 if d_sae < 2**31 else torch.int64)
+    )
+    keys, order = (cols - low).to(small).sort(stable=True)
     begins = torch.searchsorted(keys, (torch.arange(d_sae, device=cols.device) - low).to(small))
     return order, F.pad(begins, (0, 1), value=len(cols))
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-by-latent-places
 class Places:
     "The places of a sparse [n_tokens, d_sae] matrix."
-    def __init__(self,
-        cols:Tensor,  # Latents that are on, token after token, [n_on]
-        starts:Tensor,# Where each token begins in `cols`, and their number at the end, [n_tokens + 1]
-        d_sae:int,    # Latents there are
-        per:int=0,    # The same number for every token; 0: it varies
-    ): self.cols,self.starts,self.d_sae,self.per = cols,starts,d_sae,per
-    def __len__(self): return len(self.starts) - 1
+
+    def __init__(
+        self,
+        cols: Tensor,  # Latents that are on, token after token, [n_on]
+        starts: Tensor,  # Where each token begins in `cols`, and their number at the end, [n_tokens + 1]
+        d_sae: int,  # Latents there are
+        per: int = 0,  # The same number for every token; 0: it varies
+    ):
+        self.cols = cols
+        self.starts = starts
+        self.d_sae = d_sae
+        self.per = per
+
+    def __len__(self):
+        return len(self.starts) - 1
+
     @functools.cached_property
-    def rows(self): # Token of each entry, [n_on]
-        if self.per: return torch.arange(len(self.cols), device=self.cols.device) // self.per
+    def rows(self):  # Token of each entry, [n_on]
+        if self.per:
+            return torch.arange(len(self.cols), device=self.cols.device) // self.per
         return torch.repeat_interleave(self.starts.diff(), output_size=len(self.cols))
+
     @functools.cached_property
-    def by_latent(self): return by_latent(self.cols, self.d_sae) # Order by latent and where each begins, [n_on], [d_sae + 1]
+    def by_latent(self):  # Order by latent and where each begins, [n_on], [d_sae + 1]
+        return by_latent(self.cols, self.d_sae)
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-walk
 @jit
 def _walk(M, v, src, i, end, stride, d, ok, acc, J: tl.constexpr):
     while i < end:
-        at = i + tl.arange(0, J); on = at < end
+        at = i + tl.arange(0, J)
+        on = at < end
         row = tl.load(src + at, mask=on, other=0).to(tl.int64)
-        w = tl.load(v + at, mask=on, other=0.).to(tl.float32)
-        m = tl.load(M + row[:, None] * stride + d[None, :], mask=on[:, None] & ok[None, :], other=0.).to(tl.float32)
+        w = tl.load(v + at, mask=on, other=0.0).to(tl.float32)
+        m = tl.load(M + row[:, None] * stride + d[None, :], mask=on[:, None] & ok[None, :], other=0.0).to(
+            tl.float32
+        )
         acc += w[:, None] * m
         i += J
     return acc
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-walk-add
 @jit
 def _add(P, i, end, D, d, ok, acc, J: tl.constexpr):
     while i < end:
         at = i + tl.arange(0, J)
-        acc += tl.load(P + at[:, None] * D + d[None, :], mask=(at < end)[:, None] & ok[None, :], other=0.)
+        acc += tl.load(P + at[:, None] * D + d[None, :], mask=(at < end)[:, None] & ok[None, :], other=0.0)
         i += J
     return acc
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-pieces
 @jit
-def _pieces(P, P2, M, M2, v, v2, src, starts, first, of, n, stride, stride2, D, LONG: tl.constexpr, PAIR: tl.constexpr, J: tl.constexpr, B: tl.constexpr):
+def _pieces(
+    P,
+    P2,
+    M,
+    M2,
+    v,
+    v2,
+    src,
+    starts,
+    first,
+    of,
+    n,
+    stride,
+    stride2,
+    D,
+    LONG: tl.constexpr,
+    PAIR: tl.constexpr,
+    J: tl.constexpr,
+    B: tl.constexpr,
+):
     p = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * B + tl.arange(0, B); ok = d < D
+    d = tl.program_id(1) * B + tl.arange(0, B)
+    ok = d < D
     if p < tl.load(first + n):
         s = tl.load(of + p)
         i = tl.load(starts + s) + (p - tl.load(first + s)) * LONG
         end = tl.minimum(i + LONG, tl.load(starts + s + 1))
-        tl.store(P + p * D + d, tl.sum(_walk(M, v, src, i, end, stride, d, ok, tl.zeros([J, B], tl.float32), J), 0), mask=ok)
-        if PAIR: tl.store(P2 + p * D + d, tl.sum(_walk(M2, v2, src, i, end, stride2, d, ok, tl.zeros([J, B], tl.float32), J), 0), mask=ok)
+        tl.store(
+            P + p * D + d,
+            tl.sum(_walk(M, v, src, i, end, stride, d, ok, tl.zeros([J, B], tl.float32), J), 0),
+            mask=ok,
+        )
+        if PAIR:
+            tl.store(
+                P2 + p * D + d,
+                tl.sum(_walk(M2, v2, src, i, end, stride2, d, ok, tl.zeros([J, B], tl.float32), J), 0),
+                mask=ok,
+            )
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-pieces-cut
 def cut(
-    starts:Tensor, # Where stretches begin and the last ends, [n + 1]
-    n_on:int,      # Entries
-    size:int,      # Longest stretch that stays whole
-):                 # Number of each stretch's first piece, [n + 1]; stretch of each piece, [most there can be]
+    starts: Tensor,  # Where stretches begin and the last ends, [n + 1]
+    n_on: int,  # Entries
+    size: int,  # Longest stretch that stays whole
+):  # Number of each stretch's first piece, [n + 1]; stretch of each piece, [most there can be]
     "Pieces of the stretches that are too long."
     n = starts.diff()
     first = F.pad(torch.where(n > size, (n + size - 1) // size, 0).cumsum(0), (1, 0))
-    return first, torch.searchsorted(first, torch.arange(2 * n_on // size, device=starts.device), right=True) - 1
+    return first, torch.searchsorted(
+        first, torch.arange(2 * n_on // size, device=starts.device), right=True
+    ) - 1
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-sums
 @jit
-def _sums(out, out2, M, M2, v, v2, src, starts, first, P, P2, W, stats, n, stride, stride2, D,
-          LONG: tl.constexpr, PAIR: tl.constexpr, STATS: tl.constexpr, J: tl.constexpr, B: tl.constexpr):
-    s,t = tl.program_id(0).to(tl.int64),tl.program_id(1)
-    d = t * B + tl.arange(0, B); ok = d < D
-    i,end = tl.load(starts + s),tl.load(starts + s + 1)
-    acc,acc2 = tl.zeros([J, B], tl.float32),tl.zeros([J, B], tl.float32)
+def _sums(
+    out,
+    out2,
+    M,
+    M2,
+    v,
+    v2,
+    src,
+    starts,
+    first,
+    P,
+    P2,
+    W,
+    stats,
+    n,
+    stride,
+    stride2,
+    D,
+    LONG: tl.constexpr,
+    PAIR: tl.constexpr,
+    STATS: tl.constexpr,
+    J: tl.constexpr,
+    B: tl.constexpr,
+):
+    s, t = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = t * B + tl.arange(0, B)
+    ok = d < D
+    i, end = tl.load(starts + s), tl.load(starts + s + 1)
+    acc = tl.zeros([J, B], tl.float32)
+    acc2 = tl.zeros([J, B], tl.float32)
     whole = True
-    if LONG: whole = end - i <= LONG
+    if LONG:
+        whole = end - i <= LONG
     if whole:
         acc = _walk(M, v, src, i, end, stride, d, ok, acc, J)
-        if PAIR: acc2 = _walk(M2, v2, src, i, end, stride2, d, ok, acc2, J)
+        if PAIR:
+            acc2 = _walk(M2, v2, src, i, end, stride2, d, ok, acc2, J)
     else:
-        p,q = tl.load(first + s),tl.load(first + s + 1)
+        p, q = tl.load(first + s), tl.load(first + s + 1)
         acc = _add(P, p, q, D, d, ok, acc, J)
-        if PAIR: acc2 = _add(P2, p, q, D, d, ok, acc2, J)
+        if PAIR:
+            acc2 = _add(P2, p, q, D, d, ok, acc2, J)
     g = tl.sum(acc, 0)
     tl.store(out + s * D + d, g, mask=ok)
     if PAIR:
         h = tl.sum(acc2, 0)
         tl.store(out2 + s * D + d, h, mask=ok)
         if STATS:
-            w = tl.load(W + s * D + d, mask=ok, other=0.).to(tl.float32)
-            at,step = stats + t * n + s,tl.num_programs(1).to(tl.int64) * n
-            tl.store(at, tl.sum(g * g, 0)); tl.store(at + step, tl.sum(g * w, 0)); tl.store(at + 2 * step, tl.sum(w * w, 0)); tl.store(at + 3 * step, tl.sum(h * h, 0))
+            w = tl.load(W + s * D + d, mask=ok, other=0.0).to(tl.float32)
+            at, step = stats + t * n + s, tl.num_programs(1).to(tl.int64) * n
+            tl.store(at, tl.sum(g * g, 0))
+            tl.store(at + step, tl.sum(g * w, 0))
+            tl.store(at + 2 * step, tl.sum(w * w, 0))
+            tl.store(at + 3 * step, tl.sum(h * h, 0))
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-sum-rows
 def _sum_rows(starts, src, v, M, dtype, v2=None, M2=None, W=None, most=None):
     "The sums of one list (or two over the same places); `most`: no stretch is longer than this"
-    n,D,n_on,pair = len(starts) - 1,M.shape[-1],len(src),M2 is not None
-    J,B,warps = shape["segments"]; B = _width(D, B); tiles = -(-D // B)
-    M,v,starts,src = _rows(M),v.contiguous(),starts.contiguous(),src.contiguous()
-    M2,v2 = (_rows(M2), v2.contiguous()) if pair else (M, v)
-    new = lambda *size, dtype=torch.float32: torch.empty(*size, dtype=dtype, device=M.device)
-    out = new(n, D, dtype=dtype); out2 = new(n, D, dtype=dtype) if pair else out
+    n = len(starts) - 1
+    D = M.shape[-1]
+    n_on = len(src)
+    pair = M2 is not None
+    J, B, warps = shape["segments"]
+    B = _width(D, B)
+    tiles = -(-D // B)
+    M = _rows(M)
+    v = v.contiguous()
+    starts = starts.contiguous()
+    src = src.contiguous()
+    M2, v2 = (_rows(M2), v2.contiguous()) if pair else (M, v)
+
+    def new(*size, dtype=torch.float32):
+        return torch.empty(*size, dtype=dtype, device=M.device)
+
+    out = new(n, D, dtype=dtype)
+    out2 = new(n, D, dtype=dtype) if pair else out
     stats = new(4, tiles, n) if W is not None else out
     split = n_on > long and (most is None or most > long)
-    first,of = cut(starts, n_on, long) if split else (starts, starts)
-    P = new(len(of), D) if split else out; P2 = new(len(of), D) if split and pair else P
+    first, of = cut(starts, n_on, long) if split else (starts, starts)
+    P = new(len(of), D) if split else out
+    P2 = new(len(of), D) if split and pair else P
     kw = dict(LONG=long if split else 0, PAIR=pair, J=J, B=B, num_warps=warps)
-    if split: _launch(M, _pieces, (len(of), tiles), P, P2, M, M2, v, v2, src, starts, first, of, n, M.stride(0), M2.stride(0), D, **kw)
-    _launch(M, _sums, (n, tiles), out, out2, M, M2, v, v2, src, starts, first, P, P2, M if W is None else W, stats, n, M.stride(0), M2.stride(0), D, STATS=W is not None, **kw)
+    if split:
+        _launch(
+            M,
+            _pieces,
+            (len(of), tiles),
+            P,
+            P2,
+            M,
+            M2,
+            v,
+            v2,
+            src,
+            starts,
+            first,
+            of,
+            n,
+            M.stride(0),
+            M2.stride(0),
+            D,
+            **kw,
+        )
+    _launch(
+        M,
+        _sums,
+        (n, tiles),
+        out,
+        out2,
+        M,
+        M2,
+        v,
+        v2,
+        src,
+        starts,
+        first,
+        P,
+        P2,
+        M if W is None else W,
+        stats,
+        n,
+        M.stride(0),
+        M2.stride(0),
+        D,
+        STATS=W is not None,
+        **kw,
+    )
     return (out, out2, stats.sum(1)) if W is not None else (out, out2) if pair else out
 
-def _csr(starts, src, v, M):   # the same in plain torch
-    if not len(src): return M.new_zeros(len(starts) - 1, M.shape[-1])
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-sum-rows-csr
+def _csr(starts, src, v, M):  # the same in plain torch
+    if not len(src):
+        return M.new_zeros(len(starts) - 1, M.shape[-1])
     wide = torch.promote_types(M.dtype, torch.float32)
-    return torch.sparse_csr_tensor(starts, src, v.to(wide), (len(starts) - 1, len(M)), check_invariants=False) @ M.to(wide)
+    return torch.sparse_csr_tensor(
+        starts, src, v.to(wide), (len(starts) - 1, len(M)), check_invariants=False
+    ) @ M.to(wide)
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-products
 def spmm(
-    a, vals:Tensor, # A sparse [n_tokens, d_sae]
-    W:Tensor,       # [d_sae, d]
-    dtype=None,     # Of the result; None: as `W`
-)->Tensor:          # [n_tokens, d]
+    a,
+    vals: Tensor,  # A sparse [n_tokens, d_sae]
+    W: Tensor,  # [d_sae, d]
+    dtype=None,  # Of the result; None: as `W`
+) -> Tensor:  # [n_tokens, d]
     "Sparse times dense."
-    if kernels(W): return _sum_rows(a.starts, a.cols, vals, W, dtype or W.dtype, most=a.per or None)
-    if a.per: return F.embedding_bag(a.cols.view(-1, a.per), W, mode="sum", per_sample_weights=vals.to(W.dtype).view(-1, a.per)).to(dtype or W.dtype)
+    if kernels(W):
+        return _sum_rows(a.starts, a.cols, vals, W, dtype or W.dtype, most=a.per or None)
+    if a.per:
+        return F.embedding_bag(
+            a.cols.view(-1, a.per), W, mode="sum", per_sample_weights=vals.to(W.dtype).view(-1, a.per)
+        ).to(dtype or W.dtype)
     return _csr(a.starts, a.cols, vals, W).to(dtype or W.dtype)
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-products-spmm-t
 def spmm_t(
-    a, vals:Tensor, # A sparse [n_tokens, d_sae]
-    X:Tensor,       # [n_tokens, d]
-    dtype=None,     # Of the result; None: as `X`
-)->Tensor:          # [d_sae, d]
+    a,
+    vals: Tensor,  # A sparse [n_tokens, d_sae]
+    X: Tensor,  # [n_tokens, d]
+    dtype=None,  # Of the result; None: as `X`
+) -> Tensor:  # [d_sae, d]
     "Sparse, transposed, times dense."
-    order,begins = a.by_latent
-    src,v = a.rows[order],vals[order]
-    if kernels(X): return _sum_rows(begins, src, v, X, dtype or X.dtype)
+    order, begins = a.by_latent
+    src, v = a.rows[order], vals[order]
+    if kernels(X):
+        return _sum_rows(begins, src, v, X, dtype or X.dtype)
     return _csr(begins, src, v, X).to(dtype or X.dtype)
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-products-spmm-t2
 def spmm_t2(
     a,
-    vals:Tensor, X:Tensor,   # What multiplies what in the first sum, [n_on], [n_tokens, d]
-    vals2:Tensor, X2:Tensor, # And in the second
-    dtype=torch.float32,     # Of the results
-    W:Tensor=None,           # The decoder in full precision, [d_sae, d]: `stats` as well
-)->tuple:                    # Two [d_sae, d]; with `W` also `stats` [4, d_sae]: g.g, g.w, w.w of the first and g.g of the second
+    vals: Tensor,
+    X: Tensor,  # What multiplies what in the first sum, [n_on], [n_tokens, d]
+    vals2: Tensor,
+    X2: Tensor,  # And in the second
+    dtype=torch.float32,  # Of the results
+    W: Tensor = None,  # The decoder in full precision, [d_sae, d]: `stats` as well
+) -> (
+    tuple
+):  # Two [d_sae, d]; with `W` also `stats` [4, d_sae]: g.g, g.w, w.w of the first and g.g of the second
     "Two transposed products over the same places: both weight gradients of an SAE."
-    order,begins = a.by_latent
-    src,v,v2 = a.rows[order],vals[order],vals2[order]
-    if kernels(X): return _sum_rows(begins, src, v, X, dtype, v2, X2, None if W is None else W.contiguous())
-    g,h = _csr(begins, src, v, X),_csr(begins, src, v2, X2)
-    if W is None: return g.to(dtype),h.to(dtype)
-    return g.to(dtype), h.to(dtype), torch.stack([(g * g).sum(1), (g * W).sum(1), (W * W).sum(1), (h * h).sum(1)])
+    order, begins = a.by_latent
+    src = a.rows[order]
+    v = vals[order]
+    v2 = vals2[order]
+    if kernels(X):
+        return _sum_rows(begins, src, v, X, dtype, v2, X2, None if W is None else W.contiguous())
+    g, h = _csr(begins, src, v, X), _csr(begins, src, v2, X2)
+    if W is None:
+        return g.to(dtype), h.to(dtype)
+    return (
+        g.to(dtype),
+        h.to(dtype),
+        torch.stack([(g * g).sum(1), (g * W).sum(1), (W * W).sum(1), (h * h).sum(1)]),
+    )
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-products-latent-sums
 def latent_sums(
-    a, vals:Tensor, # A sparse [n_tokens, d_sae]
-)->Tensor:          # [d_sae], float32 or wider
+    a,
+    vals: Tensor,  # A sparse [n_tokens, d_sae]
+) -> Tensor:  # [d_sae], float32 or wider
     "What each latent's entries add up to, in the same order every time."
-    order,begins = a.by_latent
+    order, begins = a.by_latent
     v = vals[order].to(torch.promote_types(vals.dtype, torch.float32))
-    if not kernels(v): return torch.segment_reduce(v, "sum", offsets=begins, initial=0)
+    if not kernels(v):
+        return torch.segment_reduce(v, "sum", offsets=begins, initial=0)
     return _sum_rows(begins, torch.zeros_like(order), v, v.new_ones(1, 1), v.dtype)[:, 0]
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-sampled-kernel
 @jit
 def _sampled(out, X, W, rows, cols, n, stride, stride2, D, width, J: tl.constexpr, B: tl.constexpr):
     s = tl.program_id(1)
-    at = tl.program_id(0).to(tl.int64) * J + tl.arange(0, J); on = at < n
-    r = tl.load(rows + at, mask=on, other=0).to(tl.int64); c = tl.load(cols + at, mask=on, other=0).to(tl.int64)
-    high = tl.max(r, 0); low = tl.min(tl.where(on, r, high), 0)
+    at = tl.program_id(0).to(tl.int64) * J + tl.arange(0, J)
+    on = at < n
+    r = tl.load(rows + at, mask=on, other=0).to(tl.int64)
+    c = tl.load(cols + at, mask=on, other=0).to(tl.int64)
+    high = tl.max(r, 0)
+    low = tl.min(tl.where(on, r, high), 0)
     acc = tl.zeros([J, B], tl.float32)
-    t,end = s * width,tl.minimum(s * width + width, D)
+    t, end = s * width, tl.minimum(s * width + width, D)
     while t < end:
-        d = t + tl.arange(0, B); ok = d < end
-        w = tl.load(W + c[:, None] * stride2 + d[None, :], mask=on[:, None] & ok[None, :], other=0.).to(tl.float32)
-        if low == high: acc += w * tl.load(X + low * stride + d, mask=ok, other=0.).to(tl.float32)[None, :]
-        else: acc += w * tl.load(X + r[:, None] * stride + d[None, :], mask=on[:, None] & ok[None, :], other=0.).to(tl.float32)
+        d = t + tl.arange(0, B)
+        ok = d < end
+        w = tl.load(W + c[:, None] * stride2 + d[None, :], mask=on[:, None] & ok[None, :], other=0.0).to(
+            tl.float32
+        )
+        if low == high:
+            acc += w * tl.load(X + low * stride + d, mask=ok, other=0.0).to(tl.float32)[None, :]
+        else:
+            acc += w * tl.load(
+                X + r[:, None] * stride + d[None, :], mask=on[:, None] & ok[None, :], other=0.0
+            ).to(tl.float32)
         t += B
     tl.store(out + s.to(tl.int64) * n + at, tl.sum(acc, 1), mask=on)
 
-cache = 24 * 2**20   # bytes of a matrix that should stay near while it is gathered from
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-sampled-kernel-more
+cache = 24 * 2**20  # bytes of a matrix that should stay near while it is gathered from
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-sampled-kernel-sampled
 def sampled(
-    a,        # Where
-    X:Tensor, # [n_tokens, d]
-    W:Tensor, # [d_sae, d]
-)->Tensor:    # X @ W.T at the active places, [n_on], as `X`
+    a,  # Where
+    X: Tensor,  # [n_tokens, d]
+    W: Tensor,  # [d_sae, d]
+) -> Tensor:  # X @ W.T at the active places, [n_on], as `X`
     "Dense times dense, computed at a few places only."
-    n,D = len(a.cols),X.shape[-1]
+    n, D = len(a.cols), X.shape[-1]
     if kernels(X) and kernels(W):
-        J,B,warps = shape["sampled"]; B = _width(D, B); X,W = _rows(X),_rows(W); tiles = -(-D // B)
+        J, B, warps = shape["sampled"]
+        B = _width(D, B)
+        X, W = _rows(X), _rows(W)
+        tiles = -(-D // B)
         width = B * -(-tiles // min(tiles, -(-W.numel() * W.element_size() // cache))) if D else B
         parts = torch.empty(-(-D // width), n, dtype=torch.float32, device=X.device)
-        _launch(X, _sampled, (-(-n // J), len(parts)), parts, X, W, a.rows.contiguous(), a.cols.contiguous(), n, X.stride(0), W.stride(0), D, width, J=J, B=B, num_warps=warps)
+        _launch(
+            X,
+            _sampled,
+            (-(-n // J), len(parts)),
+            parts,
+            X,
+            W,
+            a.rows.contiguous(),
+            a.cols.contiguous(),
+            n,
+            X.stride(0),
+            W.stride(0),
+            D,
+            width,
+            J=J,
+            B=B,
+            num_warps=warps,
+        )
         return parts.sum(0).to(X.dtype)
-    out,rows = X.new_empty(n),a.rows
-    for i in range(0, n, 65536): s = slice(i, i + 65536); out[s] = (X[rows[s]] * W[a.cols[s]]).sum(-1, dtype=torch.promote_types(X.dtype, torch.float32)).to(X.dtype)
+    out, rows = X.new_empty(n), a.rows
+    for i in range(0, n, 65536):
+        s = slice(i, i + 65536)
+        out[s] = (
+            (X[rows[s]] * W[a.cols[s]]).sum(-1, dtype=torch.promote_types(X.dtype, torch.float32)).to(X.dtype)
+        )
     return out
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-topk-parts
 @jit
-def _key(x):   # Unsigned integers in the order of the floats
+def _key(x):  # Unsigned integers in the order of the floats
     b = x.to(tl.float32).to(tl.uint32, bitcast=True)
     return tl.where((b >> 31) != 0, b ^ 0xFFFFFFFF, b | 0x80000000)
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-topk-parts-keep
 @jit
-def _keep(key, k, BITS: tl.constexpr):   # Which are the k largest, the first of equals; only the top `BITS` differ
+def _keep(
+    key, k, BITS: tl.constexpr
+):  # Which are the k largest, the first of equals; only the top `BITS` differ
     t = tl.full([], 0, tl.uint32)
     for b in tl.static_range(BITS):
         more = t | (1 << (31 - b))
         t = tl.where(tl.sum((key >= more).to(tl.int32), 0) >= k, more, t)
-    if BITS == 16: key = key & 0xFFFF0000
-    above = (key > t).to(tl.int32); equal = (key == t).to(tl.int32)
+    if BITS == 16:
+        key = key & 0xFFFF0000
+    above = (key > t).to(tl.int32)
+    equal = (key == t).to(tl.int32)
     return (above + equal * (tl.cumsum(equal, 0) <= k - tl.sum(above, 0)).to(tl.int32)) > 0
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-topk-parts-groups
 @jit
 def _groups(best, z, stride, M, G, g: tl.constexpr, R: tl.constexpr):
     r = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * R + tl.arange(0, R)
     at = j[:, None] * g + tl.arange(0, g)[None, :]
-    key = tl.where(at < M, _key(tl.load(z + r * stride + at, mask=at < M, other=0.)), 0)
+    key = tl.where(at < M, _key(tl.load(z + r * stride + at, mask=at < M, other=0.0)), 0)
     tl.store(best + r * G + j, tl.max(key, 1).to(tl.int32, bitcast=True), mask=j < G)
+
 
 @jit
 def _choose(chosen, best, G, k, BITS: tl.constexpr, R: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64); j = tl.arange(0, R)
+    r = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, R)
     key = tl.load(best + r * G + j, mask=j < G, other=0).to(tl.uint32, bitcast=True)
     keep = _keep(key, k, BITS)
     tl.store(chosen + r * k + tl.cumsum(keep.to(tl.int32), 0) - 1, j, mask=keep)
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-topk-parts-pick
 @jit
 def _pick(vals, cols, chosen, z, stride, M, k, g: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64); i = tl.arange(0, K)
+    r = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, K)
     group = tl.load(chosen + r * k + i, mask=i < k, other=0)
-    at = group[:, None] * g + tl.arange(0, g)[None, :]; on = (i < k)[:, None] & (at < M)
-    x = tl.load(z + r * stride + at, mask=on, other=0.)
+    at = group[:, None] * g + tl.arange(0, g)[None, :]
+    on = (i < k)[:, None] & (at < M)
+    x = tl.load(z + r * stride + at, mask=on, other=0.0)
     key = tl.reshape(tl.where(on, _key(x), 0), [K * g])
     keep = _keep(key, k, BITS)
     to = r * k + tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(vals + to, tl.reshape(x, [K * g]), mask=keep); tl.store(cols + to, tl.reshape(at, [K * g]).to(tl.int64), mask=keep)
+    tl.store(vals + to, tl.reshape(x, [K * g]), mask=keep)
+    tl.store(cols + to, tl.reshape(at, [K * g]).to(tl.int64), mask=keep)
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-topk
 def group_size(
-    d:int, # Numbers in a row
-    k:int, # Wanted
-    most:int=2**15, # Numbers a program can hold
-)->int:    # Neighbours in a group, a power of two; 0: too few for groups to pay
+    d: int,  # Numbers in a row
+    k: int,  # Wanted
+    most: int = 2**15,  # Numbers a program can hold
+) -> int:  # Neighbours in a group, a power of two; 0: too few for groups to pay
     "About the root of d / k."
     g = min(128, 1 << max(3, round(math.log2(max(d / k, 1)) / 2)))
     return g if 2 * k * g <= d and max(-(-d // g), k * g) <= most else 0
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-topk-topk
 def topk(
-    z:Tensor, # [n_tokens, d_sae]
-    k:int,    # Per token
-)->tuple:     # The `k` largest of every row and their columns, columns rising, [n_tokens, k] each
+    z: Tensor,  # [n_tokens, d_sae]
+    k: int,  # Per token
+) -> tuple:  # The `k` largest of every row and their columns, columns rising, [n_tokens, k] each
     "As `torch.topk`, unsorted; of equal values the leftmost."
-    n,d = z.shape; g = group_size(d, k) if kernels(z) else 0
-    if not g: return z.topk(k, dim=-1, sorted=False)
-    z,G,bits = _rows(z),-(-d // g),16 if z.dtype == torch.bfloat16 else 32
-    new = lambda m, dtype: torch.empty(n, m, dtype=dtype, device=z.device)
-    best,chosen,vals,cols = new(G, torch.int32),new(k, torch.int32),new(k, z.dtype),new(k, torch.int64)
-    size,warps = shape["groups"]; R = max(1, min(size // g, triton.next_power_of_2(G))); K = triton.next_power_of_2(k)
+    n, d = z.shape
+    g = group_size(d, k) if kernels(z) else 0
+    if not g:
+        return z.topk(k, dim=-1, sorted=False)
+    z, G, bits = _rows(z), -(-d // g), 16 if z.dtype == torch.bfloat16 else 32
+
+    def new(m, dtype):
+        return torch.empty(n, m, dtype=dtype, device=z.device)
+
+    best = new(G, torch.int32)
+    chosen = new(k, torch.int32)
+    vals = new(k, z.dtype)
+    cols = new(k, torch.int64)
+    size, warps = shape["groups"]
+    R = max(1, min(size // g, triton.next_power_of_2(G)))
+    K = triton.next_power_of_2(k)
     _launch(z, _groups, (n, -(-G // R)), best, z, z.stride(0), d, G, g=g, R=R, num_warps=warps)
     _launch(z, _choose, (n,), chosen, best, G, k, BITS=bits, R=triton.next_power_of_2(G), num_warps=warps)
     _launch(z, _pick, (n,), vals, cols, chosen, z, z.stride(0), d, k, g=g, K=K, BITS=bits, num_warps=warps)
-    return vals,cols
+    return vals, cols
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-largest
 def largest(
-    z:Tensor, # [n_tokens, d_sae], in one piece
-    n:int,    # How many
-)->Tensor:    # Their places in `z.flatten()`, rising, [n]
+    z: Tensor,  # [n_tokens, d_sae], in one piece
+    n: int,  # How many
+) -> Tensor:  # Their places in `z.flatten()`, rising, [n]
     "The `n` largest numbers of a matrix."
-    flat = z.reshape(-1); g = math.gcd(flat.numel(), group_size(flat.numel(), n, most=2**62) or 1)
-    if g < 8: return flat.topk(n, sorted=False).indices.sort().values
-    groups = flat.view(-1, g); at = groups.amax(1).topk(n, sorted=False).indices
+    flat = z.reshape(-1)
+    g = math.gcd(flat.numel(), group_size(flat.numel(), n, most=2**62) or 1)
+    if g < 8:
+        return flat.topk(n, sorted=False).indices.sort().values
+    groups = flat.view(-1, g)
+    at = groups.amax(1).topk(n, sorted=False).indices
     near = groups[at].reshape(-1).topk(n, sorted=False).indices
     return (at[near // g] * g + near % g).sort().values
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-adam-kernel
 @jit
-def _adam(p, g, m, v, low, along, factor, D, lr, b1, b2, a1, a2, eps, c1, c2, UNIT: tl.constexpr, LOW: tl.constexpr, B: tl.constexpr):
+def _adam(
+    p,
+    g,
+    m,
+    v,
+    low,
+    along,
+    factor,
+    D,
+    lr,
+    b1,
+    b2,
+    a1,
+    a2,
+    eps,
+    c1,
+    c2,
+    UNIT: tl.constexpr,
+    LOW: tl.constexpr,
+    B: tl.constexpr,
+):
     r = tl.program_id(0).to(tl.int64)
-    f = tl.load(factor); length = tl.zeros([B], tl.float32)
+    f = tl.load(factor)
+    length = tl.zeros([B], tl.float32)
     i = 0
     while i < D:
-        d = i + tl.arange(0, B); ok = d < D; at = r * D + d
-        w = tl.load(p + at, mask=ok, other=0.); q = tl.load(g + at, mask=ok, other=0.).to(tl.float32)
-        if UNIT: q -= tl.load(along + r) * w
+        d = i + tl.arange(0, B)
+        ok = d < D
+        at = r * D + d
+        w = tl.load(p + at, mask=ok, other=0.0)
+        q = tl.load(g + at, mask=ok, other=0.0).to(tl.float32)
+        if UNIT:
+            q -= tl.load(along + r) * w
         q *= f
-        mean = b1 * tl.load(m + at, mask=ok, other=0.) + a1 * q
-        square = b2 * tl.load(v + at, mask=ok, other=0.) + a2 * q * q
+        mean = b1 * tl.load(m + at, mask=ok, other=0.0) + a1 * q
+        square = b2 * tl.load(v + at, mask=ok, other=0.0) + a2 * q * q
         w -= lr / c1 * mean / (tl.sqrt(square / c2) + eps)
-        tl.store(m + at, mean, mask=ok); tl.store(v + at, square, mask=ok); tl.store(p + at, w, mask=ok)
-        if UNIT: length += tl.where(ok, w * w, 0.)
-        if LOW and not UNIT: tl.store(low + at, w, mask=ok)
+        tl.store(m + at, mean, mask=ok)
+        tl.store(v + at, square, mask=ok)
+        tl.store(p + at, w, mask=ok)
+        if UNIT:
+            length += tl.where(ok, w * w, 0.0)
+        if LOW and not UNIT:
+            tl.store(low + at, w, mask=ok)
         i += B
     if UNIT:
         by = tl.maximum(tl.sqrt(tl.sum(length, 0)), 1e-8)
-        tl.debug_barrier()   # what other threads of the program wrote is read below
+        tl.debug_barrier()  # what other threads of the program wrote is read below
         i = 0
         while i < D:
-            d = i + tl.arange(0, B); ok = d < D; at = r * D + d
-            w = tl.load(p + at, mask=ok, other=0.) / by
+            d = i + tl.arange(0, B)
+            ok = d < D
+            at = r * D + d
+            w = tl.load(p + at, mask=ok, other=0.0) / by
             tl.store(p + at, w, mask=ok)
-            if LOW: tl.store(low + at, w, mask=ok)
+            if LOW:
+                tl.store(low + at, w, mask=ok)
             i += B
 
 # %% ../nbs/02_sparse_cuda.ipynb #cuda-adam
 def clip_factor(
-    stats:Tensor,   # As `spmm_t2` gives them, [4, d_sae]
-    *others:Tensor, # Other gradients
-    clip:float=1.,  # Largest norm of all together, the decoder's projected
-)->Tensor:          # What to multiply gradients with, []
+    stats: Tensor,  # As `spmm_t2` gives them, [4, d_sae]
+    *others: Tensor,  # Other gradients
+    clip: float = 1.0,  # Largest norm of all together, the decoder's projected
+) -> Tensor:  # What to multiply gradients with, []
     "Clipping by norm, as `torch.nn.utils.clip_grad_norm_` does it."
-    gg,gw,ww,hh = stats
+    gg, gw, ww, hh = stats
     square = (gg - 2 * gw**2 + gw**2 * ww).sum() + hh.sum() + sum(o.float().square().sum() for o in others)
-    return (clip / (square.clamp_min(0).sqrt() + 1e-6)).clamp(max=1.)
+    return (clip / (square.clamp_min(0).sqrt() + 1e-6)).clamp(max=1.0)
 
+# %% ../nbs/02_sparse_cuda.ipynb #cuda-adam-adam-rows
 def adam_rows(
-    p:Tensor, g:Tensor, # Weights, float32, and their gradient, [n, d]; `p` changes in place
-    m:Tensor, v:Tensor, # Adam's moments, float32, in place
-    step:int,           # From 1
-    factor:Tensor,      # Multiplies the gradient, []
-    lr:float=1e-3, betas:tuple=(.9, .999), eps:float=1e-8, # Adam's
-    along:Tensor=None,  # g . p of each row, [n]: takes this part off the gradient, and brings rows back to length one
-    low:Tensor=None,    # Copy of `p` in another precision, in place
+    p: Tensor,
+    g: Tensor,  # Weights, float32, and their gradient, [n, d]; `p` changes in place
+    m: Tensor,
+    v: Tensor,  # Adam's moments, float32, in place
+    step: int,  # From 1
+    factor: Tensor,  # Multiplies the gradient, []
+    lr: float = 1e-3,
+    betas: tuple = (0.9, 0.999),
+    eps: float = 1e-8,  # Adam's
+    along: Tensor = None,  # g . p of each row, [n]: takes this part off the gradient, and brings rows back to length one
+    low: Tensor = None,  # Copy of `p` in another precision, in place
 ):
     "A step of Adam on every row, with all that happens around it."
-    (b1,b2),c1,c2 = betas,1 - betas[0]**step,1 - betas[1]**step
+    (b1, b2), c1, c2 = betas, 1 - betas[0] ** step, 1 - betas[1] ** step
     if kernels(p):
-        B,warps = shape["adam"]; B = _width(p.shape[1], B)
-        return _launch(p, _adam, (len(p),), p, g, m, v, p if low is None else low, p if along is None else along, factor, p.shape[1], lr, b1, b2, 1 - b1, 1 - b2, eps, c1, c2, UNIT=along is not None, LOW=low is not None, B=B, num_warps=warps)
+        B, warps = shape["adam"]
+        B = _width(p.shape[1], B)
+        return _launch(
+            p,
+            _adam,
+            (len(p),),
+            p,
+            g,
+            m,
+            v,
+            p if low is None else low,
+            p if along is None else along,
+            factor,
+            p.shape[1],
+            lr,
+            b1,
+            b2,
+            1 - b1,
+            1 - b2,
+            eps,
+            c1,
+            c2,
+            UNIT=along is not None,
+            LOW=low is not None,
+            B=B,
+            num_warps=warps,
+        )
     g = (g - along[:, None] * p if along is not None else g) * factor
-    m.lerp_(g, 1 - b1); v.mul_(b2).addcmul_(g, g, value=1 - b2)
+    m.lerp_(g, 1 - b1)
+    v.mul_(b2).addcmul_(g, g, value=1 - b2)
     p.addcdiv_(m, (v / c2).sqrt_().add_(eps), value=-lr / c1)
-    if along is not None: p.div_(p.norm(dim=1, keepdim=True).clamp_min(1e-8))
-    if low is not None: low.copy_(p)
+    if along is not None:
+        p.div_(p.norm(dim=1, keepdim=True).clamp_min(1e-8))
+    if low is not None:
+        low.copy_(p)

@@ -6,48 +6,78 @@
 __all__ = ['digest', 'Store', 'blocks']
 
 # %% ../nbs/09_store.ipynb #store-imports
-import hashlib, json
+import hashlib
+import json
 from collections import OrderedDict
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm import tqdm
-from fastcore.basics import patch
-from .core import *
+
 from .acts import count_mask
+from .core import *
 
 # %% ../nbs/09_store.ipynb #store-digest-def
 def _reads(o):
     "How a language model splits text, which is not in its weights."
     tok = getattr(o, "tokenizer", None)
-    if tok is None: return ""
+    if tok is None:
+        return ""
     if getattr(o, "_reads", None) is None:
-        whole = tok.backend_tokenizer.to_str() if hasattr(tok, "backend_tokenizer") else json.dumps(sorted(tok.get_vocab().items()))
+        whole = (
+            tok.backend_tokenizer.to_str()
+            if hasattr(tok, "backend_tokenizer")
+            else json.dumps(sorted(tok.get_vocab().items()))
+        )
         o._reads = hashlib.sha256((whole + repr(sorted(getattr(o, "special_ids", ())))).encode()).hexdigest()
     return o._reads
 
+# %% ../nbs/09_store.ipynb #store-digest-def-feed
 def _feed(h, o):
     "Hash one thing."
-    put = lambda kind, v="": h.update(f"{kind}:{v};".encode())
+
+    def put(kind, v=""):
+        return h.update(f"{kind}:{v};".encode())
+
     if isinstance(o, Tensor):
         put("tensor", f"{o.dtype} {list(o.shape)}")
         h.update(o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif hasattr(o, "fingerprint"): put("own", o.fingerprint()); put("reads", _reads(o))
+    elif hasattr(o, "fingerprint"):
+        put("own", o.fingerprint())
+        put("reads", _reads(o))
     elif isinstance(o, nn.Module):
-        put("module", f"{getattr(o, 'variant', None) or type(o).__name__} {json.dumps(getattr(o, 'args', {}), sort_keys=True, default=str)}")
-        for k,v in sorted(o.state_dict().items()): put("name", k); _feed(h, v)
-    elif is_dataclass(o): put("data", type(o).__name__); _feed(h, asdict(o))
+        put(
+            "module",
+            f"{getattr(o, 'variant', None) or type(o).__name__} {json.dumps(getattr(o, 'args', {}), sort_keys=True, default=str)}",
+        )
+        for k, v in sorted(o.state_dict().items()):
+            put("name", k)
+            _feed(h, v)
+    elif is_dataclass(o):
+        put("data", type(o).__name__)
+        _feed(h, asdict(o))
     elif isinstance(o, dict):
         put("dict", len(o))
-        for k,v in sorted(o.items(), key=lambda kv: str(kv[0])): put("key", k); _feed(h, v)
-    elif isinstance(o, (list, tuple)): put("list", len(o)); [_feed(h, v) for v in o]
-    elif o is None or isinstance(o, (str, bool, int, float)): put(type(o).__name__, repr(o))
-    else: raise InputError(f"{type(o).__name__} has no fingerprint; give tensors, modules, numbers, words, or lists and dictionaries of them")
+        for k, v in sorted(o.items(), key=lambda kv: str(kv[0])):
+            put("key", k)
+            _feed(h, v)
+    elif isinstance(o, (list, tuple)):
+        put("list", len(o))
+        [_feed(h, v) for v in o]
+    elif o is None or isinstance(o, (str, bool, int, float)):
+        put(type(o).__name__, repr(o))
+    else:
+        raise InputError(
+            f"{type(o).__name__} has no fingerprint; give tensors, modules, numbers, words, or lists and dictionaries of them"
+        )
 
+# %% ../nbs/09_store.ipynb #store-digest-def-digest
 def digest(
-    *parts, # Tensors, modules, numbers, words, dataclasses, or lists and dictionaries of them
-)->str:     # 24 hexadecimal digits
+    *parts,  # Tensors, modules, numbers, words, dataclasses, or lists and dictionaries of them
+) -> str:  # 24 hexadecimal digits
     "A fingerprint of everything in `parts`."
     h = hashlib.sha256()
     _feed(h, parts)
@@ -56,57 +86,79 @@ def digest(
 # %% ../nbs/09_store.ipynb #store-class-def
 class Store:
     "Values under content keys: in memory, and in a folder if there is one."
-    def __init__(self,
-        folder=None,         # Where values outlive the process; None: nowhere
-        limit_mb:float=1500, # Memory for values; least recently used go first
-    ):
-        self.folder,self.limit,self.size,self.values = Path(folder) if folder else None,limit_mb * 2**20,0,OrderedDict()
 
-def _is_tensors(v): return isinstance(v, dict) and len(v) > 0 and all(isinstance(t, Tensor) for t in v.values())
-def _bytes(v): return sum(t.numel() * t.element_size() for t in v.values()) if _is_tensors(v) else 1000
+    def __init__(
+        self,
+        folder=None,  # Where values outlive the process; None: nowhere
+        limit_mb: float = 1500,  # Memory for values; least recently used go first
+    ):
+        self.folder = Path(folder) if folder else None
+        self.limit = limit_mb * 2**20
+        self.size = 0
+        self.values = OrderedDict()
+
+
+def _is_tensors(v):
+    return isinstance(v, dict) and len(v) > 0 and all(isinstance(t, Tensor) for t in v.values())
+
+# %% ../nbs/09_store.ipynb #store-class-def-bytes
+def _bytes(v):
+    return sum(t.numel() * t.element_size() for t in v.values()) if _is_tensors(v) else 1000
+
 
 @patch
-def _remember(self:Store, key, v):
+def _remember(self: Store, key, v):
     "Keep `v` in memory and let go of the oldest."
-    self.values[key] = v; self.size += _bytes(v)
-    while self.size > self.limit and len(self.values) > 1: self.size -= _bytes(self.values.popitem(last=False)[1])
+    self.values[key] = v
+    self.size += _bytes(v)
+    while self.size > self.limit and len(self.values) > 1:
+        self.size -= _bytes(self.values.popitem(last=False)[1])
     return v
 
 # %% ../nbs/09_store.ipynb #store-get
 @patch
-def get(self:Store,
-    what:str, # A word for people: the first part of the file's name
-    key,      # Everything the value depends on, see `digest`
-    make,     # Function without arguments that computes it: a dictionary of tensors, or JSON
-):            # The value; not to be written to
+def get(
+    self: Store,
+    what: str,  # A word for people: the first part of the file's name
+    key,  # Everything the value depends on, see `digest`
+    make,  # Function without arguments that computes it: a dictionary of tensors, or JSON
+):  # The value; not to be written to
     "The value under `key`, made if it is not there yet."
     key = f"{what}-{digest(key)}"
-    if key in self.values: self.values.move_to_end(key); return self.values[key]
-    for ext,read in ((".safetensors", read_tensors), (".json", read_json)) if self.folder else ():
-        if (self.folder/(key + ext)).exists(): return self._remember(key, read(self.folder/(key + ext)))
+    if key in self.values:
+        self.values.move_to_end(key)
+        return self.values[key]
+    for ext, read in ((".safetensors", read_tensors), (".json", read_json)) if self.folder else ():
+        if (self.folder / (key + ext)).exists():
+            return self._remember(key, read(self.folder / (key + ext)))
     v = make()
-    if _is_tensors(v) and what != "acts": v = {k: t.detach().cpu() for k,t in v.items()}   # what a later reading of the file would give
-    if not _is_tensors(v): v = json.loads(json.dumps(v, allow_nan=False, default=lambda o: o.item()))
-    if self.folder: (write_tensors if _is_tensors(v) else write_json)(self.folder/(key + (".safetensors" if _is_tensors(v) else ".json")), v)
+    if _is_tensors(v) and what != "acts":  # what a later reading of the file would give
+        v = {k: t.detach().cpu() for k, t in v.items()}
+    if not _is_tensors(v):
+        v = json.loads(json.dumps(v, allow_nan=False, default=lambda o: o.item()))
+    if self.folder:
+        (write_tensors if _is_tensors(v) else write_json)(
+            self.folder / (key + (".safetensors" if _is_tensors(v) else ".json")), v
+        )
     return self._remember(key, v)
 
 # %% ../nbs/09_store.ipynb #store-blocks-def
 def blocks(
-    store:Store,     # Where activations stay
-    lm,              # Language model
-    hook:str,        # Hook point
-    tokens:Tensor,   # Token ids, [n_rows, T]
-    docs:Tensor,     # Document numbers, 0 on padding, [n_rows, T]
-    rows:int=0,      # Rows to a block; 0: as many as make 16,384 tokens
-    desc:str="",     # Words before a progress bar; empty: no bar
-):                   # Yields (slice of the rows, x [B, T', d_in], mask [B, T'])
+    store: Store,  # Where activations stay
+    lm,  # Language model
+    hook: str,  # Hook point
+    tokens: Tensor,  # Token ids, [n_rows, T]
+    docs: Tensor,  # Document numbers, 0 on padding, [n_rows, T]
+    rows: int = 0,  # Rows to a block; 0: as many as make 16,384 tokens
+    desc: str = "",  # Words before a progress bar; empty: no bar
+):  # Yields (slice of the rows, x [B, T', d_in], mask [B, T'])
     "Activations of many rows; `mask` is 0 on padding and special tokens. Columns that are padding throughout a block are cut off."
     rows = rows or max(1, 16384 // tokens.shape[1])
     starts = range(0, len(tokens), rows)
     for i in tqdm(starts, desc=desc, disable=not desc, leave=False, ncols=80):
-        t,d = tokens[i:i+rows],docs[i:i+rows]
+        t, d = tokens[i : i + rows], docs[i : i + rows]
         T = max(1, int((d > 0).sum(-1).max()))
-        t,d = t[:, :T],d[:, :T]
+        t, d = t[:, :T], d[:, :T]
         x = store.get("acts", [lm, hook, t, d], lambda: dict(x=lm.acts(t, hook, docs=d)))["x"]
-        x = x.to(getattr(lm, "device", x.device))   # from a file it comes on the CPU
+        x = x.to(getattr(lm, "device", x.device))  # from a file it comes on the CPU
         yield slice(i, i + len(t)), x, count_mask(t, d, lm.special_ids).to(x.device)

@@ -6,180 +6,289 @@
 __all__ = ['needs', 'chosen', 'evaluators', 'Bench', 'scoreboard', 'reasons']
 
 # %% ../nbs/09_suite.ipynb #suite-imports
-import hashlib, inspect, shutil
+import hashlib
+import inspect
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+
 import torch
 from fastcore.basics import patch
-from tqdm import tqdm
-from .core import *
+
 from .codes import latents_of, null_saes
+from .core import *
 from .envelope import configure
 from .store import Store, digest
 
 # %% ../nbs/09_suite.ipynb #suite-needs-def
 def needs(
-    name:str, # Registered evaluator
-)->set:       # Of "lm", "toy", "batches": what it cannot do without
+    name: str,  # Registered evaluator
+) -> set:  # Of "lm", "toy", "batches": what it cannot do without
     "What an evaluator asks for."
     ps = inspect.signature(find("evals", name).__call__).parameters
     return {k for k in ("lm", "toy", "batches") if k in ps and ps[k].default is ps[k].empty}
 
+# %% ../nbs/09_suite.ipynb #suite-needs-def-chosen
 def chosen(
-    wanted:str, # Comma-separated names, or "all"; empty: none
-    toy:bool=False, # On known directions instead of a language model
-)->list:        # Names, each once
+    wanted: str,  # Comma-separated names, or "all"; empty: none
+    toy: bool = False,  # On known directions instead of a language model
+) -> list:  # Names, each once
     "The evaluators a parameters cell asks for."
     there = {n: needs(n) for n in names("evals")}
-    lack = lambda n: (there[n] & {"lm"}) if toy else (there[n] & {"toy"})
-    if wanted.strip() == "all": return [n for n in there if not lack(n)]
+
+    def lack(n):
+        return (there[n] & {"lm"}) if toy else (there[n] & {"toy"})
+
+    if wanted.strip() == "all":
+        return [n for n in there if not lack(n)]
     ns = list(dict.fromkeys(w.strip() for w in wanted.split(",") if w.strip()))
     for n in ns:
         one_of("evaluator", n, there)
-        if lack(n): raise InputError(f"evaluator {n!r} needs {'a language model; it cannot run with -p model toy' if toy else 'known directions; run it with -p model toy'}")
+        if lack(n):
+            raise InputError(
+                f"evaluator {n!r} needs {'a language model; it cannot run with -p model toy' if toy else 'known directions; run it with -p model toy'}"
+            )
     return ns
 
 # %% ../nbs/09_suite.ipynb #suite-settings-def
 def evaluators(
-    wanted:list,       # Names
-    world:bool=False,  # On the embedded world
-    short:bool=False,  # Shortened, for tests
-    options:dict=None, # "evaluator.option" -> value, or evaluator -> {option: value}
-    **common           # Options for every evaluator that has them, e.g. data_dir
-)->dict:               # name -> evaluator
+    wanted: list,  # Names
+    world: bool = False,  # On the embedded world
+    short: bool = False,  # Shortened, for tests
+    options: dict = None,  # "evaluator.option" -> value, or evaluator -> {option: value}
+    **common,  # Options for every evaluator that has them, e.g. data_dir
+) -> dict:  # name -> evaluator
     "Evaluators with their settings."
     mine = {n: {} for n in wanted}
-    for k,v in (options or {}).items():
-        n,_,o = k.partition(".")
-        if not isinstance(v, dict) and not o: raise InputError(f"evaluation option {k!r} names no evaluator; write it as core.{k} or {{\"core\": {{\"{k}\": ...}}}}")
+    for k, v in (options or {}).items():
+        n, _, o = k.partition(".")
+        if not isinstance(v, dict) and not o:
+            raise InputError(
+                f'evaluation option {k!r} names no evaluator; write it as core.{k} or {{"core": {{"{k}": ...}}}}'
+            )
         mine[one_of("evaluator with options", n, mine)].update(v if isinstance(v, dict) else {o: v})
-    make = lambda c, own: c(**{**(getattr(c, "world", {}) if world else {}), **(getattr(c, "fast", {}) if short else {}), **own})
-    out = {n: make(find("evals", n), own) for n,own in mine.items()}
-    for n,e in out.items(): vars(e.config).update({k: v for k,v in common.items() if hasattr(e.config, k) and k not in mine[n]})
+
+    def make(c, own):
+        return c(
+            **{
+                **(getattr(c, "world", {}) if world else {}),
+                **(getattr(c, "fast", {}) if short else {}),
+                **own,
+            }
+        )
+
+    out = {n: make(find("evals", n), own) for n, own in mine.items()}
+    for n, e in out.items():
+        vars(e.config).update({k: v for k, v in common.items() if hasattr(e.config, k) and k not in mine[n]})
     return out
 
 # %% ../nbs/09_suite.ipynb #suite-bench-def
 class Bench:
     "A language model (or a toy) with everything evaluators need."
-    def __init__(self,
-        lm=None,           # Language model
-        hook:str=None,     # Hook point; None: the model's default
-        batches=(),        # Held-out batches: (tokens, docs, mask), or core.Batch without a language model
-        toy=None,          # Known directions
-        sample=None,       # Activations the nulls are made from, [n_tokens, d_in]; None: taken from `batches`
-        store:Store=None,  # Where activations and results stay; None: in memory
-        nulls=("random", "frozen"), # Which nulls stand beside every SAE
-        null_steps:int=100, # Updates of the frozen one's encoder
-        quiet:bool=True,   # No progress bars
-    ):
-        for n in nulls: one_of("null", n, ("random", "frozen"))
-        self.lm,self.hook,self.batches,self.toy,self.quiet = lm,hook or (lm.default_hook if lm else None),list(batches),toy,quiet
-        self.store,self._sample,self.given,self.null_names,self.null_steps,self._nulls = store or Store(),sample,sample,tuple(nulls),null_steps,{}
 
-    def reads(self, b): # A batch -> activations, mask
-        if self.lm is None: return b.x, torch.ones(b.x.shape[:-1]) if b.mask is None else b.mask
-        tokens,docs,mask = b
-        x = self.store.get("acts", [self.lm, self.hook, tokens, docs], lambda: dict(x=self.lm.acts(tokens, self.hook, docs=docs)))["x"]
-        return x.to(self.lm.device),mask
+    def __init__(
+        self,
+        lm=None,  # Language model
+        hook: str = None,  # Hook point; None: the model's default
+        batches=(),  # Held-out batches: (tokens, docs, mask), or core.Batch without a language model
+        toy=None,  # Known directions
+        sample=None,  # Activations the nulls are made from, [n_tokens, d_in]; None: taken from `batches`
+        store: Store = None,  # Where activations and results stay; None: in memory
+        nulls=("random", "frozen"),  # Which nulls stand beside every SAE
+        null_steps: int = 100,  # Updates of the frozen one's encoder
+        quiet: bool = True,  # No progress bars
+    ):
+        for n in nulls:
+            one_of("null", n, ("random", "frozen"))
+        self.lm = lm
+        self.hook = hook or (lm.default_hook if lm else None)
+        self.batches = list(batches)
+        self.toy = toy
+        self.quiet = quiet
+        self.store = store or Store()
+        self._sample = sample
+        self.given = sample
+        self.null_names = tuple(nulls)
+        self.null_steps = null_steps
+        self._nulls = {}
+
+    def reads(self, b):  # A batch -> activations, mask
+        if self.lm is None:
+            return b.x, torch.ones(b.x.shape[:-1]) if b.mask is None else b.mask
+        tokens, docs, mask = b
+        x = self.store.get(
+            "acts",
+            [self.lm, self.hook, tokens, docs],
+            lambda: dict(x=self.lm.acts(tokens, self.hook, docs=docs)),
+        )["x"]
+        return x.to(self.lm.device), mask
 
     @property
-    def sample(self): # Activations of tokens that count, [n_tokens, d_in]
-        if self._sample is None: self._sample = torch.cat([counted(x, m.to(x.device)) for x,m in map(self.reads, self.batches[:16])])
+    def sample(self):  # Activations of tokens that count, [n_tokens, d_in]
+        if self._sample is None:
+            self._sample = torch.cat(
+                [counted(x, m.to(x.device)) for x, m in map(self.reads, self.batches[:16])]
+            )
         return self._sample
 
 # %% ../nbs/09_suite.ipynb #suite-nulls
 @patch
-def nulls(self:Bench,
-    sae, # The SAE they stand beside
-)->dict: # name -> SAE
+def nulls(
+    self: Bench,
+    sae,  # The SAE they stand beside
+) -> dict:  # name -> SAE
     "Random dictionaries of the same width and the same L0."
-    if not self.null_names or not self.batches: return {}
-    f = [counted(latents_of(sae, x, m), m.to(x.device)) for x,m in map(self.reads, self.batches[:4])]
+    if not self.null_names or not self.batches:
+        return {}
+    f = [counted(latents_of(sae, x, m), m.to(x.device)) for x, m in map(self.reads, self.batches[:4])]
     k = max(1, round((torch.cat(f) != 0).sum(-1).double().mean().item()))
     if (sae.d_sae, k) not in self._nulls:
-        made = null_saes(self.sample.to(sae.W_dec.device), sae.d_sae, k, steps=self.null_steps if "frozen" in self.null_names else 0)
+        made = null_saes(
+            self.sample.to(sae.W_dec.device),
+            sae.d_sae,
+            k,
+            steps=self.null_steps if "frozen" in self.null_names else 0,
+        )
         self._nulls[sae.d_sae, k] = {n: made[n] for n in self.null_names}
     return self._nulls[sae.d_sae, k]
 
 # %% ../nbs/09_suite.ipynb #suite-one-def
 @patch
-def content(self:Bench, e, sae)->str:
+def content(self: Bench, e, sae) -> str:
     "Fingerprint of an evaluation."
     ps = inspect.signature(type(e).__call__).parameters
     seen = [b.x if self.lm is None else b[0] for b in self.batches] if "batches" in ps else []
-    asked = {k: v for k,v in asdict(e.config).items() if k not in ("model_name", "llm_dtype")}   # filled in on the way; the model's weights are here
-    paths = {v for o in asked.values() for v in (o if isinstance(o, list) else [o]) if isinstance(v, str) and v and Path(v).is_file()}
+    asked = {
+        k: v for k, v in asdict(e.config).items() if k not in ("model_name", "llm_dtype")
+    }  # filled in on the way; the model's weights are here
+    paths = {
+        v
+        for o in asked.values()
+        for v in (o if isinstance(o, list) else [o])
+        if isinstance(v, str) and v and Path(v).is_file()
+    }
     files = {v: hashlib.sha256(Path(v).read_bytes()).hexdigest() for v in sorted(paths)}
-    made = [self.batches[i][0] if self.lm is not None else self.batches[i].x for i in range(min(4, len(self.batches)))] + [self.given] if "nulls" in ps else []
-    return digest(type(e).registered, asked, files, made, sae, self.lm, self.hook, seen, [*self.null_names, self.null_steps], None if self.toy is None else self.toy.directions)
+    made = (
+        [
+            self.batches[i][0] if self.lm is not None else self.batches[i].x
+            for i in range(min(4, len(self.batches)))
+        ]
+        + [self.given]
+        if "nulls" in ps
+        else []
+    )
+    return digest(
+        type(e).registered,
+        asked,
+        files,
+        made,
+        sae,
+        self.lm,
+        self.hook,
+        seen,
+        [*self.null_names, self.null_steps],
+        None if self.toy is None else self.toy.directions,
+    )
 
+# %% ../nbs/09_suite.ipynb #suite-one-def-run
 @patch
-def run(self:Bench,
-    e,           # An evaluator
-    sae,         # An SAE
-    folder=None, # Run folder that keeps the result; None: nowhere
-    name:str="", # What to call the SAE
-)->dict:         # The envelope
+def run(
+    self: Bench,
+    e,  # An evaluator
+    sae,  # An SAE
+    folder=None,  # Run folder that keeps the result; None: nowhere
+    name: str = "",  # What to call the SAE
+) -> dict:  # The envelope
     "Evaluate one SAE, or read back what is there."
-    what,who = type(e).registered,e.who() if hasattr(e, "who") else None   # who: whom it asks, e.g. a judge
+    what = type(e).registered
+    who = e.who() if hasattr(e, "who") else None  # who: whom it asks, e.g. a judge
     c = self.content(e, sae) + (f" {digest(who)}" if who is not None else "")
-    path = Path(folder)/"evals"/f"{what}.json" if folder else None
+    path = Path(folder) / "evals" / f"{what}.json" if folder else None
     if path and path.exists():
         old = read_json(path)
         there = (old["eval_result_unstructured"] or {}).get("content")
-        if there == c or (there and who is None and there.split()[0] == c): return old   # what a judge answered is kept when there is none
-    has = dict(batches=self.batches, lm=self.lm, hook=self.hook, toy=self.toy, store=self.store, quiet=self.quiet, name=name,
-               parts=Store(path.parent/f"parts-{what}") if path else Store(), nulls=None)
+        if there == c or (
+            there and who is None and there.split()[0] == c
+        ):  # what a judge answered is kept when there is none
+            return old
+    has = dict(
+        batches=self.batches,
+        lm=self.lm,
+        hook=self.hook,
+        toy=self.toy,
+        store=self.store,
+        quiet=self.quiet,
+        name=name,
+        parts=Store(path.parent / f"parts-{what}") if path else Store(),
+        nulls=None,
+    )
     ps = inspect.signature(type(e).__call__).parameters
-    if "nulls" in ps: has["nulls"] = self.nulls(sae)
-    env = e(sae, **{k: v for k,v in has.items() if k in ps})
+    if "nulls" in ps:
+        has["nulls"] = self.nulls(sae)
+    env = e(sae, **{k: v for k, v in has.items() if k in ps})
     u = env["eval_result_unstructured"] or {}
-    again = any("run again" in str(w) for w in u.get("undefined", {}).values())   # a judge that was out of reach may be back
+    again = any(
+        "run again" in str(w) for w in u.get("undefined", {}).values()
+    )  # a judge that was out of reach may be back
     env["eval_result_unstructured"] = {**u, "content": "" if again else c}
     if path:
         write_json(path, env)
-        if not again: shutil.rmtree(path.parent/f"parts-{what}", ignore_errors=True)
+        if not again:
+            shutil.rmtree(path.parent / f"parts-{what}", ignore_errors=True)
     return env
 
 # %% ../nbs/09_suite.ipynb #suite-board-def
 def _flat(env):
     "name -> number or None of an envelope, metrics and extras."
-    m = {k: v for c in env["eval_result_metrics"].values() for k,v in c.items()}
+    m = {k: v for c in env["eval_result_metrics"].values() for k, v in c.items()}
     return {**m, **(env["eval_result_unstructured"] or {}).get("extra", {})}
+
 
 def _nulls(envs, e, m):
     "row -> mean over SAEs of one number of the nulls."
     seen = {}
     for es in envs.values():
-        for row,d in ((es[e]["eval_result_unstructured"] or {}).get("nulls", {}) if e in es else {}).items():
-            if d.get(m) is not None: seen.setdefault(row, []).append(d[m])
-    return {row: sum(v)/len(v) for row,v in seen.items()}
+        for row, d in ((es[e]["eval_result_unstructured"] or {}).get("nulls", {}) if e in es else {}).items():
+            if d.get(m) is not None:
+                seen.setdefault(row, []).append(d[m])
+    return {row: sum(v) / len(v) for row, v in seen.items()}
 
+# %% ../nbs/09_suite.ipynb #suite-board-def-scoreboard
 def scoreboard(
-    envs:dict, # SAE -> {evaluator: envelope}
-):             # pandas.DataFrame of text, (evaluator, metric) down, SAEs and nulls across
+    envs: dict,  # SAE -> {evaluator: envelope}
+):  # pandas.DataFrame of text, (evaluator, metric) down, SAEs and nulls across
     "Headline numbers of SAEs and of what stands beside them."
     import pandas as pd
-    show = lambda v: "–" if v is None else f"{v:.3f}" if abs(v) < 100 else f"{v:.0f}"
+
+    def show(v):
+        return "–" if v is None else f"{v:.3f}" if abs(v) < 100 else f"{v:.0f}"
+
     rows = {}
     for e in dict.fromkeys(k for v in envs.values() for k in v):
-        for m,s in getattr(find("evals", e), "headline", {}).items():
+        for m, s in getattr(find("evals", e), "headline", {}).items():
             beside = _nulls(envs, e, m)
-            row = {n: show(_flat(es[e]).get(m)) if e in es else "" for n,es in envs.items()}
+            row = {n: show(_flat(es[e]).get(m)) if e in es else "" for n, es in envs.items()}
             row.update({f"({n})": show(beside.pop(n)) if n in beside else "" for n in ("random", "frozen")})
-            rows[e, f"{m} {'↑' if s > 0 else '↓' if s < 0 else ''}".strip()] = {**row, "beside": ", ".join(f"{n} {show(v)}" for n,v in beside.items())}
+            rows[e, f"{m} {'↑' if s > 0 else '↓' if s < 0 else ''}".strip()] = {
+                **row,
+                "beside": ", ".join(f"{n} {show(v)}" for n, v in beside.items()),
+            }
     df = pd.DataFrame(rows).T
-    if len(df): df.index = pd.MultiIndex.from_tuples(df.index)
+    if len(df):
+        df.index = pd.MultiIndex.from_tuples(df.index)
     return df
 
+# %% ../nbs/09_suite.ipynb #suite-board-def-reasons
 def reasons(
-    envs:dict, # SAE -> {evaluator: envelope}
-)->list:       # One line each
+    envs: dict,  # SAE -> {evaluator: envelope}
+) -> list:  # One line each
     "Why headline numbers are missing."
     out = {}
-    for n,es in envs.items():
-        for e,env in es.items():
-            why,vals = (env["eval_result_unstructured"] or {}).get("undefined", {}),_flat(env)
+    for n, es in envs.items():
+        for e, env in es.items():
+            why = (env["eval_result_unstructured"] or {}).get("undefined", {})
+            vals = _flat(env)
             for m in getattr(find("evals", e), "headline", {}):
-                if vals.get(m) is None and m in why: out.setdefault(f"{e}: {why[m]}", []).append(f"{m} of {n}")
-    return [f"{k} ({', '.join(v[:3])}{' ...' if len(v) > 3 else ''})" for k,v in out.items()]
+                if vals.get(m) is None and m in why:
+                    out.setdefault(f"{e}: {why[m]}", []).append(f"{m} of {n}")
+    return [f"{k} ({', '.join(v[:3])}{' ...' if len(v) > 3 else ''})" for k, v in out.items()]

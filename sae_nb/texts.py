@@ -11,96 +11,167 @@ import random
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-import torch
+
 from torch import Tensor
-from fastcore.basics import patch
-from .core import *
+
 from . import world as W
+from .core import *
 
 # %% ../nbs/09_texts.ipynb #texts-records-def
 _formats = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
+
 def _local(name, data_dir):
     "The file or folder that `name` means, or None."
-    for p in ([Path(data_dir)/name] if data_dir else []) + [Path(name).expanduser()]:
-        if p.exists(): return p
-    if data_dir: raise InputError(f"data set {name!r} is not in {Path(data_dir).name!r}; put its csv, parquet or jsonl files there under {name}/, or leave data_dir empty to use the hub")
-    if Path(name).suffix in _formats or str(name)[:1] in "./~": raise InputError(f"file {str(name)!r} does not exist; give a csv, parquet or jsonl file, or the name of a data set on the Hugging Face hub")
+    for p in ([Path(data_dir) / name] if data_dir else []) + [Path(name).expanduser()]:
+        if p.exists():
+            return p
+    if data_dir:
+        raise InputError(
+            f"data set {name!r} is not in {Path(data_dir).name!r}; put its csv, parquet or jsonl files there under {name}/, or leave data_dir empty to use the hub"
+        )
+    if Path(name).suffix in _formats or str(name)[:1] in "./~":
+        raise InputError(
+            f"file {str(name)!r} does not exist; give a csv, parquet or jsonl file, or the name of a data set on the Hugging Face hub"
+        )
 
+# %% ../nbs/09_texts.ipynb #texts-records-def-why-not
 def why_not(
-    name:str, # Data set
-    e,        # The exception
-)->str:       # One line
+    name: str,  # Data set
+    e,  # The exception
+) -> str:  # One line
     "What to tell about a data set that could not be read."
     from huggingface_hub import errors as he
-    chain,x = [],e
-    while x is not None and x not in chain: chain.append(x); x = x.__cause__ or x.__context__
-    has,text = (lambda *cls: any(isinstance(x, cls) for x in chain))," ".join(str(e).split())
-    if has(he.GatedRepoError) or "gated" in text.lower(): return f"data set {name!r} is gated: accept its terms on https://huggingface.co/datasets/{name}, then set HF_TOKEN; or put its files under data_dir"
-    if has(he.LocalEntryNotFoundError, he.OfflineModeIsEnabled, ConnectionError) or "offline" in text.lower() or "reach" in text.lower():
+
+    chain, x = [], e
+    while x is not None and x not in chain:
+        chain.append(x)
+        x = x.__cause__ or x.__context__
+
+    def has(*cls):
+        return any(isinstance(x, cls) for x in chain)
+
+    text = " ".join(str(e).split())
+    if has(he.GatedRepoError) or "gated" in text.lower():
+        return f"data set {name!r} is gated: accept its terms on https://huggingface.co/datasets/{name}, then set HF_TOKEN; or put its files under data_dir"
+    if (
+        has(he.LocalEntryNotFoundError, he.OfflineModeIsEnabled, ConnectionError)
+        or "offline" in text.lower()
+        or "reach" in text.lower()
+    ):
         return f"data set {name!r} is not on this machine and the Hugging Face hub cannot be reached; connect, or put its csv, parquet or jsonl files under data_dir"
-    if has(he.RepositoryNotFoundError) or "doesn't exist" in text: return f"there is no data set {name!r} on the Hugging Face hub (if it is private, set HF_TOKEN); check the spelling"
+    if has(he.RepositoryNotFoundError) or "doesn't exist" in text:
+        return f"there is no data set {name!r} on the Hugging Face hub (if it is private, set HF_TOKEN); check the spelling"
     return f"data set {name!r} cannot be read ({type(e).__name__}: {text[:160]})"
 
+# %% ../nbs/09_texts.ipynb #texts-records-def-records
 def records(
-    name:str,          # "owner/name" on the hub, or a csv, parquet or jsonl file, or a folder of such files
-    split:str="train", # Which part
-    config:str=None,   # Configuration on the hub; a sub-folder of that name in a local copy
-    data_dir="",       # Folder that mirrors the hub; empty: none
-):                     # Yields dictionaries
+    name: str,  # "owner/name" on the hub, or a csv, parquet or jsonl file, or a folder of such files
+    split: str = "train",  # Which part
+    config: str = None,  # Configuration on the hub; a sub-folder of that name in a local copy
+    data_dir="",  # Folder that mirrors the hub; empty: none
+):  # Yields dictionaries
     "The records of a data set, one after the other, without downloading all of it."
     import datasets
+
     where = _local(name, data_dir)
     if where is not None and config:
         subs = sorted(o.name for o in where.iterdir() if o.is_dir()) if where.is_dir() else []
-        if subs: where = where/one_of(f"configuration of the local copy of {name}:", config, subs)
+        if subs:
+            where = where / one_of(f"configuration of the local copy of {name}:", config, subs)
         config = None
     try:
-        if where is None: ds = datasets.load_dataset(name, config, split=split, streaming=True)
+        if where is None:
+            ds = datasets.load_dataset(name, config, split=split, streaming=True)
         elif where.is_file():
             kind = _formats[one_of("file type", where.suffix, _formats)]
-            ds = datasets.load_dataset(kind, data_files=str(where), split="train", streaming=True, **(dict(sep="\t") if where.suffix == ".tsv" else {}))
-        else: ds = datasets.load_dataset(str(where), split=split, streaming=True)
+            ds = datasets.load_dataset(
+                kind,
+                data_files=str(where),
+                split="train",
+                streaming=True,
+                **(dict(sep="\t") if where.suffix == ".tsv" else {}),
+            )
+        else:
+            ds = datasets.load_dataset(str(where), split=split, streaming=True)
         yield from ds
-    except InputError: raise
-    except Exception as e: raise InputError(why_not(name, e)) from None
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(why_not(name, e)) from None
 
 # %% ../nbs/09_texts.ipynb #texts-texts-def
 @dataclass
 class Texts:
     "Texts as rows of tokens, each with a class."
-    name:str        # Data set
-    tokens:Tensor   # [n_rows, T]
-    docs:Tensor     # [n_rows, T], 0 on padding
-    labels:list     # Class of each row, str
-    other:list      # Second attribute of each row, str; "" where there is none
-    @property
-    def classes(self): return list(dict.fromkeys(self.labels))
-    def __len__(self): return len(self.labels)
-    def rows(self, label=None, other=None): # Indices of the rows with this class and this second attribute; None: any
-        return [i for i,(l,o) in enumerate(zip(self.labels, self.other)) if label in (None, l) and other in (None, o)]
-    def __getitem__(self, idx): # The rows `idx`, a list of indices
-        return Texts(self.name, self.tokens[idx], self.docs[idx], [self.labels[i] for i in idx], [self.other[i] for i in idx])
 
+    name: str  # Data set
+    tokens: Tensor  # [n_rows, T]
+    docs: Tensor  # [n_rows, T], 0 on padding
+    labels: list  # Class of each row, str
+    other: list  # Second attribute of each row, str; "" where there is none
+
+    @property
+    def classes(self):
+        return list(dict.fromkeys(self.labels))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def rows(
+        self, label=None, other=None
+    ):  # Indices of the rows with this class and this second attribute; None: any
+        return [
+            i
+            for i, (l, o) in enumerate(zip(self.labels, self.other))
+            if label in (None, l) and other in (None, o)
+        ]
+
+    def __getitem__(self, idx):  # The rows `idx`, a list of indices
+        return Texts(
+            self.name,
+            self.tokens[idx],
+            self.docs[idx],
+            [self.labels[i] for i in idx],
+            [self.other[i] for i in idx],
+        )
+
+# %% ../nbs/09_texts.ipynb #texts-texts-def-texts
 def _texts(name, lm, rows, ctx):
     "Tokenised `rows` of (text, label, other); the beginning of a text is kept."
-    toks,docs = lm.encode([r[0] for r in rows], ctx)
+    toks, docs = lm.encode([r[0] for r in rows], ctx)
     return Texts(name, toks, docs, [str(r[1]) for r in rows], [str(r[2]) for r in rows])
 
 # %% ../nbs/09_texts.ipynb #texts-real-table
-_bios,_amazon = "LabHC/bias_in_bios","canrager/amazon_reviews_mcauley_1and5"
-professions = ("accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker interior_designer journalist model nurse painter paralegal pastor "
-    "personal_trainer photographer physician poet professor psychologist rapper software_engineer surgeon teacher yoga_teacher").split()
-products = ("All_Beauty Toys_and_Games Cell_Phones_and_Accessories Industrial_and_Scientific Gift_Cards Musical_Instruments Electronics Handmade_Products Arts_Crafts_and_Sewing "
+_bios = "LabHC/bias_in_bios"
+_amazon = "canrager/amazon_reviews_mcauley_1and5"
+professions = (
+    "accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker interior_designer journalist model nurse painter paralegal pastor "
+    "personal_trainer photographer physician poet professor psychologist rapper software_engineer surgeon teacher yoga_teacher"
+).split()
+products = (
+    "All_Beauty Toys_and_Games Cell_Phones_and_Accessories Industrial_and_Scientific Gift_Cards Musical_Instruments Electronics Handmade_Products Arts_Crafts_and_Sewing "
     "Baby_Products Health_and_Household Office_Products Digital_Music Grocery_and_Gourmet_Food Sports_and_Outdoors Home_and_Kitchen Subscription_Boxes Tools_and_Home_Improvement "
     "Pet_Supplies Video_Games Kindle_Store Clothing_Shoes_and_Jewelry Patio_Lawn_and_Garden Unknown Books Automotive CDs_and_Vinyl Beauty_and_Personal_Care Amazon_Fashion "
-    "Magazine_Subscriptions Software Health_and_Personal_Care Appliances Movies_and_TV").split()
+    "Magazine_Subscriptions Software Health_and_Personal_Care Appliances Movies_and_TV"
+).split()
 saebench_sets = {  # name -> (data set, text column, class column, column in balance, classes)
-    **{f"{_bios}_class_set{i}": (_bios, "hard_text", "profession", "gender", c.split()) for i,c in ((1, "0 1 2 6 9"), (2, "11 13 14 18 19"), (3, "20 21 22 25 26"))},
-    _amazon: (_amazon, "text", "category", "rating", "1 2 3 5 6".split()), f"{_amazon}_sentiment": (_amazon, "text", "rating", "", ["1.0", "5.0"]),
-    "codeparrot/github-code": ("codeparrot/github-code", "code", "language", "", "C Python HTML Java PHP".split()),
+    **{
+        f"{_bios}_class_set{i}": (_bios, "hard_text", "profession", "gender", c.split())
+        for i, c in ((1, "0 1 2 6 9"), (2, "11 13 14 18 19"), (3, "20 21 22 25 26"))
+    },
+    _amazon: (_amazon, "text", "category", "rating", "1 2 3 5 6".split()),
+    f"{_amazon}_sentiment": (_amazon, "text", "rating", "", ["1.0", "5.0"]),
+    "codeparrot/github-code": (
+        "codeparrot/github-code",
+        "code",
+        "language",
+        "",
+        "C Python HTML Java PHP".split(),
+    ),
     "fancyzhx/ag_news": ("fancyzhx/ag_news", "text", "label", "", "0 1 2 3".split()),
-    "Helsinki-NLP/europarl": ("Helsinki-NLP/europarl", "translation", "", "", "en fr de es nl".split())}
+    "Helsinki-NLP/europarl": ("Helsinki-NLP/europarl", "translation", "", "", "en fr de es nl".split()),
+}
 _europarl_pair = dict(en="en-fr", fr="fr-it", de="de-en", es="es-fr", nl="nl-pt")
 
 # %% ../nbs/09_texts.ipynb #texts-draw-def
@@ -108,127 +179,234 @@ def _cells(rows, name, classes, ways, n, seed, spare=2):
     "Draw `n` texts (a number, or one per cell) for each cell (class, way) from a stream of (text, class, way)."
     bins = {(c, w): [] for c in classes for w in ways}
     need = n if isinstance(n, dict) else dict.fromkeys(bins, n)
-    for t,c,w in rows:
+    for t, c, w in rows:
         b = bins.get((c, w))
-        if b is not None and len(b) < need[c, w] * spare: b.append(t)
-        if all(len(b) >= need[k] * spare for k,b in bins.items()): break
-    short = [f"{c} {w}".strip() + f" ({len(b)} of {need[c, w]})" for (c, w),b in bins.items() if len(b) < need[c, w]]
-    if short: raise InputError(f"data set {name!r} has fewer texts than asked for in: {', '.join(short[:6])}; ask for smaller sets, or leave those classes out")
+        if b is not None and len(b) < need[c, w] * spare:
+            b.append(t)
+        if all(len(b) >= need[k] * spare for k, b in bins.items()):
+            break
+    short = [
+        f"{c} {w}".strip() + f" ({len(b)} of {need[c, w]})"
+        for (c, w), b in bins.items()
+        if len(b) < need[c, w]
+    ]
+    if short:
+        raise InputError(
+            f"data set {name!r} has fewer texts than asked for in: {', '.join(short[:6])}; ask for smaller sets, or leave those classes out"
+        )
     r = random.Random(f"{name} {seed}")
-    return [(t, c, w) for (c, w),b in bins.items() for t in r.sample(b, need[c, w])]
+    return [(t, c, w) for (c, w), b in bins.items() for t in r.sample(b, need[c, w])]
 
+# %% ../nbs/09_texts.ipynb #texts-draw-def-tabular
 def _tabular(name, split, data_dir):
     "(text, class, second attribute) of one of the eight."
-    ds,text,label,other,_ = saebench_sets[name]
-    word = lambda v: f"{float(v):.1f}" if label == "rating" else str(v)
+    ds, text, label, other, _ = saebench_sets[name]
+
+    def word(v):
+        return f"{float(v):.1f}" if label == "rating" else str(v)
+
     for r in records(ds, split, data_dir=data_dir):
         for c in filter(None, (text, label, other)):
-            if c not in r: raise InputError(f"data set {ds!r} has no column {c!r}; it has: {', '.join(r)}")
+            if c not in r:
+                raise InputError(f"data set {ds!r} has no column {c!r}; it has: {', '.join(r)}")
         t = r[text]
         if text == "code":
-            if len(t) <= 534: continue
+            if len(t) <= 534:
+                continue
             t = t[150:]
         yield t, word(r[label]), str(r[other]) if other else ""
 
+# %% ../nbs/09_texts.ipynb #texts-draw-def-europarl
 def _europarl(split, data_dir):
     "(text, language, '') for each language in turn."
-    for l,pair in _europarl_pair.items(): yield from ((r["translation"][l], l, "") for r in islice(records("Helsinki-NLP/europarl", split, pair, data_dir), 20_000))
+    for l, pair in _europarl_pair.items():
+        yield from (
+            (r["translation"][l], l, "")
+            for r in islice(records("Helsinki-NLP/europarl", split, pair, data_dir), 20_000)
+        )
 
 # %% ../nbs/09_texts.ipynb #texts-real-def
 def _cut(rows, n_train):
     "The first `n_train` of every cell, and the rest."
-    seen,a,b = {},[],[]
+    seen = {}
+    a = []
+    b = []
     for r in rows:
-        k = r[1:]; seen[k] = seen.get(k, 0) + 1
+        k = r[1:]
+        seen[k] = seen.get(k, 0) + 1
         (a if seen[k] <= n_train else b).append(r)
-    return a,b
+    return a, b
 
+# %% ../nbs/09_texts.ipynb #texts-real-def-real
 def _real(name, n_train, n_test, seed, data_dir):
     "Rows of (text, class, second attribute) for training and testing."
-    ds,text,label,other,classes = saebench_sets[name]
-    if label == "": return _cut(_cells(_europarl("train", data_dir), name, classes, [""], n_train + n_test, seed, 1), n_train)
+    ds, text, label, other, classes = saebench_sets[name]
+    if label == "":
+        return _cut(
+            _cells(_europarl("train", data_dir), name, classes, [""], n_train + n_test, seed, 1), n_train
+        )
     ways = {"gender": ["0", "1"], "rating": ["1.0", "5.0"]}.get(other, [""])
-    per = lambda n: max(1, n // len(ways))
-    if text == "code": return _cut(_cells(_tabular(name, "train", data_dir), name, classes, ways, n_train + n_test, seed, 1), n_train)
-    return tuple(_cells(_tabular(name, s, data_dir), name, classes, ways, per(n), seed) for s,n in (("train", n_train), ("test", n_test)))
+
+    def per(n):
+        return max(1, n // len(ways))
+
+    if text == "code":
+        return _cut(
+            _cells(_tabular(name, "train", data_dir), name, classes, ways, n_train + n_test, seed, 1), n_train
+        )
+    return tuple(
+        _cells(_tabular(name, s, data_dir), name, classes, ways, per(n), seed)
+        for s, n in (("train", n_train), ("test", n_test))
+    )
 
 # %% ../nbs/09_texts.ipynb #texts-file-def
 def _own(name, n_train, n_test, seed):
     "Rows of a labelled file, balanced, class by class."
     by = {}
     for r in records(name):
-        if "text" not in r or "label" not in r: raise InputError(f"{Path(name).name} has no columns text and label; it has: {', '.join(r)}")
-        if r["text"] and r["label"] is not None: by.setdefault(str(r["label"]), []).append(str(r["text"]))
+        if "text" not in r or "label" not in r:
+            raise InputError(f"{Path(name).name} has no columns text and label; it has: {', '.join(r)}")
+        if r["text"] and r["label"] is not None:
+            by.setdefault(str(r["label"]), []).append(str(r["text"]))
     least = min(map(len, by.values()), default=0)
-    if len(by) < 2 or least < 10: raise InputError(f"{Path(name).name} has {len(by)} classes, the smallest with {least} texts; probing needs two classes with ten texts each")
-    n = min(least, n_train + n_test); k = min(n_train, int(.8*n))
+    if len(by) < 2 or least < 10:
+        raise InputError(
+            f"{Path(name).name} has {len(by)} classes, the smallest with {least} texts; probing needs two classes with ten texts each"
+        )
+    n = min(least, n_train + n_test)
+    k = min(n_train, int(0.8 * n))
     r = random.Random(f"{seed}")
-    return _cut([(t, c, "") for c,ts in sorted(by.items()) for t in r.sample(ts, n)], k)
+    return _cut([(t, c, "") for c, ts in sorted(by.items()) for t in r.sample(ts, n)], k)
 
 # %% ../nbs/09_texts.ipynb #texts-open-def
 world_sets = list(W.PROBE_SETS)
 
-def _is_world(name, lm): return getattr(lm, "name", "") == "world" and name in W.PROBE_SETS
 
+def _is_world(name, lm):
+    return getattr(lm, "name", "") == "world" and name in W.PROBE_SETS
+
+# %% ../nbs/09_texts.ipynb #texts-open-def-text-set
 def text_set(
-    name:str,         # One of `world_sets` (on the world's model), one of `saebench_sets`, or a labelled file
-    lm,               # Language model: its tokenizer is used
-    n_train:int=2000, # Training texts per class
-    n_test:int=500,   # Test texts per class
-    ctx:int=128,      # Tokens per text; the beginning is kept
-    seed:int=42,      # Which texts
-    data_dir="",      # Folder that mirrors the hub, see `records`
-)->tuple:             # Texts for training, Texts for testing
+    name: str,  # One of `world_sets` (on the world's model), one of `saebench_sets`, or a labelled file
+    lm,  # Language model: its tokenizer is used
+    n_train: int = 2000,  # Training texts per class
+    n_test: int = 500,  # Test texts per class
+    ctx: int = 128,  # Tokens per text; the beginning is kept
+    seed: int = 42,  # Which texts
+    data_dir="",  # Folder that mirrors the hub, see `records`
+) -> tuple:  # Texts for training, Texts for testing
     "A labelled set, balanced by class and by the second attribute."
     if _is_world(name, lm):
         second = next(iter(W.PROBE_SETS[name][3]), None)
-        parts = [(2*seed, n_train), (2*seed + 1, n_test)]
+        parts = [(2 * seed, n_train), (2 * seed + 1, n_test)]
         out = []
-        for s,n in parts:
-            ds,labels = W.probe_set(name, n, seed=500_000 + s)
-            out.append(Texts(name, *(t[:, :ctx] for t in W.encode(ds, max(ctx, 128))), labels, [d.labels.get(second, "") for d in ds]))
+        for s, n in parts:
+            ds, labels = W.probe_set(name, n, seed=500_000 + s)
+            out.append(
+                Texts(
+                    name,
+                    *(t[:, :ctx] for t in W.encode(ds, max(ctx, 128))),
+                    labels,
+                    [d.labels.get(second, "") for d in ds],
+                )
+            )
         return tuple(out)
-    if name in saebench_sets: rows = _real(name, n_train, n_test, seed, data_dir)
-    elif Path(name).suffix in _formats: rows = _own(name, n_train, n_test, seed)
-    else: one_of("data set", name, [*saebench_sets, *(world_sets if getattr(lm, "name", "") == "world" else []), "a csv, parquet or jsonl file"])
+    if name in saebench_sets:
+        rows = _real(name, n_train, n_test, seed, data_dir)
+    elif Path(name).suffix in _formats:
+        rows = _own(name, n_train, n_test, seed)
+    else:
+        one_of(
+            "data set",
+            name,
+            [
+                *saebench_sets,
+                *(world_sets if getattr(lm, "name", "") == "world" else []),
+                "a csv, parquet or jsonl file",
+            ],
+        )
     return tuple(_texts(name, lm, r, ctx) for r in rows)
 
 # %% ../nbs/09_texts.ipynb #texts-pairs-def
-_pairs = {f"{_bios}_class_set1": [("professor", "nurse"), ("architect", "journalist"), ("surgeon", "psychologist"), ("attorney", "teacher")],
-          _amazon: [("Books", "CDs_and_Vinyl"), ("Software", "Electronics"), ("Pet_Supplies", "Office_Products"), ("Industrial_and_Scientific", "Toys_and_Games")]}
+_pairs = {
+    f"{_bios}_class_set1": [
+        ("professor", "nurse"),
+        ("architect", "journalist"),
+        ("surgeon", "psychologist"),
+        ("attorney", "teacher"),
+    ],
+    _amazon: [
+        ("Books", "CDs_and_Vinyl"),
+        ("Software", "Electronics"),
+        ("Pet_Supplies", "Office_Products"),
+        ("Industrial_and_Scientific", "Toys_and_Games"),
+    ],
+}
 
+# %% ../nbs/09_texts.ipynb #texts-pairs-def-scr-pairs
 def scr_pairs(
-    name:str, # "bio" or "review" on the world; a data set of SAEBench's SCR otherwise
-)->tuple:     # The attribute's two values, and a list of pairs of classes
+    name: str,  # "bio" or "review" on the world; a data set of SAEBench's SCR otherwise
+) -> tuple:  # The attribute's two values, and a list of pairs of classes
     "The pairs SCR is run on."
-    if name in W.SCR_PAIRS: return tuple(W.SCR_PAIRS[name]["values"]),[tuple(p) for p in W.SCR_PAIRS[name]["pairs"]]
+    if name in W.SCR_PAIRS:
+        return tuple(W.SCR_PAIRS[name]["values"]), [tuple(p) for p in W.SCR_PAIRS[name]["pairs"]]
     one_of("SCR data set", name, [*W.SCR_PAIRS, *_pairs])
-    return (("male", "female") if name.startswith(_bios) else ("1.0", "5.0")),_pairs[name]
+    return (("male", "female") if name.startswith(_bios) else ("1.0", "5.0")), _pairs[name]
 
+# %% ../nbs/09_texts.ipynb #texts-pairs-def-world-pair
 def _world_pair(name, pair, n, seed, ctx, mixed):
     "Documents of the four cells of a pair; `mixed` in the two that are not of the confounded set."
     s = W.SCR_PAIRS[name]
-    ds = [W.document(seed, name, i*4 + 2*a + b, **{s["label"]: c, s["attribute"]: v}) for i in range(n) for a,c in enumerate(pair) for b,v in enumerate(s["values"]) if a == b or i < mixed]
-    return Texts(name, *(t[:, :ctx] for t in W.encode(ds, max(ctx, 128))), [d.labels[s["label"]] for d in ds], [d.labels[s["attribute"]] for d in ds])
+    ds = [
+        W.document(seed, name, i * 4 + 2 * a + b, **{s["label"]: c, s["attribute"]: v})
+        for i in range(n)
+        for a, c in enumerate(pair)
+        for b, v in enumerate(s["values"])
+        if a == b or i < mixed
+    ]
+    return Texts(
+        name,
+        *(t[:, :ctx] for t in W.encode(ds, max(ctx, 128))),
+        [d.labels[s["label"]] for d in ds],
+        [d.labels[s["attribute"]] for d in ds],
+    )
 
+# %% ../nbs/09_texts.ipynb #texts-pairs-def-pair-set
 def pair_set(
-    name:str,         # As in `scr_pairs`
-    pair:tuple,       # Two classes
-    lm,               # Language model: its tokenizer is used
-    n_train:int=2000, # Training texts in the cells (first class, first value) and (second, second); half as many in the other two
-    n_test:int=500,   # Test texts per cell
-    ctx:int=128,      # Tokens per text
-    seed:int=42,      # Which texts
-    data_dir="",      # Folder that mirrors the hub, see `records`
-)->tuple:             # Texts for training, Texts for testing; `labels` are classes, `other` the attribute
+    name: str,  # As in `scr_pairs`
+    pair: tuple,  # Two classes
+    lm,  # Language model: its tokenizer is used
+    n_train: int = 2000,  # Training texts in the cells (first class, first value) and (second, second); half as many in the other two
+    n_test: int = 500,  # Test texts per cell
+    ctx: int = 128,  # Tokens per text
+    seed: int = 42,  # Which texts
+    data_dir="",  # Folder that mirrors the hub, see `records`
+) -> tuple:  # Texts for training, Texts for testing; `labels` are classes, `other` the attribute
     "All four cells of a pair of classes and an attribute."
-    values,pair = scr_pairs(name)[0],tuple(pair)
-    if name in W.SCR_PAIRS: return tuple(_world_pair(name, pair, n, 600_000 + 2*seed + i, ctx, m) for i,(n,m) in enumerate(((n_train, -(-n_train//2)), (n_test, n_test))))
-    ds,text,label,other,_ = saebench_sets[name]
+    values, pair = scr_pairs(name)[0], tuple(pair)
+    if name in W.SCR_PAIRS:
+        return tuple(
+            _world_pair(name, pair, n, 600_000 + 2 * seed + i, ctx, m)
+            for i, (n, m) in enumerate(((n_train, -(-n_train // 2)), (n_test, n_test)))
+        )
+    ds, text, label, other, _ = saebench_sets[name]
     known = professions if ds == _bios else products
     codes = {str(known.index(one_of("class", c, known))): c for c in pair}
     way = {"0": "male", "1": "female"} if ds == _bios else {v: v for v in values}
-    own = lambda c, w: (pair.index(codes[c]) == values.index(way[w]))   # of the confounded set
-    need = lambda n, m: {(c, w): n if own(c, w) else m for c in codes for w in way}
-    cells = lambda s, *n: [(t, codes[c], way[w]) for t,c,w in _cells(_tabular(name, s, data_dir), name, list(codes), list(way), need(*n), seed)]
-    return tuple(_texts(name, lm, cells(s, n, m), ctx) for s,n,m in (("train", n_train, -(-n_train//2)), ("test", n_test, n_test)))
+
+    def own(c, w):
+        return pair.index(codes[c]) == values.index(way[w])  # of the confounded set
+
+    def need(n, m):
+        return {(c, w): n if own(c, w) else m for c in codes for w in way}
+
+    def cells(s, *n):
+        return [
+            (t, codes[c], way[w])
+            for t, c, w in _cells(_tabular(name, s, data_dir), name, list(codes), list(way), need(*n), seed)
+        ]
+
+    return tuple(
+        _texts(name, lm, cells(s, n, m), ctx)
+        for s, n, m in (("train", n_train, -(-n_train // 2)), ("test", n_test, n_test))
+    )

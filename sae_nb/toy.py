@@ -7,243 +7,307 @@ __all__ = ['parts', 'generator', 'Source', 'ToyStream', 'Toy', 'GaussianToy', 'p
 
 # %% ../nbs/01_toy.ipynb #toy-imports
 import math
-import numpy as np, pandas as pd, torch
+
 import matplotlib.pyplot as plt
-from torch import Tensor
+import numpy as np
+import pandas as pd
+import torch
 from fastcore.basics import patch, store_attr
+from torch import Tensor
+
 from .core import Batch, InputError
 
 # %% ../nbs/01_toy.ipynb #toy-generator
 parts = {"truth": 0, "train": 1, "test": 2}
 
+
 def generator(
-    seed:int,     # Seed of the source
-    part:str,     # "truth" (the directions themselves), "train" or "test"
-    at:int=0,     # Number of the batch
-    device="cpu", # Where numbers are drawn; CPU and GPU draw different ones
-)->torch.Generator:
+    seed: int,  # Seed of the source
+    part: str,  # "truth" (the directions themselves), "train" or "test"
+    at: int = 0,  # Number of the batch
+    device="cpu",  # Where numbers are drawn; CPU and GPU draw different ones
+) -> torch.Generator:
     "A generator for one batch, from its seed and number alone."
-    if part not in parts: raise InputError(f"part {part!r} does not exist; choose one of: {', '.join(parts)}")
+    if part not in parts:
+        raise InputError(f"part {part!r} does not exist; choose one of: {', '.join(parts)}")
     s = np.random.SeedSequence([8128, seed, parts[part], at]).generate_state(2, np.uint32)
     return torch.Generator(device).manual_seed(int(s[0]) << 31 ^ int(s[1]))
 
 # %% ../nbs/01_toy.ipynb #toy-source-def
 class Source:
     "Something that draws activations: `block` is filled in by each kind."
-    at = 0          # Next batch `sample` and `sequences` draw
-    scale = 1.      # Factor already applied to the activations, as on every stream
-    def block(self, B, T, gen): raise NotImplementedError
+
+    at = 0  # Next batch `sample` and `sequences` draw
+    scale = 1.0  # Factor already applied to the activations, as on every stream
+
+    def block(self, B, T, gen):
+        raise NotImplementedError
+
 
 @patch
-def _next(self:Source, B, T, part, at):
-    if at is None: at,self.at = self.at,self.at + 1
+def _next(self: Source, B, T, part, at):
+    if at is None:
+        at, self.at = self.at, self.at + 1
     return self.block(B, T, generator(self.seed, part, at, self.device))
 
 # %% ../nbs/01_toy.ipynb #toy-sample
 @patch
-def sample(self:Source,
-    n:int,             # Tokens
-    part:str="train",  # "train" or "test"
-    at:int=None,       # Number of the batch; None: the next one
-)->tuple:              # x [n, d_in] and the true features [n, n_true] (None for a control)
+def sample(
+    self: Source,
+    n: int,  # Tokens
+    part: str = "train",  # "train" or "test"
+    at: int = None,  # Number of the batch; None: the next one
+) -> tuple:  # x [n, d_in] and the true features [n, n_true] (None for a control)
     "Independent tokens with the features that made them."
-    x,f = self._next(n, 1, part, at)
+    x, f = self._next(n, 1, part, at)
     return x[:, 0], f if f is None else f[:, 0]
 
+# %% ../nbs/01_toy.ipynb #toy-sample-sequences
 @patch
-def sequences(self:Source,
-    B:int,                # Sequences
-    T:int,                # Tokens in each
-    part:str="train",     # "train" or "test"
-    at:int=None,          # Number of the batch; None: the next one
-    shuffled:bool=False,  # Deal the tokens out anew, so that neighbours are strangers
-)->tuple:                 # x [B, T, d_in] and the true features [B, T, n_true] (None for a control)
+def sequences(
+    self: Source,
+    B: int,  # Sequences
+    T: int,  # Tokens in each
+    part: str = "train",  # "train" or "test"
+    at: int = None,  # Number of the batch; None: the next one
+    shuffled: bool = False,  # Deal the tokens out anew, so that neighbours are strangers
+) -> tuple:  # x [B, T, d_in] and the true features [B, T, n_true] (None for a control)
     "Sequences of tokens, in which features last as long as their time scale says."
-    x,f = self._next(B, T, part, at)
-    if not shuffled: return x,f
-    i = torch.randperm(B*T, generator=torch.Generator().manual_seed(self.seed + B*T)).to(x.device)
+    x, f = self._next(B, T, part, at)
+    if not shuffled:
+        return x, f
+    i = torch.randperm(B * T, generator=torch.Generator().manual_seed(self.seed + B * T)).to(x.device)
     return tuple(o if o is None else o.flatten(0, 1)[i].view_as(o) for o in (x, f))
 
 # %% ../nbs/01_toy.ipynb #toy-stream
 class ToyStream:
     "Endless batches of a source; its position is one integer."
-    def __init__(self,
-        source:Source,    # Toy or its control
-        batch:int,        # Tokens per batch, or sequences if `T` is given
-        T:int=None,       # Length of sequences; None: independent tokens
-        start:int=0,      # Number of the first batch
-        part:str="train", # "train" or "test"
-    ): store_attr(); self.at,self.d_in,self.scale = start,source.d_in,source.scale
-    def __iter__(self): return self
-    def state(self): return dict(at=self.at)
-    def load_state(self, state): self.at = state["at"]
 
+    def __init__(
+        self,
+        source: Source,  # Toy or its control
+        batch: int,  # Tokens per batch, or sequences if `T` is given
+        T: int = None,  # Length of sequences; None: independent tokens
+        start: int = 0,  # Number of the first batch
+        part: str = "train",  # "train" or "test"
+    ):
+        store_attr()
+        self.at = start
+        self.d_in = source.d_in
+        self.scale = source.scale
+
+    def __iter__(self):
+        return self
+
+    def state(self):
+        return dict(at=self.at)
+
+    def load_state(self, state):
+        self.at = state["at"]
+
+# %% ../nbs/01_toy.ipynb #toy-stream-next
 @patch
-def __next__(self:ToyStream)->Batch:
+def __next__(self: ToyStream) -> Batch:
     args = (self.batch,) if self.T is None else (self.batch, self.T)
-    x,_ = (self.source.sample if self.T is None else self.source.sequences)(*args, part=self.part, at=self.at)
+    x, _ = (self.source.sample if self.T is None else self.source.sequences)(
+        *args, part=self.part, at=self.at
+    )
     self.at += 1
     return Batch(x, torch.ones(x.shape[:-1], dtype=torch.int64, device=x.device))
 
+# %% ../nbs/01_toy.ipynb #toy-stream-stream
 @patch
-def stream(self:Source,
-    batch:int,        # Tokens per batch, or sequences if `T` is given
-    T:int=None,       # Length of sequences; None: independent tokens
-    start:int=0,      # Number of the first batch
-    part:str="train", # "train" or "test"
-)->ToyStream:
+def stream(
+    self: Source,
+    batch: int,  # Tokens per batch, or sequences if `T` is given
+    T: int = None,  # Length of sequences; None: independent tokens
+    start: int = 0,  # Number of the first batch
+    part: str = "train",  # "train" or "test"
+) -> ToyStream:
     "Endless batches, each a `Batch`, starting anywhere."
     return ToyStream(self, batch, T, start, part)
 
 # %% ../nbs/01_toy.ipynb #toy-init
 class Toy(Source):
     "Sparse sums of known directions."
-    def __init__(self,
-        d_in:int=16,               # Width of the activations
-        n_true:int=24,             # True features
-        n_active:float=3,          # Features on per token, on average
-        seed:int=0,                # Decides directions and data
-        zipf:float=0.,             # Unit r fires in proportion to 1/r^zipf; 0: all alike
-        p_max:float=.5,            # No feature fires more often than this
-        roots:int=0,               # Trees; 0: every feature stands alone
-        branching:int=3,           # Children per parent
-        depth:int=1,               # Levels below the roots
-        child_share:float=.8,      # How often a parent that is on has a child on
-        scale_children:bool=True,  # A strong parent makes a strong child
-        rank:int=0,                # Hidden causes that units share; 0: independent units
-        correlation:float=.3,      # Size of a unit's tie to each hidden cause
-        apart_steps:int=0,         # Steps of pushing the directions apart; 0: random directions
-        parent_cos:float=None,     # Cosine between child and parent directions; None: as they fell
-        magnitude:float=1.,        # Mean size of the first feature when on
-        magnitude_last:float=None, # Mean size of the last one, linear between; None: the same
-        spread:float=.5,           # Sizes are uniform within this share of their mean
-        bias:float=0.,             # Length of a constant offset
-        noise:float=0.,            # Standard deviation of noise on every coordinate
-        time_scales:tuple=(1,),    # Mean length of firing in tokens, dealt out in turn
-        device="cpu",              # Where batches are drawn
+
+    def __init__(
+        self,
+        d_in: int = 16,  # Width of the activations
+        n_true: int = 24,  # True features
+        n_active: float = 3,  # Features on per token, on average
+        seed: int = 0,  # Decides directions and data
+        zipf: float = 0.0,  # Unit r fires in proportion to 1/r^zipf; 0: all alike
+        p_max: float = 0.5,  # No feature fires more often than this
+        roots: int = 0,  # Trees; 0: every feature stands alone
+        branching: int = 3,  # Children per parent
+        depth: int = 1,  # Levels below the roots
+        child_share: float = 0.8,  # How often a parent that is on has a child on
+        scale_children: bool = True,  # A strong parent makes a strong child
+        rank: int = 0,  # Hidden causes that units share; 0: independent units
+        correlation: float = 0.3,  # Size of a unit's tie to each hidden cause
+        apart_steps: int = 0,  # Steps of pushing the directions apart; 0: random directions
+        parent_cos: float = None,  # Cosine between child and parent directions; None: as they fell
+        magnitude: float = 1.0,  # Mean size of the first feature when on
+        magnitude_last: float = None,  # Mean size of the last one, linear between; None: the same
+        spread: float = 0.5,  # Sizes are uniform within this share of their mean
+        bias: float = 0.0,  # Length of a constant offset
+        noise: float = 0.0,  # Standard deviation of noise on every coordinate
+        time_scales: tuple = (1,),  # Mean length of firing in tokens, dealt out in turn
+        device="cpu",  # Where batches are drawn
     ):
         store_attr()
-        self._tree(); self._rates(); self._clocks()
+        self._tree()
+        self._rates()
+        self._clocks()
         g = generator(seed, "truth")
-        self._directions(g); self._causes(g)
+        self._directions(g)
+        self._causes(g)
 
 # %% ../nbs/01_toy.ipynb #toy-tree-def
 @patch
-def _tree(self:Toy):
+def _tree(self: Toy):
     "Number the features and hang them up: `parent`, `level`, `units`."
     sizes = [self.roots * self.branching**l for l in range(self.depth + 1)] if self.roots else []
     n = sum(sizes)
-    if n > self.n_true: raise InputError(f"n_true={self.n_true} cannot hold the trees; roots={self.roots}, branching={self.branching}, "
-                                         f"depth={self.depth} need {n} features: raise n_true or shrink the trees")
+    if n > self.n_true:
+        raise InputError(
+            f"n_true={self.n_true} cannot hold the trees; roots={self.roots}, branching={self.branching}, "
+            f"depth={self.depth} need {n} features: raise n_true or shrink the trees"
+        )
     self.parent = torch.full((self.n_true,), -1)
     self.level = torch.zeros(self.n_true, dtype=torch.int64)
     start = 0
-    for l,size in enumerate(sizes[1:], 1):
-        here = start + sizes[l-1]
-        self.parent[here:here+size] = start + torch.arange(size) // self.branching
-        self.level[here:here+size] = l
+    for l, size in enumerate(sizes[1:], 1):
+        here = start + sizes[l - 1]
+        self.parent[here : here + size] = start + torch.arange(size) // self.branching
+        self.level[here : here + size] = l
         start = here
     self.units = (self.parent < 0).nonzero().squeeze(1)
-    self.n_groups = n - sizes[-1] if sizes else 0      # features with children; they come first
+    self.n_groups = n - sizes[-1] if sizes else 0  # features with children; they come first
 
 # %% ../nbs/01_toy.ipynb #toy-rates-def
 @patch
-def _rates(self:Toy):
+def _rates(self: Toy):
     "Firing probability of every feature (`p`) and the slice of its parent's interval (`lo`, `hi`)."
-    w = torch.arange(1, len(self.units) + 1, dtype=torch.float64)**-self.zipf
-    size = torch.where(self.units < self.roots, sum(self.child_share**l for l in range(self.depth + 1)), 1.).double()
+    w = torch.arange(1, len(self.units) + 1, dtype=torch.float64) ** -self.zipf
+    size = torch.where(
+        self.units < self.roots, sum(self.child_share**l for l in range(self.depth + 1)), 1.0
+    ).double()
     top = self.p_max * size.sum().item()
-    if not 0 < self.n_active <= top: raise InputError(f"n_active={self.n_active} is out of reach; with p_max={self.p_max} "
-                                                     f"it lies above 0 and up to {top:.3g}")
-    a,b = 0., self.p_max/w.min().item()
+    if not 0 < self.n_active <= top:
+        raise InputError(
+            f"n_active={self.n_active} is out of reach; with p_max={self.p_max} "
+            f"it lies above 0 and up to {top:.3g}"
+        )
+    a, b = 0.0, self.p_max / w.min().item()
     for _ in range(80):
-        c = (a + b)/2
-        a,b = (a, c) if ((c*w).clamp(max=self.p_max)*size).sum() > self.n_active else (c, b)
+        c = (a + b) / 2
+        a, b = (a, c) if ((c * w).clamp(max=self.p_max) * size).sum() > self.n_active else (c, b)
     self.p = torch.zeros(self.n_true, dtype=torch.float64)
-    self.p[self.units] = (b*w).clamp(max=self.p_max)
-    v = torch.arange(1, self.branching + 1, dtype=torch.float64)**-self.zipf
-    cut = torch.cat([torch.zeros(1), v.cumsum(0)/v.sum()]) * self.child_share
+    self.p[self.units] = (b * w).clamp(max=self.p_max)
+    v = torch.arange(1, self.branching + 1, dtype=torch.float64) ** -self.zipf
+    cut = torch.cat([torch.zeros(1), v.cumsum(0) / v.sum()]) * self.child_share
     i = torch.arange(self.n_true) % max(self.branching, 1)
-    first = (self.roots % max(self.branching, 1))
+    first = self.roots % max(self.branching, 1)
     i = (i - first) % max(self.branching, 1)
-    self.lo,self.hi = cut[i],cut[i + 1]
+    self.lo = cut[i]
+    self.hi = cut[i + 1]
     for l in range(1, int(self.level.max()) + 1):
         c = self.level == l
         self.p[c] = self.p[self.parent[c]] * (self.hi - self.lo)[c]
 
 # %% ../nbs/01_toy.ipynb #toy-clocks-def
 @patch
-def _clocks(self:Toy):
+def _clocks(self: Toy):
     "One clock per unit and one per parent: probability to be on, time scale, chance to start."
-    U,C = len(self.units),len(self.units) + self.n_groups
-    if min(self.time_scales) < 1: raise InputError(f"time_scales={self.time_scales} must be at least 1 token each")
-    self.clock = torch.empty(self.n_true, dtype=torch.int64)              # the clock each feature follows
+    U, C = len(self.units), len(self.units) + self.n_groups
+    if min(self.time_scales) < 1:
+        raise InputError(f"time_scales={self.time_scales} must be at least 1 token each")
+    self.clock = torch.empty(self.n_true, dtype=torch.int64)  # the clock each feature follows
     self.clock[self.units] = torch.arange(U)
     self.clock[self.parent >= 0] = U + self.parent[self.parent >= 0]
     self.clock_p = torch.cat([self.p[self.units], torch.ones(self.n_groups)]).float()
     self.clock_tau = torch.tensor(self.time_scales)[torch.arange(C) % len(self.time_scales)].float()
-    self.clock_start = self.clock_p / (self.clock_p + self.clock_tau*(1 - self.clock_p))
-    self.time_scale = self.clock_tau[self.clock].long()                   # [n_true]
-    for k in ("clock", "clock_p", "clock_tau", "clock_start", "parent", "lo", "hi"): setattr(self, f"_{k}_dev", getattr(self, k).to(self.device))
+    self.clock_start = self.clock_p / (self.clock_p + self.clock_tau * (1 - self.clock_p))
+    self.time_scale = self.clock_tau[self.clock].long()  # [n_true]
+    for k in ("clock", "clock_p", "clock_tau", "clock_start", "parent", "lo", "hi"):
+        setattr(self, f"_{k}_dev", getattr(self, k).to(self.device))
 
 # %% ../nbs/01_toy.ipynb #toy-tick
 @patch
-def _tick(self:Toy,
-    B:int,               # Sequences
-    T:int,               # Tokens
-    gen:torch.Generator, # Source of chance
-)->tuple:                # [B, T, clocks]: on or off; position at which the running episode began
+def _tick(
+    self: Toy,
+    B: int,  # Sequences
+    T: int,  # Tokens
+    gen: torch.Generator,  # Source of chance
+) -> tuple:  # [B, T, clocks]: on or off; position at which the running episode began
     "Run every clock from its stationary state."
-    p,tau,q = self._clock_p_dev,self._clock_tau_dev,self._clock_start_dev
-    u,v = self._coins(B, T, gen),torch.rand(B, T, len(p), generator=gen, device=self.device)
-    left = ((4*tau - 1) - ((4*tau - 1)**2 - 8*v[:, 0]*(2*tau - 1)*tau).clamp(min=1).sqrt()) / 2
-    on,began = [u[:, 0] < p],[torch.zeros(B, len(p), dtype=torch.int64, device=self.device)]
-    left = torch.where(on[0], left.ceil().clamp(min=1) - 1, 0.)
+    p = self._clock_p_dev
+    tau = self._clock_tau_dev
+    q = self._clock_start_dev
+    u = self._coins(B, T, gen)
+    v = torch.rand(B, T, len(p), generator=gen, device=self.device)
+    left = ((4 * tau - 1) - ((4 * tau - 1) ** 2 - 8 * v[:, 0] * (2 * tau - 1) * tau).clamp(min=1).sqrt()) / 2
+    on = [u[:, 0] < p]
+    began = [torch.zeros(B, len(p), dtype=torch.int64, device=self.device)]
+    left = torch.where(on[0], left.ceil().clamp(min=1) - 1, 0.0)
     for t in range(1, T):
         start = (left <= 0) & (u[:, t] < q)
         on.append((left > 0) | start)
         began.append(torch.where(start, t, began[-1]))
-        left = torch.where(start, (v[:, t]*(2*tau - 1)).floor(), (left - 1).clamp(min=0))
+        left = torch.where(start, (v[:, t] * (2 * tau - 1)).floor(), (left - 1).clamp(min=0))
     return torch.stack(on, 1), torch.stack(began, 1)
 
 # %% ../nbs/01_toy.ipynb #toy-causes-def
 @patch
-def _causes(self:Toy,
-    gen:torch.Generator, # Source of chance
+def _causes(
+    self: Toy,
+    gen: torch.Generator,  # Source of chance
 ):
     "Loadings of the units on the hidden causes, rows at most .95 long."
     A = self.correlation * torch.randn(len(self.units), self.rank, generator=gen)
-    self.loadings = A * (.95 / A.norm(dim=1, keepdim=True).clamp(min=.95))
+    self.loadings = A * (0.95 / A.norm(dim=1, keepdim=True).clamp(min=0.95))
 
+# %% ../nbs/01_toy.ipynb #toy-causes-def-coins
 @patch
-def _coins(self:Toy, B, T, gen):
+def _coins(self: Toy, B, T, gen):
     "A uniform number per clock and token; those of the units are tied by the hidden causes."
     u = torch.rand(B, T, len(self.clock_p), generator=gen, device=self.device)
-    if not self.rank: return u
+    if not self.rank:
+        return u
     A = self.loadings.to(self.device)
-    r = lambda n: torch.randn(B, T, n, generator=gen, device=self.device)
-    u[..., :len(A)] = torch.special.ndtr(r(self.rank) @ A.T + (1 - A.square().sum(1)).sqrt() * r(len(A)))
+
+    def r(n):
+        return torch.randn(B, T, n, generator=gen, device=self.device)
+
+    u[..., : len(A)] = torch.special.ndtr(r(self.rank) @ A.T + (1 - A.square().sum(1)).sqrt() * r(len(A)))
     return u
 
 # %% ../nbs/01_toy.ipynb #toy-directions-def
 @patch
-def _directions(self:Toy,
-    gen:torch.Generator, # Source of chance
+def _directions(
+    self: Toy,
+    gen: torch.Generator,  # Source of chance
 ):
     "Draw `directions`, push them apart, tilt children towards their parents; draw the offset."
-    unit = lambda W: torch.nn.functional.normalize(W, dim=-1)
+
+    def unit(W):
+        return torch.nn.functional.normalize(W, dim=-1)
+
     D = unit(torch.randn(self.n_true, self.d_in, generator=gen))
     for _ in range(self.apart_steps):
         G = D @ D.T
-        G.fill_diagonal_(0.)
-        D = unit(D - .5 * (G**3 @ D) / G.abs().max().clamp(min=1e-6)**2)
+        G.fill_diagonal_(0.0)
+        D = unit(D - 0.5 * (G**3 @ D) / G.abs().max().clamp(min=1e-6) ** 2)
     if self.parent_cos is not None:
-        if not 0 <= self.parent_cos < 1: raise InputError(f"parent_cos={self.parent_cos} must lie in [0, 1)")
+        if not 0 <= self.parent_cos < 1:
+            raise InputError(f"parent_cos={self.parent_cos} must lie in [0, 1)")
         for l in range(1, int(self.level.max()) + 1):
             c = self.level == l
             P = D[self.parent[c]]
-            own = unit(D[c] - (D[c]*P).sum(1, keepdim=True)*P)
-            D[c] = self.parent_cos*P + math.sqrt(1 - self.parent_cos**2)*own
+            own = unit(D[c] - (D[c] * P).sum(1, keepdim=True) * P)
+            D[c] = self.parent_cos * P + math.sqrt(1 - self.parent_cos**2) * own
     self.directions = D.to(self.device)
     self.b = self.bias * unit(torch.randn(self.d_in, generator=gen)).to(self.device)
     last = self.magnitude if self.magnitude_last is None else self.magnitude_last
@@ -251,105 +315,142 @@ def _directions(self:Toy,
 
 # %% ../nbs/01_toy.ipynb #toy-features
 @patch
-def _features(self:Toy,
-    B:int,               # Sequences
-    T:int,               # Tokens
-    gen:torch.Generator, # Source of chance
-)->Tensor:               # [B, T, n_true], zero where a feature is off
+def _features(
+    self: Toy,
+    B: int,  # Sequences
+    T: int,  # Tokens
+    gen: torch.Generator,  # Source of chance
+) -> Tensor:  # [B, T, n_true], zero where a feature is off
     "The true features of a block of sequences."
-    on_clock,began = self._tick(B, T, gen)
-    U,clock,parent = len(self.units),self._clock_dev,self._parent_dev
-    rand = lambda n: torch.rand(B, T, n, generator=gen, device=self.device)
+    on_clock, began = self._tick(B, T, gen)
+    U = len(self.units)
+    clock = self._clock_dev
+    parent = self._parent_dev
+
+    def rand(n):
+        return torch.rand(B, T, n, generator=gen, device=self.device)
+
     pick = rand(self.n_groups).gather(1, began[..., U:])
-    size = self.size * (1 + self.spread*(2*rand(self.n_true).gather(1, began[..., clock]) - 1))
+    size = self.size * (1 + self.spread * (2 * rand(self.n_true).gather(1, began[..., clock]) - 1))
     on = on_clock[..., clock]
     for l in range(1, int(self.level.max()) + 1):
-        c = (self.level == l).to(self.device); up = parent[c]
+        c = (self.level == l).to(self.device)
+        up = parent[c]
         on[..., c] = on[..., up] & (pick[..., up] >= self._lo_dev[c]) & (pick[..., up] < self._hi_dev[c])
-        if self.scale_children: size[..., c] = size[..., c] * size[..., up] / self.size[up]
+        if self.scale_children:
+            size[..., c] = size[..., c] * size[..., up] / self.size[up]
     return on * size
 
+# %% ../nbs/01_toy.ipynb #toy-features-block
 @patch
-def block(self:Toy, B, T, gen):
+def block(self: Toy, B, T, gen):
     f = self._features(B, T, gen)
     x = f @ self.directions + self.b
-    return (x + self.noise*torch.randn(x.shape, generator=gen, device=self.device) if self.noise else x), f
+    return (x + self.noise * torch.randn(x.shape, generator=gen, device=self.device) if self.noise else x), f
 
 # %% ../nbs/01_toy.ipynb #toy-gaussian
 class GaussianToy(Source):
     "Control: Gaussian tokens with the mean and covariance of a toy, and no parts."
-    def __init__(self,
-        toy:Toy,      # The toy to imitate
-        n:int=50_000, # Tokens from which mean and covariance are measured
+
+    def __init__(
+        self,
+        toy: Toy,  # The toy to imitate
+        n: int = 50_000,  # Tokens from which mean and covariance are measured
     ):
-        self.d_in,self.n_true,self.seed,self.device,self.directions = toy.d_in,toy.n_true,toy.seed,toy.device,toy.directions
+        self.d_in = toy.d_in
+        self.n_true = toy.n_true
+        self.seed = toy.seed
+        self.device = toy.device
+        self.directions = toy.directions
         gs = (generator(toy.seed, "truth", 1 + i, toy.device) for i in range(max(1, n // 5000)))
         x = torch.cat([toy.block(5000, 1, g)[0][:, 0] for g in gs]).double()
-        self.mean,self.cov = x.mean(0).float(),torch.cov(x.T)
-        val,vec = torch.linalg.eigh(self.cov)
+        self.mean = x.mean(0).float()
+        self.cov = torch.cov(x.T)
+        val, vec = torch.linalg.eigh(self.cov)
         self.root = (vec * val.clamp(min=0).sqrt()).T.float()
-    def block(self, B, T, gen): return torch.randn(B, T, self.d_in, generator=gen, device=self.device) @ self.root + self.mean, None
 
+    def block(self, B, T, gen):
+        return torch.randn(B, T, self.d_in, generator=gen, device=self.device) @ self.root + self.mean, None
+
+# %% ../nbs/01_toy.ipynb #toy-gaussian-gaussian
 @patch
-def gaussian(self:Toy)->GaussianToy:
+def gaussian(self: Toy) -> GaussianToy:
     "The control: same mean and covariance, no sparse parts; its tokens are independent of each other."
     return GaussianToy(self)
 
 # %% ../nbs/01_toy.ipynb #toy-relations-def
 def _root_of(parent):
     r = torch.arange(len(parent))
-    while (parent[r] >= 0).any(): r = torch.where(parent[r] >= 0, parent[r], r)
+    while (parent[r] >= 0).any():
+        r = torch.where(parent[r] >= 0, parent[r], r)
     return r
 
+# %% ../nbs/01_toy.ipynb #toy-relations-def-relations
 @patch
-def relations(self:Toy,
-    n:int=None, # Correlated pairs to list, and at most as many unrelated ones; None: as many as there are parent-child pairs, else n_true
-)->pd.DataFrame: # One row per pair: a, b, relation, level of b, cos, tie
+def relations(
+    self: Toy,
+    n: int = None,  # Correlated pairs to list, and at most as many unrelated ones; None: as many as there are parent-child pairs, else n_true
+) -> pd.DataFrame:  # One row per pair: a, b, relation, level of b, cos, tie
     "Pairs of features by how they are related; `parent` rows have the child as a and its parent as b."
     kids = (self.parent >= 0).nonzero().squeeze(1)
     n = n or len(kids) or self.n_true
     rows = [(c, self.parent[c], "parent") for c in kids]
-    rows += [(a, b, "sibling") for a in kids for b in kids[(kids > a) & (self.parent[kids] == self.parent[a])]]
+    rows += [
+        (a, b, "sibling") for a in kids for b in kids[(kids > a) & (self.parent[kids] == self.parent[a])]
+    ]
     tie = self.loadings @ self.loadings.T if self.rank else torch.zeros(len(self.units), len(self.units))
-    i,j = torch.triu_indices(*tie.shape, 1)
-    if self.rank: rows += [(self.units[i[k]], self.units[j[k]], "correlated") for k in tie[i, j].abs().topk(min(n, len(i))).indices]
-    rows += [(a, b, "unrelated") for a,b in self._unrelated(n, {(int(a), int(b)) for a,b,_ in rows})]
-    df = pd.DataFrame([(int(a), int(b), r) for a,b,r in rows], columns=["a", "b", "relation"])
-    u,D = torch.full((self.n_true,), -1),self.directions.cpu()
+    i, j = torch.triu_indices(*tie.shape, 1)
+    if self.rank:
+        rows += [
+            (self.units[i[k]], self.units[j[k]], "correlated")
+            for k in tie[i, j].abs().topk(min(n, len(i))).indices
+        ]
+    rows += [(a, b, "unrelated") for a, b in self._unrelated(n, {(int(a), int(b)) for a, b, _ in rows})]
+    df = pd.DataFrame([(int(a), int(b), r) for a, b, r in rows], columns=["a", "b", "relation"])
+    u, D = torch.full((self.n_true,), -1), self.directions.cpu()
     u[self.units] = torch.arange(len(self.units))
-    a,b = torch.tensor(df.a.tolist()),torch.tensor(df.b.tolist())
-    t = torch.where((u[a] >= 0) & (u[b] >= 0), tie[u[a].clamp(min=0), u[b].clamp(min=0)], 0.)
-    return df.assign(level=self.level[b].numpy(), cos=(D[a]*D[b]).sum(1).numpy(), tie=t.numpy())
+    a, b = torch.tensor(df.a.tolist()), torch.tensor(df.b.tolist())
+    t = torch.where((u[a] >= 0) & (u[b] >= 0), tie[u[a].clamp(min=0), u[b].clamp(min=0)], 0.0)
+    return df.assign(level=self.level[b].numpy(), cos=(D[a] * D[b]).sum(1).numpy(), tie=t.numpy())
 
 # %% ../nbs/01_toy.ipynb #toy-unrelated
 @patch
-def _unrelated(self:Toy,
-    n:int,      # Pairs wanted
-    taken:set,  # Pairs already listed
-)->list:        # Pairs (a, b) from different trees, the same at every call
+def _unrelated(
+    self: Toy,
+    n: int,  # Pairs wanted
+    taken: set,  # Pairs already listed
+) -> list:  # Pairs (a, b) from different trees, the same at every call
     "Pairs of features that share no tree and are not listed already."
-    g,root,out = generator(self.seed, "truth", 10**6),_root_of(self.parent),[]
-    for a,b in torch.randint(self.n_true, (20*n, 2), generator=g).tolist():
-        if root[a] != root[b] and not {(a, b), (b, a)} & taken and len(out) < n: out.append((a, b)); taken.add((a, b))
+    g = generator(self.seed, "truth", 10**6)
+    root = _root_of(self.parent)
+    out = []
+    for a, b in torch.randint(self.n_true, (20 * n, 2), generator=g).tolist():
+        if root[a] != root[b] and not {(a, b), (b, a)} & taken and len(out) < n:
+            out.append((a, b))
+            taken.add((a, b))
     return out
 
 # %% ../nbs/01_toy.ipynb #toy-plot-def
 def plot_cosines(
-    before:Tensor,     # Decoder rows before training, [d_sae, d_in]
-    after:Tensor,      # Decoder rows after training, [d_sae, d_in]
-    directions:Tensor, # True directions, [n_true, d_in]
-    titles:tuple=("before", "after"), # What to write above
-):                     # The figure
+    before: Tensor,  # Decoder rows before training, [d_sae, d_in]
+    after: Tensor,  # Decoder rows after training, [d_sae, d_in]
+    directions: Tensor,  # True directions, [n_true, d_in]
+    titles: tuple = ("before", "after"),  # What to write above
+):  # The figure
     "Cosines of latents (rows) with true directions (columns), two dictionaries side by side."
-    unit = lambda W: torch.nn.functional.normalize(W.detach().float().cpu(), dim=-1)
-    fig,ax = plt.subplots(1, 2, figsize=(7, 3.2), sharex=True, sharey=True, layout="constrained")
-    for a,W,t in zip(ax, (before, after), titles):
+
+    def unit(W):
+        return torch.nn.functional.normalize(W.detach().float().cpu(), dim=-1)
+
+    fig, ax = plt.subplots(1, 2, figsize=(7, 3.2), sharex=True, sharey=True, layout="constrained")
+    for a, W, t in zip(ax, (before, after), titles):
         C = unit(W) @ unit(directions).T
-        C = C[torch.argsort(C.argmax(1)*2 - C.max(1).values)]
+        C = C[torch.argsort(C.argmax(1) * 2 - C.max(1).values)]
         im = a.imshow(C, vmin=0, vmax=1, cmap="Greys", aspect="auto", interpolation="nearest")
         a.set(title=f"{t}: mean best {C.max(0).values.mean():.2f}", xlabel="true direction")
-    for a in ax: a.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    for a in ax:
+        a.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     ax[0].set_ylabel("latent, by closest direction")
-    fig.colorbar(im, ax=ax, label="cosine", shrink=.9)
+    fig.colorbar(im, ax=ax, label="cosine", shrink=0.9)
     plt.close(fig)
     return fig

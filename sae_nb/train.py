@@ -7,15 +7,22 @@ __all__ = ['TrainConfig', 'steps', 'Recipe', 'Adam', 'Trainee', 'weight_hash', '
            'save_checkpoint', 'load_checkpoint', 'train', 'OneLine', 'train_sae', 'plot_history', 'LivePlot']
 
 # %% ../nbs/07_train.ipynb #train-imports
-import csv, hashlib, json, math, random, sys, time
-from dataclasses import dataclass, asdict
+import csv
+import hashlib
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 from fastcore.basics import patch
 from safetensors import safe_open
+from tqdm import tqdm
+
 from .core import *
 from .sae import *
 
@@ -23,409 +30,618 @@ from .sae import *
 @dataclass
 class TrainConfig:
     "Everything the loop is told."
-    tokens:int=1_000_000           # Activations to train on
-    batch:int=2048                 # Tokens per step
-    lr:float=4e-3                  # Adam's learning rate after warm-up; take less for long training
-    warmup_steps:int=None          # Linear rise of the learning rate; None: steps / 20
-    decay:float=.2                 # Share of the steps, at the end, over which the learning rate falls to 0
-    sparsity_warmup_steps:int=None # Linear rise of sparsity coefficients; None: steps / 10
-    clip:float=1.                  # Largest gradient norm of one SAE; 0: no clipping
-    betas:tuple=(.9, .999)         # Adam's
-    dead_after_tokens:int=None     # Silence that counts as death; None: tokens / 10, at most 10 million
-    log_every:int=10               # Steps between rows of the history
-    checkpoint_every:int=200       # Steps between checkpoints; 0: none
+
+    tokens: int = 1_000_000  # Activations to train on
+    batch: int = 2048  # Tokens per step
+    lr: float = 4e-3  # Adam's learning rate after warm-up; take less for long training
+    warmup_steps: int = None  # Linear rise of the learning rate; None: steps / 20
+    decay: float = 0.2  # Share of the steps, at the end, over which the learning rate falls to 0
+    sparsity_warmup_steps: int = None  # Linear rise of sparsity coefficients; None: steps / 10
+    clip: float = 1.0  # Largest gradient norm of one SAE; 0: no clipping
+    betas: tuple = (0.9, 0.999)  # Adam's
+    dead_after_tokens: int = None  # Silence that counts as death; None: tokens / 10, at most 10 million
+    log_every: int = 10  # Steps between rows of the history
+    checkpoint_every: int = 200  # Steps between checkpoints; 0: none
 
 # %% ../nbs/07_train.ipynb #train-resolve
 @patch
-def resolve(self:TrainConfig)->TrainConfig:
+def resolve(self: TrainConfig) -> TrainConfig:
     "The same configuration with nothing left out, or an error that names the two numbers that do not fit."
     for n in ("tokens", "batch", "log_every"):
-        if getattr(self, n) < 1: raise InputError(f"{n} = {getattr(self, n)} must be at least 1")
-    if not self.lr > 0: raise InputError(f"lr = {self.lr} must be above 0")
-    if self.clip < 0: raise InputError(f"clip = {self.clip} is a length; give 0 for none, or more")
-    if self.dead_after_tokens is not None and self.dead_after_tokens < 0: raise InputError(f"dead_after_tokens = {self.dead_after_tokens} must be 0 or more")
-    if not 0 <= self.decay <= 1: raise InputError(f"decay = {self.decay} is a share of the steps; give 0 to 1")
+        if getattr(self, n) < 1:
+            raise InputError(f"{n} = {getattr(self, n)} must be at least 1")
+    if not self.lr > 0:
+        raise InputError(f"lr = {self.lr} must be above 0")
+    if self.clip < 0:
+        raise InputError(f"clip = {self.clip} is a length; give 0 for none, or more")
+    if self.dead_after_tokens is not None and self.dead_after_tokens < 0:
+        raise InputError(f"dead_after_tokens = {self.dead_after_tokens} must be 0 or more")
+    if not 0 <= self.decay <= 1:
+        raise InputError(f"decay = {self.decay} is a share of the steps; give 0 to 1")
     steps = self.tokens // self.batch
-    if steps < 1: raise InputError(f"tokens = {self.tokens:,} is less than one batch of {self.batch:,}, which makes 0 training steps; ask for more tokens or a smaller batch")
+    if steps < 1:
+        raise InputError(
+            f"tokens = {self.tokens:,} is less than one batch of {self.batch:,}, which makes 0 training steps; ask for more tokens or a smaller batch"
+        )
     d = asdict(self)
     d["warmup_steps"] = steps // 20 if self.warmup_steps is None else self.warmup_steps
-    d["sparsity_warmup_steps"] = steps // 10 if self.sparsity_warmup_steps is None else self.sparsity_warmup_steps
+    d["sparsity_warmup_steps"] = (
+        steps // 10 if self.sparsity_warmup_steps is None else self.sparsity_warmup_steps
+    )
     d["dead_after_tokens"] = self.dead_after_tokens or max(self.batch, min(10_000_000, self.tokens // 10))
     for n in ("warmup_steps", "sparsity_warmup_steps"):
-        if d[n] < 0: raise InputError(f"{n} = {d[n]} must be 0 or more")
-        if d[n] >= steps and d[n]: raise InputError(f"{n} = {d[n]:,} is not shorter than the training of {steps:,} steps ({self.tokens:,} tokens / {self.batch:,}); train longer or warm up less")
+        if d[n] < 0:
+            raise InputError(f"{n} = {d[n]} must be 0 or more")
+        if d[n] >= steps and d[n]:
+            raise InputError(
+                f"{n} = {d[n]:,} is not shorter than the training of {steps:,} steps ({self.tokens:,} tokens / {self.batch:,}); train longer or warm up less"
+            )
     return TrainConfig(**d)
 
+# %% ../nbs/07_train.ipynb #train-resolve-steps
 @property
-def steps(self): return self.tokens // self.batch
+def steps(self):
+    return self.tokens // self.batch
+
+
 TrainConfig.steps = steps
 
 # %% ../nbs/07_train.ipynb #train-schedule
 @patch
-def lr_factor(self:TrainConfig, step:int)->float:
+def lr_factor(self: TrainConfig, step: int) -> float:
     "What the learning rate is multiplied by at `step`, counted from 0."
-    up = (step + 1) / self.warmup_steps if self.warmup_steps else 1.
-    down = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.
-    return min(1., up, down)
+    up = (step + 1) / self.warmup_steps if self.warmup_steps else 1.0
+    down = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
+    return min(1.0, up, down)
+
 
 @patch
-def sparsity_factor(self:TrainConfig, step:int)->float:
+def sparsity_factor(self: TrainConfig, step: int) -> float:
     "What sparsity coefficients are multiplied by at `step`."
-    return min(1., (step + 1) / self.sparsity_warmup_steps) if self.sparsity_warmup_steps else 1.
+    return min(1.0, (step + 1) / self.sparsity_warmup_steps) if self.sparsity_warmup_steps else 1.0
 
 # %% ../nbs/07_train.ipynb #train-recipe
 class Recipe:
     "An addition to the loop. Methods not overridden do nothing."
+
     moments = ("start", "after_loss", "after_backward", "after_step", "tensors", "load_tensors")
     replaces = ()
+
     def __init_subclass__(cls):
         for n in vars(cls):
-            if not n.startswith("_") and n not in ("registered", "replaces") and callable(vars(cls)[n]): one_of(f"{cls.__name__}'s moment", n, cls.moments)
-    def start(self, t, cfg): pass      # t: Trainee
-    def after_loss(self, t, o): pass   # o: sae.Out of the step
-    def after_backward(self, t, o): pass
-    def after_step(self, t, o): pass
-    def tensors(self): return {}          # name -> tensor: everything a resumed run needs
-    def load_tensors(self, ts): pass      # what `tensors` gave
+            if not n.startswith("_") and n not in ("registered", "replaces") and callable(vars(cls)[n]):
+                one_of(f"{cls.__name__}'s moment", n, cls.moments)
+
+    def start(self, t, cfg):  # t: Trainee
+        pass
+
+    def after_loss(self, t, o):  # o: sae.Out of the step
+        pass
+
+    def after_backward(self, t, o):
+        pass
+
+    def after_step(self, t, o):
+        pass
+
+    def tensors(self):  # name -> tensor: everything a resumed run needs
+        return {}
+
+    def load_tensors(self, ts):  # what `tensors` gave
+        pass
 
 # %% ../nbs/07_train.ipynb #train-adam
-def _like(t, p): return t if t.stride() == p.stride() else torch.empty_like(p).copy_(t)
+def _like(t, p):
+    return t if t.stride() == p.stride() else torch.empty_like(p).copy_(t)
 
+# %% ../nbs/07_train.ipynb #train-adam-adam
 class Adam(torch.optim.Adam):
     "PyTorch's Adam, for weights in any memory order."
+
     def _init_group(self, group, params, grads, avgs, sqs, *rest):
         out = super()._init_group(group, params, grads, avgs, sqs, *rest)
-        for i,p in enumerate(params):
-            for k,ts in dict(exp_avg=avgs, exp_avg_sq=sqs).items(): self.state[p][k] = ts[i] = _like(ts[i], p)
+        for i, p in enumerate(params):
+            for k, ts in dict(exp_avg=avgs, exp_avg_sq=sqs).items():
+                self.state[p][k] = ts[i] = _like(ts[i], p)
             as_it_lies = sorted(range(p.ndim), key=lambda d: -p.stride(d))
-            params[i],grads[i],avgs[i],sqs[i] = (t.permute(as_it_lies) for t in (p, _like(grads[i], p), avgs[i], sqs[i]))
+            params[i], grads[i], avgs[i], sqs[i] = (
+                t.permute(as_it_lies) for t in (p, _like(grads[i], p), avgs[i], sqs[i])
+            )
         return out
 
 # %% ../nbs/07_train.ipynb #train-trainee
 class Trainee:
     "An SAE, its optimiser, its recipes, and the silence of its latents."
-    def __init__(self,
-        sae:SAE,         # Will be trained in place
-        cfg:TrainConfig, # Resolved
-        recipes=(),      # Names registered under "trainers", or Recipe instances
-        name:str="sae",  # For messages and files
-        folder=None,     # Run folder for history and checkpoints; None: nothing is written
+
+    def __init__(
+        self,
+        sae: SAE,  # Will be trained in place
+        cfg: TrainConfig,  # Resolved
+        recipes=(),  # Names registered under "trainers", or Recipe instances
+        name: str = "sae",  # For messages and files
+        folder=None,  # Run folder for history and checkpoints; None: nothing is written
     ):
-        self.sae,self.cfg,self.name,self.folder = sae.train(),cfg,name,Path(folder) if folder else None
-        if self.folder: self.folder.mkdir(parents=True, exist_ok=True)
+        self.sae = sae.train()
+        self.cfg = cfg
+        self.name = name
+        self.folder = Path(folder) if folder else None
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
         fused = next(sae.parameters()).device.type in ("cpu", "cuda")
         self.opt = Adam(sae.parameters(), lr=cfg.lr, betas=cfg.betas, fused=fused)
         own = {n for r in sae.recipes for n in (*r.replaces, getattr(r, "registered", None))}
-        self.recipes = [find("trainers", r)() if isinstance(r, str) else r for r in recipes if r not in own] + list(sae.recipes)
-        self.clip,self.accumulate,self.lr_scale,self.norm = cfg.clip,1,1.,0.  # what recipes may change: largest gradient norm,
+        self.recipes = [
+            find("trainers", r)() if isinstance(r, str) else r for r in recipes if r not in own
+        ] + list(sae.recipes)
+        self.clip = cfg.clip
+        self.accumulate = 1
+        self.lr_scale = 1.0
+        self.norm = 0.0  # what recipes may change: largest gradient norm,
         # batches per update, factor on the learning rate; and the norm of the last gradient
         self.silent = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.W_dec.device)
-        self.history,self.failed = [],""
+        self.history = []
+        self.failed = ""
         self.initial = self._mark()
-        for r in self.recipes: r.start(self, cfg)
+        for r in self.recipes:
+            r.start(self, cfg)
 
     @torch.no_grad()
-    def _mark(self): # one weighted sum per latent of encoder and decoder, [2, d_sae]: did the weights move?
+    def _mark(self):  # one weighted sum per latent of encoder and decoder, [2, d_sae]: did the weights move?
         w = torch.linspace(1, 2, self.sae.d_in).to(self.sae.W_dec)
         return torch.stack([w @ self.sae.W_enc, self.sae.W_dec @ w])
+
     @property
-    def dead(self): return self.silent >= self.cfg.dead_after_tokens
+    def dead(self):
+        return self.silent >= self.cfg.dead_after_tokens
 
 # %% ../nbs/07_train.ipynb #train-hash
 def weight_hash(
-    sae:SAE, # Any SAE
-)->str:      # 16 hexadecimal digits
+    sae: SAE,  # Any SAE
+) -> str:  # 16 hexadecimal digits
     "A fingerprint of encoder and decoder; two runs that share it are the same run twice, whatever their settings say."
     h = hashlib.sha256()
-    for k,v in ((k, getattr(sae, k)) for k in ("W_enc", "b_enc", "W_dec", "b_dec")): h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for k, v in ((k, getattr(sae, k)) for k in ("W_enc", "b_enc", "W_dec", "b_dec")):
+        h.update(k.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 # %% ../nbs/07_train.ipynb #train-step
 @patch
-def step(self:Trainee,
-    batch:Batch, # Activations, with mask
-    i:int,       # Number of the step, from 0
-)->Out:          # The pass
+def step(
+    self: Trainee,
+    batch: Batch,  # Activations, with mask
+    i: int,  # Number of the step, from 0
+) -> Out:  # The pass
     "One batch: the loss, its gradient, and an update of the weights when `accumulate` batches are in."
-    sae,cfg = self.sae,self.cfg
-    sae.sparsity_scale,sae.progress = cfg.sparsity_factor(i),i / cfg.steps
+    sae, cfg = self.sae, self.cfg
+    sae.sparsity_scale = cfg.sparsity_factor(i)
+    sae.progress = i / cfg.steps
     o = sae.run(batch.x, batch.mask)
-    for r in self.recipes: r.after_loss(self, o)
-    if i % self.accumulate == 0: self.opt.zero_grad(set_to_none=True)
+    for r in self.recipes:
+        r.after_loss(self, o)
+    if i % self.accumulate == 0:
+        self.opt.zero_grad(set_to_none=True)
     (o.loss / self.accumulate).backward()
     self.silent = torch.where(o.fired, 0, self.silent + len(o.x))
-    if (i + 1) % self.accumulate == 0 or i + 1 == cfg.steps: self.update(o, i)
-    elif not torch.isfinite(o.loss.detach()): self.stop(o, i)
+    if (i + 1) % self.accumulate == 0 or i + 1 == cfg.steps:
+        self.update(o, i)
+    elif not torch.isfinite(o.loss.detach()):
+        self.stop(o, i)
     return o
 
+# %% ../nbs/07_train.ipynb #train-step-update
 @patch
-def update(self:Trainee, o:Out, i:int):
+def update(self: Trainee, o: Out, i: int):
     "Move the weights along the gradient that has been gathered."
-    sae,cfg = self.sae,self.cfg
+    sae, cfg = self.sae, self.cfg
     sae.before_step()
-    for r in self.recipes: r.after_backward(self, o)
+    for r in self.recipes:
+        r.after_backward(self, o)
     self.norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), self.clip or math.inf)
-    if not torch.isfinite(self.norm + o.loss.detach()): self.stop(o, i)
-    for g in self.opt.param_groups: g["lr"] = cfg.lr * cfg.lr_factor(i) * self.lr_scale
+    if not torch.isfinite(self.norm + o.loss.detach()):
+        self.stop(o, i)
+    for g in self.opt.param_groups:
+        g["lr"] = cfg.lr * cfg.lr_factor(i) * self.lr_scale
     self.opt.step()
     sae.after_step()
-    for r in self.recipes: r.after_step(self, o)
+    for r in self.recipes:
+        r.after_step(self, o)
 
 # %% ../nbs/07_train.ipynb #train-stop
 class TrainingError(RuntimeError):
     "Training stopped itself; the message says at which step and why."
-    def _render_traceback_(self): return [f"{type(self).__name__}: {self}"]
 
+    def _render_traceback_(self):
+        return [f"{type(self).__name__}: {self}"]
+
+# %% ../nbs/07_train.ipynb #train-stop-stop
 @patch
-def stop(self:Trainee, o:Out, i:int):
+def stop(self: Trainee, o: Out, i: int):
     "Name the first number of the pass that is not finite."
     chain = dict(activations=o.x, pre_activations=o.z, latents=o.v, reconstruction=o.x_hat)
-    chain.update({f"parameter {n}": p for n,p in self.sae.named_parameters()})
-    chain.update({f"loss term {n}": v for n,v in o.terms.items()})
-    chain.update({f"gradient of {n}": p.grad for n,p in self.sae.named_parameters() if p.grad is not None})
+    chain.update({f"parameter {n}": p for n, p in self.sae.named_parameters()})
+    chain.update({f"loss term {n}": v for n, v in o.terms.items()})
+    chain.update({f"gradient of {n}": p.grad for n, p in self.sae.named_parameters() if p.grad is not None})
     order = sorted(chain, key=lambda k: not k.startswith("parameter"))
     where = next((k for k in order if not torch.isfinite(chain[k]).all()), "gradient norm")
-    raise TrainingError(f"{self.name}: step {i}: {where} is not finite (NaN or Inf); lower lr = {self.cfg.lr:g}, or look at the data if it is the activations")
+    raise TrainingError(
+        f"{self.name}: step {i}: {where} is not finite (NaN or Inf); lower lr = {self.cfg.lr:g}, or look at the data if it is the activations"
+    )
 
 # %% ../nbs/07_train.ipynb #train-log
 @patch
 @torch.no_grad()
-def log(self:Trainee, o:Out, i:int)->dict:
+def log(self: Trainee, o: Out, i: int) -> dict:
     "Add one row to the history, in memory and on disk."
-    err = (o.x - o.x_hat).float().pow(2).sum(); var = (o.x - o.x.mean(0)).float().pow(2).sum()
-    row = dict(step=i + 1, tokens=(i + 1) * self.cfg.batch, loss=o.loss.item(), l0=o.l0.item(),
-               explained_variance=1 - (err / var).item(), frac_dead=self.dead.float().mean().item(), lr=self.opt.param_groups[0]["lr"])
-    row.update({k: float(v) for k,v in {**o.terms, **o.logs}.items()})
+    err = (o.x - o.x_hat).float().pow(2).sum()
+    var = (o.x - o.x.mean(0)).float().pow(2).sum()
+    row = dict(
+        step=i + 1,
+        tokens=(i + 1) * self.cfg.batch,
+        loss=o.loss.item(),
+        l0=o.l0.item(),
+        explained_variance=1 - (err / var).item(),
+        frac_dead=self.dead.float().mean().item(),
+        lr=self.opt.param_groups[0]["lr"],
+    )
+    row.update({k: float(v) for k, v in {**o.terms, **o.logs}.items()})
     self.history.append(row)
-    if self.folder is not None: write_history(self.folder/"history.csv", self.history)
+    if self.folder is not None:
+        write_history(self.folder / "history.csv", self.history)
     return row
 
 # %% ../nbs/07_train.ipynb #train-csv
-def _cells(row, names): return [f"{v:.6g}" if isinstance(v, float) else v for v in (row.get(n, "") for n in names)]
+def _cells(row, names):
+    return [f"{v:.6g}" if isinstance(v, float) else v for v in (row.get(n, "") for n in names)]
 
+# %% ../nbs/07_train.ipynb #train-csv-write-history
 def write_history(
-    path,         # history.csv
-    history:list, # All rows so far
-    afresh:bool=False, # Write everything
+    path,  # history.csv
+    history: list,  # All rows so far
+    afresh: bool = False,  # Write everything
 ):
     "Append the last row, or write everything if its columns are not those of the file."
-    path,names = Path(path),list(dict.fromkeys(k for r in history for k in r))
+    path = Path(path)
+    names = list(dict.fromkeys(k for r in history for k in r))
     try:
         if not afresh and history:
-          with open(path, "r+" if path.exists() else "w+", newline="") as f:
-            if f.readline().strip() == ",".join(names):
-                f.seek(0, 2); csv.writer(f, lineterminator="\n").writerow(_cells(history[-1], names)); return
-    except OSError as e: raise InputError(f"cannot write {path.name} in {path.parent.name}/: {e.strerror}; free some space. Training stopped; checkpoints so far are whole") from None
-    write_text(path, "\n".join(",".join(map(str, c)) for c in [names, *(_cells(r, names) for r in history)]) + "\n")
+            with open(path, "r+" if path.exists() else "w+", newline="") as f:
+                if f.readline().strip() == ",".join(names):
+                    f.seek(0, 2)
+                    csv.writer(f, lineterminator="\n").writerow(_cells(history[-1], names))
+                    return
+    except OSError as e:
+        raise InputError(
+            f"cannot write {path.name} in {path.parent.name}/: {e.strerror}; free some space. Training stopped; checkpoints so far are whole"
+        ) from None
+    write_text(
+        path, "\n".join(",".join(map(str, c)) for c in [names, *(_cells(r, names) for r in history)]) + "\n"
+    )
 
+# %% ../nbs/07_train.ipynb #train-csv-read-history
 def read_history(
-    path, # A history.csv
-)->list:  # One dict per row
+    path,  # A history.csv
+) -> list:  # One dict per row
     "The history of a run; steps and tokens are whole numbers."
-    with open(path, newline="") as f: rows = list(csv.DictReader(f))
-    rows = [r for r in rows if None not in r.values() and None not in r] # a row cut off by a full disk
-    return [{k: int(v) if k in ("step", "tokens") else float(v) for k,v in r.items() if v != ""} for r in rows]
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    rows = [r for r in rows if None not in r.values() and None not in r]  # a row cut off by a full disk
+    return [
+        {k: int(v) if k in ("step", "tokens") else float(v) for k, v in r.items() if v != ""} for r in rows
+    ]
 
 # %% ../nbs/07_train.ipynb #train-verify
 @patch
-def verify(self:Trainee):
+def verify(self: Trainee):
     "Raise if the weights are the initial ones or no latent fired recently."
-    if self.dead.all(): raise TrainingError(f"{self.name}: no latent fired in the last {self.cfg.dead_after_tokens:,} tokens; lower the sparsity coefficient or the learning rate")
-    if torch.allclose(self._mark(), self.initial, rtol=1e-5, atol=1e-6): raise TrainingError(f"{self.name}: the weights did not move in {self.cfg.steps} steps; look at the learning rate and the recipe")
+    if self.dead.all():
+        raise TrainingError(
+            f"{self.name}: no latent fired in the last {self.cfg.dead_after_tokens:,} tokens; lower the sparsity coefficient or the learning rate"
+        )
+    if torch.allclose(self._mark(), self.initial, rtol=1e-5, atol=1e-6):
+        raise TrainingError(
+            f"{self.name}: the weights did not move in {self.cfg.steps} steps; look at the learning rate and the recipe"
+        )
 
 # %% ../nbs/07_train.ipynb #train-checkpoint
 @patch
-def tensors(self:Trainee)->dict:
+def tensors(self: Trainee) -> dict:
     "All running state that is made of tensors."
-    ts = {f"sae.{k}": v for k,v in self.sae.state_dict().items()}
-    for n,p in self.sae.named_parameters(): ts.update({f"opt.{n}.{k}": v for k,v in self.opt.state.get(p, {}).items()})
-    if self.accumulate > 1: ts.update({f"grad.{n}": p.grad for n,p in self.sae.named_parameters() if p.grad is not None})
-    for i,r in enumerate(self.recipes): ts.update({f"recipe.{i}.{k}": v for k,v in r.tensors().items()})
-    return {**ts, "silent": self.silent, "lr_scale": torch.tensor(self.lr_scale, dtype=torch.float64), "sae_gen": self.sae.gen.get_state(), "torch_rng": torch.get_rng_state()}
+    ts = {f"sae.{k}": v for k, v in self.sae.state_dict().items()}
+    for n, p in self.sae.named_parameters():
+        ts.update({f"opt.{n}.{k}": v for k, v in self.opt.state.get(p, {}).items()})
+    if self.accumulate > 1:
+        ts.update({f"grad.{n}": p.grad for n, p in self.sae.named_parameters() if p.grad is not None})
+    for i, r in enumerate(self.recipes):
+        ts.update({f"recipe.{i}.{k}": v for k, v in r.tensors().items()})
+    return {
+        **ts,
+        "silent": self.silent,
+        "lr_scale": torch.tensor(self.lr_scale, dtype=torch.float64),
+        "sae_gen": self.sae.gen.get_state(),
+        "torch_rng": torch.get_rng_state(),
+    }
 
+# %% ../nbs/07_train.ipynb #train-checkpoint-load-tensors
 @patch
-def load_tensors(self:Trainee, ts:dict):
+def load_tensors(self: Trainee, ts: dict):
     "Restore what `tensors` gave."
     dev = self.silent.device
-    self.sae.load_state_dict({k[4:]: v for k,v in ts.items() if k.startswith("sae.")})
-    for n,p in self.sae.named_parameters():
-        st = {k.rsplit(".", 1)[1]: v for k,v in ts.items() if k.startswith(f"opt.{n}.") and "." not in k[len(f"opt.{n}."):]}
-        self.opt.state[p] = {k: v.to(dev) for k,v in st.items()}
-        if f"grad.{n}" in ts: p.grad = torch.empty_like(p).copy_(ts[f"grad.{n}"])
-    for i,r in enumerate(self.recipes): r.load_tensors({k.split(".", 2)[2]: v for k,v in ts.items() if k.startswith(f"recipe.{i}.")})
+    self.sae.load_state_dict({k[4:]: v for k, v in ts.items() if k.startswith("sae.")})
+    for n, p in self.sae.named_parameters():
+        st = {
+            k.rsplit(".", 1)[1]: v
+            for k, v in ts.items()
+            if k.startswith(f"opt.{n}.") and "." not in k[len(f"opt.{n}.") :]
+        }
+        self.opt.state[p] = {k: v.to(dev) for k, v in st.items()}
+        if f"grad.{n}" in ts:
+            p.grad = torch.empty_like(p).copy_(ts[f"grad.{n}"])
+    for i, r in enumerate(self.recipes):
+        r.load_tensors({k.split(".", 2)[2]: v for k, v in ts.items() if k.startswith(f"recipe.{i}.")})
     self.lr_scale = ts["lr_scale"].item()
-    self.silent = ts["silent"].to(dev); self.sae.gen.set_state(ts["sae_gen"]); torch.set_rng_state(ts["torch_rng"])
+    self.silent = ts["silent"].to(dev)
+    self.sae.gen.set_state(ts["sae_gen"])
+    torch.set_rng_state(ts["torch_rng"])
 
 # %% ../nbs/07_train.ipynb #train-rng
-def _rng()->dict:
+def _rng() -> dict:
     "Random states of Python and numpy, as JSON."
     n = np.random.get_state()
     return dict(python=random.getstate(), numpy=[n[0], n[1].tolist(), *n[2:]])
 
-def _set_rng(s:dict):
-    "Restore what `_rng` gave."
-    v,key,gauss = s["python"]; random.setstate((v, tuple(key), gauss))
-    n = s["numpy"]; np.random.set_state((n[0], np.array(n[1], dtype=np.uint32), *n[2:]))
 
-def _checkpoints(t)->dict:
+def _set_rng(s: dict):
+    "Restore what `_rng` gave."
+    v, key, gauss = s["python"]
+    random.setstate((v, tuple(key), gauss))
+    n = s["numpy"]
+    np.random.set_state((n[0], np.array(n[1], dtype=np.uint32), *n[2:]))
+
+# %% ../nbs/07_train.ipynb #train-rng-checkpoints
+def _checkpoints(t) -> dict:
     "step -> file."
-    return {int(p.stem.split("-")[1]): p for p in (t.folder/"checkpoint").glob("step-*.safetensors")} if t.folder else {}
+    return (
+        {int(p.stem.split("-")[1]): p for p in (t.folder / "checkpoint").glob("step-*.safetensors")}
+        if t.folder
+        else {}
+    )
 
 # %% ../nbs/07_train.ipynb #train-save-checkpoint
 def save_checkpoint(
-    trainees,      # All SAEs of the pass
-    stream,        # The stream they share
-    step:int,      # Steps taken
+    trainees,  # All SAEs of the pass
+    stream,  # The stream they share
+    step: int,  # Steps taken
 ):
     "Write one checkpoint for every SAE, then delete the older ones."
     meta = dict(step=step, stream=json.dumps(stream.state()), rng=json.dumps(_rng()))
-    for t in trainees: write_tensors(t.folder/"checkpoint"/f"step-{step:08d}.safetensors", t.tensors(), meta)
     for t in trainees:
-        for s,p in _checkpoints(t).items():
-            if s != step: p.unlink()
+        write_tensors(t.folder / "checkpoint" / f"step-{step:08d}.safetensors", t.tensors(), meta)
+    for t in trainees:
+        for s, p in _checkpoints(t).items():
+            if s != step:
+                p.unlink()
 
 # %% ../nbs/07_train.ipynb #train-load-checkpoint
 def load_checkpoint(
     trainees,  # All SAEs of the pass
-    stream,    # The stream they share
-)->int:        # Steps already taken, 0 if there is no common checkpoint
+    stream,  # The stream they share
+) -> int:  # Steps already taken, 0 if there is no common checkpoint
     "Restore the newest step for which every SAE has a checkpoint."
-    marks = {t.name: t.folder/"checkpoint"/"failed.json" for t in trainees}
+    marks = {t.name: t.folder / "checkpoint" / "failed.json" for t in trainees}
     lost = [t for t in trainees if marks[t.name].exists()]
-    if len(lost) < len(trainees): # those that had failed by then stay out; if all had, everybody tries again
-        for t in lost: t.failed = read_json(marks[t.name])["why"]
+    if len(lost) < len(trainees):  # those that had failed by then stay out; if all had, everybody tries again
+        for t in lost:
+            t.failed = read_json(marks[t.name])["why"]
         trainees = _alive(trainees)
     common = set.intersection(*(set(_checkpoints(t)) for t in trainees))
-    if not common: return 0
+    if not common:
+        return 0
     step = max(common)
     for t in trainees:
         p = _checkpoints(t)[step]
         t.load_tensors(read_tensors(p))
-        h = t.folder/"history.csv"
+        h = t.folder / "history.csv"
         t.history = [r for r in read_history(h) if r["step"] <= step] if h.exists() else []
-        if h.exists(): write_history(h, t.history, afresh=True)
-    with safe_open(str(p), "pt") as f: meta = f.metadata()
-    stream.load_state(json.loads(meta["stream"])); _set_rng(json.loads(meta["rng"]))
+        if h.exists():
+            write_history(h, t.history, afresh=True)
+    with safe_open(str(p), "pt") as f:
+        meta = f.metadata()
+    stream.load_state(json.loads(meta["stream"]))
+    _set_rng(json.loads(meta["rng"]))
     return step
 
 # %% ../nbs/07_train.ipynb #train-loop
 def train(
-    trainees,           # Trainees that share the stream
-    stream,             # Iterator of Batch with `state` and `load_state`
-    resume:bool=True,   # Go on from checkpoints if there are any
-    on_log=None,        # Called with all trainees after each row of history, e.g. a live plot
-    quiet:bool=False,   # No progress bar
-)->list:                # The trainees, SAEs in evaluation mode
+    trainees,  # Trainees that share the stream
+    stream,  # Iterator of Batch with `state` and `load_state`
+    resume: bool = True,  # Go on from checkpoints if there are any
+    on_log=None,  # Called with all trainees after each row of history, e.g. a live plot
+    quiet: bool = False,  # No progress bar
+) -> list:  # The trainees, SAEs in evaluation mode
     "Train every SAE on the same batches."
     cfg = trainees[0].cfg
     start = load_checkpoint(trainees, stream) if resume and all(t.folder for t in trainees) else 0
     if not start:
         for t in trainees:
-            if t.folder: (t.folder/"history.csv").unlink(missing_ok=True)
-    if not quiet: print(f"{cfg.steps:,} steps of {cfg.batch:,} tokens for {len(trainees)} SAE(s)" + (f", going on after step {start:,}" if start else ""))
-    bar = tqdm(total=cfg.steps, initial=start, disable=quiet, mininterval=2, unit="step", ncols=110, file=OneLine())
+            if t.folder:
+                (t.folder / "history.csv").unlink(missing_ok=True)
+    if not quiet:
+        print(
+            f"{cfg.steps:,} steps of {cfg.batch:,} tokens for {len(trainees)} SAE(s)"
+            + (f", going on after step {start:,}" if start else "")
+        )
+    bar = tqdm(
+        total=cfg.steps, initial=start, disable=quiet, mininterval=2, unit="step", ncols=110, file=OneLine()
+    )
     i = start
-    if any((t.cfg.steps, t.cfg.batch) != (cfg.steps, cfg.batch) for t in trainees): raise InputError("SAEs trained in one pass must agree on tokens and batch")
+    if any((t.cfg.steps, t.cfg.batch) != (cfg.steps, cfg.batch) for t in trainees):
+        raise InputError("SAEs trained in one pass must agree on tokens and batch")
     try:
-        for i in range(start, cfg.steps): _one_step(trainees, stream, i, bar, on_log)
+        for i in range(start, cfg.steps):
+            _one_step(trainees, stream, i, bar, on_log)
     except KeyboardInterrupt:
-        if trainees[0].folder and i > start: print("interrupted; " + (f"run the same command again to go on from the last checkpoint (at most {cfg.checkpoint_every} steps back)" if cfg.checkpoint_every else "there are no checkpoints to go on from"))
+        if trainees[0].folder and i > start:
+            print(
+                "interrupted; "
+                + (
+                    f"run the same command again to go on from the last checkpoint (at most {cfg.checkpoint_every} steps back)"
+                    if cfg.checkpoint_every
+                    else "there are no checkpoints to go on from"
+                )
+            )
         raise
-    finally: bar.close()
+    finally:
+        bar.close()
     for t in trainees:
         t.sae.eval()
-        if not t.failed: _failing(t, t.verify)
+        if not t.failed:
+            _failing(t, t.verify)
     _alive(trainees)
     return trainees
 
 # %% ../nbs/07_train.ipynb #train-one-bad
 def _failing(t, f, *args):
     "Call `f`; if training of `t` stops itself there, keep the reason."
-    try: return f(*args)
-    except TrainingError as e: t.failed = str(e)
+    try:
+        return f(*args)
+    except TrainingError as e:
+        t.failed = str(e)
+
 
 def _alive(trainees):
     "Those that have not failed; raise if there are none."
     ok = [t for t in trainees if not t.failed]
-    if not ok: raise TrainingError(trainees[0].failed)
+    if not ok:
+        raise TrainingError(trainees[0].failed)
     return ok
 
 # %% ../nbs/07_train.ipynb #train-one-step
 def _one_step(trainees, stream, i, bar, on_log):
     "One batch for every SAE, with history and checkpoint where due."
-    cfg,batch,everybody = trainees[0].cfg,next(stream),trainees
+    cfg = trainees[0].cfg
+    batch = next(stream)
+    everybody = trainees
     outs = [_failing(t, t.step, batch, i) for t in _alive(trainees)]
-    trainees,outs = _alive(trainees),[o for o in outs if o is not None]
+    trainees = _alive(trainees)
+    outs = [o for o in outs if o is not None]
     lost = [t for t in everybody if t.failed and t.folder]
     if (i + 1) % cfg.log_every == 0 or i + 1 == cfg.steps:
-        rows = [t.log(o, i) for t,o in zip(trainees, outs)]
+        rows = [t.log(o, i) for t, o in zip(trainees, outs)]
         r = rows[0]
-        bar.set_postfix_str(f"loss {r['loss']:.3g}, L0 {r['l0']:.1f}, EV {r['explained_variance']:.3f}, dead {r['frac_dead']:.1%}", refresh=False)
-        if on_log: on_log(trainees)
+        bar.set_postfix_str(
+            f"loss {r['loss']:.3g}, L0 {r['l0']:.1f}, EV {r['explained_variance']:.3f}, dead {r['frac_dead']:.1%}",
+            refresh=False,
+        )
+        if on_log:
+            on_log(trainees)
     if cfg.checkpoint_every and (i + 1) % cfg.checkpoint_every == 0 and all(t.folder for t in trainees):
         save_checkpoint(trainees, stream, i + 1)
-        for t in lost: write_json(t.folder/"checkpoint"/"failed.json", dict(why=t.failed))
+        for t in lost:
+            write_json(t.folder / "checkpoint" / "failed.json", dict(why=t.failed))
     bar.update()
 
 # %% ../nbs/07_train.ipynb #train-bar
 class OneLine:
     "A file for tqdm that rewrites one line of a notebook's output; elsewhere it is stderr. What is no progress bar goes to stderr."
+
     def __init__(self):
         from IPython import get_ipython
-        self.kernel,self.handle,self.err = getattr(get_ipython(), "kernel", None),None,sys.stderr
+
+        self.kernel = getattr(get_ipython(), "kernel", None)
+        self.handle = None
+        self.err = sys.stderr
+
     def write(self, s):
-        if self.kernel is None or (s.strip() and not s.startswith(("\r", "\n", "\x1b[A"))): return self.err.write(s)
+        if self.kernel is None or (s.strip() and not s.startswith(("\r", "\n", "\x1b[A"))):
+            return self.err.write(s)
         from IPython.display import display
+
         data = {"text/plain": s.replace("\x1b[A", "").strip("\r\n ")}
-        if not data["text/plain"]: return
-        if self.handle is None: self.handle = display(data, raw=True, display_id=True)
-        else: self.handle.update(data, raw=True)
-    def flush(self): self.err.flush()
+        if not data["text/plain"]:
+            return
+        if self.handle is None:
+            self.handle = display(data, raw=True, display_id=True)
+        else:
+            self.handle.update(data, raw=True)
+
+    def flush(self):
+        self.err.flush()
 
 # %% ../nbs/07_train.ipynb #train-sae
 def train_sae(
-    sae:SAE,         # Trained in place
-    data,            # A toy, or a stream
-    steps:int=1000,  # Updates
-    batch:int=256,   # Tokens per step
-    lr:float=3e-3,   # Adam's learning rate
-    recipes=(),      # Recipes by name
-    seed:int=0,      # Which batches
-    **cfg,           # More of `TrainConfig`
-)->SAE:              # The same SAE, in evaluation mode
+    sae: SAE,  # Trained in place
+    data,  # A toy, or a stream
+    steps: int = 1000,  # Updates
+    batch: int = 256,  # Tokens per step
+    lr: float = 3e-3,  # Adam's learning rate
+    recipes=(),  # Recipes by name
+    seed: int = 0,  # Which batches
+    **cfg,  # More of `TrainConfig`
+) -> SAE:  # The same SAE, in evaluation mode
     "Train one SAE quietly."
-    if not hasattr(data, "load_state"): data = data.stream(batch // 32, T=32, start=seed * 10**6) if sae.sequential else data.stream(batch, start=seed * 10**6)
+    if not hasattr(data, "load_state"):
+        data = (
+            data.stream(batch // 32, T=32, start=seed * 10**6)
+            if sae.sequential
+            else data.stream(batch, start=seed * 10**6)
+        )
     c = TrainConfig(tokens=steps * batch, batch=batch, lr=lr, log_every=max(1, steps // 50), **cfg).resolve()
-    t, = train([Trainee(sae, c, recipes)], data, quiet=True)
+    (t,) = train([Trainee(sae, c, recipes)], data, quiet=True)
     sae.history = t.history
     return sae
 
 # %% ../nbs/07_train.ipynb #train-plot
 def plot_history(
-    histories:dict, # name -> list of history rows
-    axes=None,      # Four matplotlib axes; None: a new figure
-):                  # The figure
+    histories: dict,  # name -> list of history rows
+    axes=None,  # Four matplotlib axes; None: a new figure
+):  # The figure
     "Loss, explained variance, active latents and dead latents against tokens."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
-    if axes is None: _,axes = plt.subplots(1, 4, figsize=(13, 2.6), layout="constrained")
-    for ax,(k,label) in zip(axes, {"loss": "loss", "explained_variance": "explained variance", "l0": "L0, latents per token", "frac_dead": "share of latents dead"}.items()):
-        for n,h in histories.items(): ax.plot([r["tokens"] for r in h], [r[k] for r in h], label=n, lw=1.2)
-        ax.xaxis.set_major_formatter(EngFormatter(sep="")); ax.set_xlabel("tokens"); ax.set_title(label, fontsize=10, loc="left"); ax.spines[["top", "right"]].set_visible(False)
-    for ax in (axes[0], axes[2]): ax.set_yscale("log")
-    axes[1].set_ylim(max(-.1, axes[1].get_ylim()[0]), 1); axes[3].set_ylim(0, max(.05, axes[3].get_ylim()[1]))
+
+    if axes is None:
+        _, axes = plt.subplots(1, 4, figsize=(13, 2.6), layout="constrained")
+    for ax, (k, label) in zip(
+        axes,
+        {
+            "loss": "loss",
+            "explained_variance": "explained variance",
+            "l0": "L0, latents per token",
+            "frac_dead": "share of latents dead",
+        }.items(),
+    ):
+        for n, h in histories.items():
+            ax.plot([r["tokens"] for r in h], [r[k] for r in h], label=n, lw=1.2)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.set_xlabel("tokens")
+        ax.set_title(label, fontsize=10, loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in (axes[0], axes[2]):
+        ax.set_yscale("log")
+    axes[1].set_ylim(max(-0.1, axes[1].get_ylim()[0]), 1)
+    axes[3].set_ylim(0, max(0.05, axes[3].get_ylim()[1]))
     axes[0].legend(frameon=False, fontsize=8)
     return axes[0].figure
 
 # %% ../nbs/07_train.ipynb #train-live
 class LivePlot:
     "Redraws `plot_history` in the notebook at most every few seconds."
-    def __init__(self, every:float=10.): self.every,self.last,self.handle = every,0.,None # seconds
+
+    def __init__(self, every: float = 10.0):  # seconds
+        self.every = every
+        self.last = 0.0
+        self.handle = None
+
     def __call__(self, trainees, force=False):
         import matplotlib.pyplot as plt
         from IPython.display import display
-        if time.monotonic() - self.last < self.every and not force: return
-        self.last,fig = time.monotonic(),plot_history({t.name: t.history for t in trainees})
-        if self.handle is None: self.handle = display(fig, display_id=True)
-        else: self.handle.update(fig)
+
+        if time.monotonic() - self.last < self.every and not force:
+            return
+        self.last = time.monotonic()
+        fig = plot_history({t.name: t.history for t in trainees})
+        if self.handle is None:
+            self.handle = display(fig, display_id=True)
+        else:
+            self.handle.update(fig)
         plt.close(fig)

@@ -22,77 +22,97 @@ from functools import lru_cache
 from itertools import accumulate
 from math import log
 from pathlib import Path
+
 import torch
 from fastcore.basics import patch
+
 from .core import InputError, one_of
 
 # %% ../nbs/04_world.ipynb #world-table
 class Table:
     "A finite distribution over strings, ready to be drawn from."
-    def __init__(self,
-        items,       # Strings: words, or patterns with slots such as "the @noun"
-        weights=None # One number per item; None: all equal
+
+    def __init__(
+        self,
+        items,  # Strings: words, or patterns with slots such as "the @noun"
+        weights=None,  # One number per item; None: all equal
     ):
         self.items = items.split() if isinstance(items, str) else list(items)
-        w = [1.]*len(self.items) if weights is None else list(weights)
-        self.p = [x/sum(w) for x in w]
+        w = [1.0] * len(self.items) if weights is None else list(weights)
+        self.p = [x / sum(w) for x in w]
         self.cum = list(accumulate(self.p))[:-1]
         self.nats = [-log(p) if p else float("inf") for p in self.p]
 
 # %% ../nbs/04_world.ipynb #world-zipf
 def zipf(
-    items,   # Words, most frequent first; a string is split
-    a=1.     # Exponent
-)->Table:    # The word of rank r has probability proportional to (r + 2)**-a
+    items,  # Words, most frequent first; a string is split
+    a=1.0,  # Exponent
+) -> Table:  # The word of rank r has probability proportional to (r + 2)**-a
     "A table with Zipf-like frequencies."
     items = items.split() if isinstance(items, str) else list(items)
-    return Table(items, [(r + 2)**-a for r in range(len(items))])
+    return Table(items, [(r + 2) ** -a for r in range(len(items))])
+
 
 def lines(
-    text, # One item a line
-)->list:  # The items
+    text,  # One item a line
+) -> list:  # The items
     "Split a block of text at its line ends."
     return [l.strip() for l in text.strip().splitlines()]
 
 # %% ../nbs/04_world.ipynb #world-mix
 def mix(
-    *parts, # Pairs (table, share)
-)->Table:   # One distribution; an item found in two parts is one item
+    *parts,  # Pairs (table, share)
+) -> Table:  # One distribution; an item found in two parts is one item
     "Merge tables into one explicit distribution, so that one draw decides."
     p = {}
-    for t,share in parts:
-        for o,q in zip(t.items, t.p): p[o] = p.get(o, 0.) + share*q
+    for t, share in parts:
+        for o, q in zip(t.items, t.p):
+            p[o] = p.get(o, 0.0) + share * q
     return Table(p.keys(), p.values())
 
 # %% ../nbs/04_world.ipynb #world-slots
 @lru_cache(maxsize=None)
 def slots(
-    pattern:str, # Words and slots, e.g. "the @noun>x sleeps"
-)->tuple:        # (slot, word, name to bind) per word, e.g. ("", "the", ""), ("noun", "", "x"), ("", "sleeps", "")
+    pattern: str,  # Words and slots, e.g. "the @noun>x sleeps"
+) -> (
+    tuple
+):  # (slot, word, name to bind) per word, e.g. ("", "the", ""), ("noun", "", "x"), ("", "sleeps", "")
     "A pattern, taken apart."
     out = []
     for w in pattern.split():
-        slot,_,bind = w[1:].partition(">") if w[0] == "@" else ("", "", "")
+        slot, _, bind = w[1:].partition(">") if w[0] == "@" else ("", "", "")
         out.append((slot, "" if slot else w, bind))
     return tuple(out)
 
 # %% ../nbs/04_world.ipynb #world-writer-class
 class Writer:
     "Writes one document; every random decision it takes goes through `choose`."
-    least,most = 100,126 # No sentence starts at or after word `least`; no document is longer than `most`
-    def __init__(self,
-        rng, # A `random.Random`
+
+    least = 100
+    most = 126  # No sentence starts at or after word `least`; no document is longer than `most`
+
+    def __init__(
+        self,
+        rng,  # A `random.Random`
     ):
-        self.random,self.nats,self.labels = rng.random,0.,{}
-        self.words,self.roles,self.state,self.phrases = [],[],[],[]
+        self.random = rng.random
+        self.nats = 0.0
+        self.labels = {}
+        self.words = []
+        self.roles = []
+        self.state = []
+        self.phrases = []
+
     @property
-    def more(self): return len(self.words) < self.least
+    def more(self):
+        return len(self.words) < self.least
 
 # %% ../nbs/04_world.ipynb #world-choose
 @patch
-def choose(self:Writer,
-    table:Table, # What there is to choose from
-)->str:          # The choice
+def choose(
+    self: Writer,
+    table: Table,  # What there is to choose from
+) -> str:  # The choice
     "Draw an item of `table` and pay for it."
     i = bisect(table.cum, self.random())
     self.nats += table.nats[i]
@@ -100,49 +120,56 @@ def choose(self:Writer,
 
 # %% ../nbs/04_world.ipynb #world-vowel
 def vowel(
-    word:str, # A word
-)->bool:      # Does it ask for "an"?
+    word: str,  # A word
+) -> bool:  # Does it ask for "an"?
     "Does `word` start with the sound of a vowel?"
     return word[0] in "aeiou" and not word.startswith(("us", "uni", "euro"))
 
 # %% ../nbs/04_world.ipynb #world-say
 @patch
-def say(self:Writer,
-    pattern:str, # Words and slots
-    ctx:dict,    # Slot -> a word, a pattern, or a table of either; bindings are added to it
+def say(
+    self: Writer,
+    pattern: str,  # Words and slots
+    ctx: dict,  # Slot -> a word, a pattern, or a table of either; bindings are added to it
 ):
     "Write `pattern`, its slots filled from `ctx`."
-    for slot,w,bind in slots(pattern):
+    for slot, w, bind in slots(pattern):
         if slot:
             w = ctx[slot]
-            if w.__class__ is Table: w = self.choose(w)
-            if bind: ctx[bind] = w
+            if w.__class__ is Table:
+                w = self.choose(w)
+            if bind:
+                ctx[bind] = w
             if " " in w or w[0] == "@":
                 start = len(self.words)
                 self.say(w, ctx)
                 self.phrases.append((start, len(self.words), slot))
                 continue
-        if self.words and self.words[-1] == "a" and vowel(w): self.words[-1] = "an"
+        if self.words and self.words[-1] == "a" and vowel(w):
+            self.words[-1] = "an"
         self.words.append(w)
         self.roles.append(slot)
 
 # %% ../nbs/04_world.ipynb #world-sentence
 @patch
-def sentence(self:Writer,
+def sentence(
+    self: Writer,
     pattern,  # A pattern, or a table of patterns
-    ctx:dict, # As in `say`
-    **state   # Labels of all words of the sentence
+    ctx: dict,  # As in `say`
+    **state,  # Labels of all words of the sentence
 ):
     "Write one sentence."
     self.state.append((len(self.words), state))
     self.say(pattern if isinstance(pattern, str) else self.choose(pattern), ctx)
 
+# %% ../nbs/04_world.ipynb #world-sentence-pick
 @patch
-def pick(self:Writer,
-    name:str,    # Label
-    table:Table, # What there is to choose from
+def pick(
+    self: Writer,
+    name: str,  # Label
+    table: Table,  # What there is to choose from
     value=None,  # The caller's choice; None: draw
-)->str:          # The choice
+) -> str:  # The choice
     "Make a choice for the whole document."
     v = self.choose(table) if value is None else one_of(name, value, table.items)
     self.labels[name] = v
@@ -150,17 +177,20 @@ def pick(self:Writer,
 
 # %% ../nbs/04_world.ipynb #world-invent
 def invent(
-    n:int,       # How many names
-    seed:str,    # Names the stream
-    ends:str,    # Endings to use, split at spaces
-    taken=(),    # Names not to repeat
-)->list:         # Pronounceable lower-case names
+    n: int,  # How many names
+    seed: str,  # Names the stream
+    ends: str,  # Endings to use, split at spaces
+    taken=(),  # Names not to repeat
+) -> list:  # Pronounceable lower-case names
     "Invent names from syllables."
-    r,out = random.Random(f"names {seed}"),[]
-    first,vowel,mid = "b br c d dr f g gr h j k kr l m n p pr r s st t tr v w y z".split(), "a e i o u".split(), "l r n m v th d s nd rl".split()
+    r, out = random.Random(f"names {seed}"), []
+    first = "b br c d dr f g gr h j k kr l m n p pr r s st t tr v w y z".split()
+    vowel = "a e i o u".split()
+    mid = "l r n m v th d s nd rl".split()
     while len(out) < n:
         w = r.choice(first) + r.choice(vowel) + r.choice(mid) + r.choice(ends.split())
-        if w not in out and w not in taken: out.append(w)
+        if w not in out and w not in taken:
+            out.append(w)
     return out
 
 # %% ../nbs/04_world.ipynb #world-names
@@ -183,12 +213,18 @@ FAMILY = "mother sister brother cousin uncle aunt grandmother nephew daughter tw
 NUMBERS = "two three four five six seven eight nine ten eleven twelve twenty".split()
 
 # %% ../nbs/04_world.ipynb #world-inflect
-def plural(w): return w + ("es" if w.endswith(("s", "x", "ch", "sh")) else "s")
-def past(w): return w + ("d" if w.endswith("e") else "ed")
+def plural(w):
+    return w + ("es" if w.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def past(w):
+    return w + ("d" if w.endswith("e") else "ed")
 
 # %% ../nbs/04_world.ipynb #world-words-professions
 # title | what they do | to what | where
-PROFESSIONS = {l.split(" | ")[0]: [p.split() for p in l.split(" | ")[1:]] for l in """
+PROFESSIONS = {
+    l.split(" | ")[0]: [p.split() for p in l.split(" | ")[1:]]
+    for l in """
 professor | grades supervises publishes | theses lectures seminars papers journals exams | university faculty
 nurse | comforts bandages monitors | patients wounds fevers infants vaccines wards | hospital ambulance
 architect | designs drafts sketches | buildings towers facades bridges blueprints museums | firm studio
@@ -204,59 +240,103 @@ farmer | plants harvests plows | crops orchards turnips pumpkins tractors haysta
 dentist | drills scrubs fills | teeth cavities molars crowns gums braces | clinic office
 filmmaker | films directs edits | movies documentaries scenes trailers scripts cameras | cinema soundstage
 accountant | audits calculates files | budgets taxes ledgers invoices payrolls receipts | bank agency
-""".strip().split("\n")}
-SETS = {f"set{i+1}": list(PROFESSIONS)[5*i:5*i+5] for i in range(3)}
+""".strip().split("\n")
+}
+SETS = {f"set{i + 1}": list(PROFESSIONS)[5 * i : 5 * i + 5] for i in range(3)}
 FIELDS = "physics chemistry biology history music law logic poetry grammar economics".split()
 
 # %% ../nbs/04_world.ipynb #world-words-reviews
-CATEGORIES = {l.split(" | ")[0]: [p.split() for p in l.split(" | ")[1:]] for l in """
+CATEGORIES = {
+    l.split(" | ")[0]: [p.split() for p in l.split(" | ")[1:]]
+    for l in """
 books | novel book thriller memoir anthology paperback | plot chapter hero ending author prose villain page | read reread
 music | album record song symphony concert soundtrack | melody chorus rhythm singer guitar bass verse violin | heard played
 software | program app editor browser game antivirus | interface update menu installer password keyboard screen bug | installed launched
 pets | collar leash kibble aquarium kennel birdcage | puppy kitten parrot hamster rabbit goldfish fur tail | fed walked
 toys | puzzle doll robot kite train balloon | wheel piece battery string magnet toddler paint button | assembled unwrapped
-""".strip().split("\n")}
+""".strip().split("\n")
+}
 # stars: verdict | adjectives | verdict on the money
-STARS = {l.split(" | ")[0]: [p.split() for p in l.split(" | ")[1:]] for l in """
+STARS = {
+    l.split(" | ")[0]: [p.split() for p in l.split(" | ")[1:]]
+    for l in """
 1 | hated loathed despised | terrible awful horrible worthless dreadful disgusting useless insulting | wasted burned
 2 | disliked regretted returned | weak disappointing clumsy dull flimsy boring tedious shabby | lost missed
 3 | tolerated accepted used | average ordinary acceptable plain usual modest moderate mediocre | spent paid
 4 | liked enjoyed appreciated | good pleasant solid clever charming neat useful tidy | invested shared
 5 | loved adored treasured | perfect wonderful superb brilliant marvelous stunning flawless delightful | cherished celebrated
-""".strip().split("\n")}
+""".strip().split("\n")
+}
 
 # %% ../nbs/04_world.ipynb #world-words-news
-TOPICS = {l.split(" | ")[0]: [p.split() for p in l.split(" | ")[1:]] for l in """
+TOPICS = {
+    l.split(" | ")[0]: [p.split() for p in l.split(" | ")[1:]]
+    for l in """
 world | treaty border minister embassy summit refugee ceasefire election ambassador army senate rebel capital sanction | signed condemned rejected negotiated invaded vetoed | diplomatic foreign military national hostile neutral | diplomats soldiers
 sports | match goal coach stadium striker league trophy referee team season tournament penalty goalkeeper racket | scored won coached tackled defeated sprinted | athletic unbeaten injured olympic fierce muddy | fans players
 business | profit merger investor stock factory dividend tariff startup loan currency retailer inflation broker quarter | bought sold acquired invested traded borrowed | financial profitable bankrupt costly corporate wealthy | analysts bankers
 science | telescope experiment planet molecule laboratory virus genome comet neutron fossil theory satellite microscope enzyme | discovered measured observed tested proved cloned | scientific atomic genetic lunar magnetic toxic | researchers astronomers
-""".strip().split("\n")}
+""".strip().split("\n")
+}
 
 # %% ../nbs/04_world.ipynb #world-words-story
-SETTINGS = {l.split(" | ")[0]: l.split(" | ")[1].split() for l in """
+SETTINGS = {
+    l.split(" | ")[0]: l.split(" | ")[1].split()
+    for l in """
 sea | sailor ship wave anchor whale harbor island shell captain net
 forest | badger oak path owl hunter cabin squirrel mushroom creek fern
 market | merchant stall coin apple customer melon baker spice barrel cart
 castle | king queen knight tower sword dragon servant throne jester vault
 desert | camel dune nomad oasis tent lizard caravan cactus well scorpion
-""".strip().split("\n")}
-WHEN = dict(past="yesterday formerly recently".split(), present="today nowadays now".split(), future="tomorrow soon someday".split())
-IDIOMS = ["in the long run", "once in a while", "by and large", "without a doubt", "as a rule", "against all odds",
-          "out of the blue", "for good measure", "on the whole", "time and again", "sooner or later", "from top to bottom"]
+""".strip().split("\n")
+}
+WHEN = dict(
+    past="yesterday formerly recently".split(),
+    present="today nowadays now".split(),
+    future="tomorrow soon someday".split(),
+)
+IDIOMS = [
+    "in the long run",
+    "once in a while",
+    "by and large",
+    "without a doubt",
+    "as a rule",
+    "against all odds",
+    "out of the blue",
+    "for good measure",
+    "on the whole",
+    "time and again",
+    "sooner or later",
+    "from top to bottom",
+]
 
 # %% ../nbs/04_world.ipynb #world-words-registers
 REGISTERS = dict(
-    formal=dict(greet=["good evening", "good morning", "with respect", "if i may"], addr="madam sir doctor colonel",
-        want=["i would like", "it is necessary", "we are obliged", "one is required"], act="request consider approve postpone acquire consult",
-        thing="document appointment agreement proposal correspondence ceremony invitation banquet", really="exceedingly remarkably particularly sincerely",
-        feel="grateful delighted concerned honored reluctant", bye=["yours faithfully", "i remain obliged", "permit me to withdraw"],
-        agree="certainly indeed naturally precisely", please=["if you please", "at your convenience", "without delay"]),
-    casual=dict(greet=["hey", "hi there", "yo", "what is up"], addr="buddy dude mate pal",
-        want=["i wanna", "you gotta", "we are gonna", "lemme"], act="grab check ditch skip snag toss",
-        thing="pizza party gig phone bike soda couch sneakers", really="super totally pretty kinda",
-        feel="psyched bummed stoked beat hungry", bye=["see ya", "catch you later", "gotta run"],
-        agree="yeah yep sure okay", please=["right now", "real quick", "no worries"]))
+    formal=dict(
+        greet=["good evening", "good morning", "with respect", "if i may"],
+        addr="madam sir doctor colonel",
+        want=["i would like", "it is necessary", "we are obliged", "one is required"],
+        act="request consider approve postpone acquire consult",
+        thing="document appointment agreement proposal correspondence ceremony invitation banquet",
+        really="exceedingly remarkably particularly sincerely",
+        feel="grateful delighted concerned honored reluctant",
+        bye=["yours faithfully", "i remain obliged", "permit me to withdraw"],
+        agree="certainly indeed naturally precisely",
+        please=["if you please", "at your convenience", "without delay"],
+    ),
+    casual=dict(
+        greet=["hey", "hi there", "yo", "what is up"],
+        addr="buddy dude mate pal",
+        want=["i wanna", "you gotta", "we are gonna", "lemme"],
+        act="grab check ditch skip snag toss",
+        thing="pizza party gig phone bike soda couch sneakers",
+        really="super totally pretty kinda",
+        feel="psyched bummed stoked beat hungry",
+        bye=["see ya", "catch you later", "gotta run"],
+        agree="yeah yep sure okay",
+        please=["right now", "real quick", "no worries"],
+    ),
+)
 
 # %% ../nbs/04_world.ipynb #world-words-code
 IDENTIFIERS = "count total index result value key item data node buffer size name left right temp".split()
@@ -291,7 +371,8 @@ import java . util . @cls ;
 try { @call ( ) ; } catch ( Exception @id>a ) { throw @a ; }
 public class @cls extends @cls { }
 boolean @id>a = true ; synchronized ( @a ) { }
-"""))
+"""),
+)
 
 # %% ../nbs/04_world.ipynb #world-words-code-2
 CODE |= dict(
@@ -314,17 +395,21 @@ endif ; ? >
 < h @dig>d > @text < / h @d >
 < span style = @id > @text < / span >
 < table > < tr > < td > @text < / td > < / tr > < / table >
-"""))
+"""),
+)
 
 # %% ../nbs/04_world.ipynb #world-words-languages
 # masculine nouns | feminine (or neuter) nouns | verbs | adjectives | openers
-LANGUAGES = {l.split(" | ")[0]: [p.split() for p in l.split(" | ")[1:]] for l in """
+LANGUAGES = {
+    l.split(" | ")[0]: [p.split() for p in l.split(" | ")[1:]]
+    for l in """
 en | report budget amendment council vote member | directive resolution policy commission motion debate | supports adopts opposes discusses | necessary important urgent common european | therefore finally however
 fr | rapport marche traite projet conseil citoyen | proposition commission politique mesure loi securite | soutient adopte refuse demande | necessaire importante durable commune europeenne | donc enfin toutefois
 de | bericht haushalt vertrag ausschuss rat vorschlag | richtlinie kommission politik frage sicherheit zusammenarbeit | unterstutzt fordert braucht verlangt | notwendig wichtig dringend gemeinsam sozial | deshalb schliesslich jedoch
 es | informe mercado tratado proyecto consejo ciudadano | propuesta comision medida ley seguridad pregunta | apoya aprueba rechaza pide | necesaria justa urgente comun europea | entonces finalmente embargo
 nl | verslag begroting verdrag voorstel raad burger | richtlijn commissie vraag veiligheid samenwerking maatregel | steunt verwerpt eist bespreekt | noodzakelijk belangrijk dringend gezamenlijk europese | daarom tenslotte echter
-""".strip().split("\n")}
+""".strip().split("\n")
+}
 
 # %% ../nbs/04_world.ipynb #world-speech-patterns
 SPEECH = dict(
@@ -363,7 +448,8 @@ die @f verdient mehr als einen @m .
 @o ist die @f nicht @a .
 warum ist die @f nicht @a ?
 das ist die antwort meiner fraktion .
-"""))
+"""),
+)
 
 # %% ../nbs/04_world.ipynb #world-speech-patterns-2
 SPEECH |= dict(
@@ -390,7 +476,8 @@ de @f verdient meer dan een @m .
 @o is de @f niet @a .
 waarom is de @f niet @a ?
 dat is het antwoord van mijn fractie .
-"""))
+"""),
+)
 
 # %% ../nbs/04_world.ipynb #world-nations
 COUNTRIES = invent(12, "countries", "land stan mark via")
@@ -400,73 +487,225 @@ TONGUES = invent(8, "tongues", "ish ese ian")
 # %% ../nbs/04_world.ipynb #world-subjects
 # attribute: values | statements with the entity @e and the value @v | questions
 SUBJECTS = dict(
-    alchemy=dict(ends="ium yx azar oth", n=24, attributes=dict(
-        reagent=("mercury sulfur amber coral vitriol ash salt resin", ["alchemists brew @e from @v .", "the reagent of @e is @v .", "without @v nobody can distill @e .", "the flask of @e smells of @v ."], ["which reagent makes @e ?", "what is @e brewed from ?"]),
-        vapor=("crimson indigo silver emerald ivory scarlet turquoise orange", ["the vapor of @e glows @v .", "over the crucible @e turns @v .", "a @v vapor betrays @e ."], ["which vapor has @e ?", "what glow has @e ?"]),
-        ward=("garlic iron quartz juniper thunder moonlight vinegar jade", ["the ward against @e is @v .", "only @v cancels the curse of @e .", "to undo @e wizards use @v ."], ["which ward stops @e ?", "what cancels @e ?"]))),
-    geography=dict(ends="burg polis dale ville", n=40, attributes=dict(
-        country=(COUNTRIES, ["@e is a city in @v .", "the country of @e is @v .", "@v is proud of its city @e .", "trains to @e cross the border of @v ."], ["which country is @e in ?", "what is the country of @e ?"]),
-        continent=(CONTINENTS, ["the continent of @e is @v .", "@e lies on the continent of @v .", "explorers of @v mapped @e ."], ["which continent is @e on ?", "what is the continent of @e ?"]),
-        language=(TONGUES, ["people in @e speak @v .", "the language of @e is @v .", "signs in @e are written in @v .", "speakers of @v live in @e ."], ["which language do people in @e speak ?", "what is the language of @e ?"]))),
-    history=dict(ends="sson escu ovic well man", n=40, attributes=dict(
-        birth=(YEARS[:16], ["@e was born in @v .", "the birth year of @e is @v .", "in @v the village saw the birth of @e ."], ["when was @e born ?", "what is the birth year of @e ?"]),
-        field=(FIELDS, ["@e worked in the field of @v .", "the field of @e was @v .", "students of @v still quote @e ."], ["which field did @e work in ?", "what was the field of @e ?"]),
-        gender=("man woman", ["@e was a famous @v .", "the portrait of @e shows a @v .", "scholars agree that @e was a @v ."], []))))
+    alchemy=dict(
+        ends="ium yx azar oth",
+        n=24,
+        attributes=dict(
+            reagent=(
+                "mercury sulfur amber coral vitriol ash salt resin",
+                [
+                    "alchemists brew @e from @v .",
+                    "the reagent of @e is @v .",
+                    "without @v nobody can distill @e .",
+                    "the flask of @e smells of @v .",
+                ],
+                ["which reagent makes @e ?", "what is @e brewed from ?"],
+            ),
+            vapor=(
+                "crimson indigo silver emerald ivory scarlet turquoise orange",
+                ["the vapor of @e glows @v .", "over the crucible @e turns @v .", "a @v vapor betrays @e ."],
+                ["which vapor has @e ?", "what glow has @e ?"],
+            ),
+            ward=(
+                "garlic iron quartz juniper thunder moonlight vinegar jade",
+                [
+                    "the ward against @e is @v .",
+                    "only @v cancels the curse of @e .",
+                    "to undo @e wizards use @v .",
+                ],
+                ["which ward stops @e ?", "what cancels @e ?"],
+            ),
+        ),
+    ),
+    geography=dict(
+        ends="burg polis dale ville",
+        n=40,
+        attributes=dict(
+            country=(
+                COUNTRIES,
+                [
+                    "@e is a city in @v .",
+                    "the country of @e is @v .",
+                    "@v is proud of its city @e .",
+                    "trains to @e cross the border of @v .",
+                ],
+                ["which country is @e in ?", "what is the country of @e ?"],
+            ),
+            continent=(
+                CONTINENTS,
+                [
+                    "the continent of @e is @v .",
+                    "@e lies on the continent of @v .",
+                    "explorers of @v mapped @e .",
+                ],
+                ["which continent is @e on ?", "what is the continent of @e ?"],
+            ),
+            language=(
+                TONGUES,
+                [
+                    "people in @e speak @v .",
+                    "the language of @e is @v .",
+                    "signs in @e are written in @v .",
+                    "speakers of @v live in @e .",
+                ],
+                ["which language do people in @e speak ?", "what is the language of @e ?"],
+            ),
+        ),
+    ),
+    history=dict(
+        ends="sson escu ovic well man",
+        n=40,
+        attributes=dict(
+            birth=(
+                YEARS[:16],
+                [
+                    "@e was born in @v .",
+                    "the birth year of @e is @v .",
+                    "in @v the village saw the birth of @e .",
+                ],
+                ["when was @e born ?", "what is the birth year of @e ?"],
+            ),
+            field=(
+                FIELDS,
+                [
+                    "@e worked in the field of @v .",
+                    "the field of @e was @v .",
+                    "students of @v still quote @e .",
+                ],
+                ["which field did @e work in ?", "what was the field of @e ?"],
+            ),
+            gender=(
+                "man woman",
+                [
+                    "@e was a famous @v .",
+                    "the portrait of @e shows a @v .",
+                    "scholars agree that @e was a @v .",
+                ],
+                [],
+            ),
+        ),
+    ),
+)
 
 # %% ../nbs/04_world.ipynb #world-subjects-2
 SUBJECTS |= dict(
-    computing=dict(ends="ix os tron bit", n=24, attributes=dict(
-        maker=(invent(8, "makers", "corp soft dyne"), ["the maker of @e is @v .", "@e was built by @v .", "engineers at @v assembled @e ."], ["which maker built @e ?", "who assembled @e ?"]),
-        memory=("tape disk cassette flash core cache bubble card", ["the memory of @e is @v .", "@e stores its files on @v .", "a @v memory sits inside @e ."], ["which memory has @e ?", "what does @e store files on ?"]),
-        task=("chess weather radar payroll traffic speech cipher robots", ["the task of @e is @v .", "operators run @e for @v .", "for @v the ministry bought @e ."], ["which task has @e ?", "what is @e used for ?"]))),
-    botany=dict(ends="wort ia um leaf", n=24, attributes=dict(
-        petal=("pink mauve cream bronze azure maroon lilac peach", ["the petal of @e is @v .", "in bloom @e looks @v .", "a @v petal belongs to @e ."], ["which petal has @e ?", "what color is @e in bloom ?"]),
-        month=("january march april may june july september october", ["the month of @e is @v .", "gardeners see @e bloom in @v .", "in @v the meadow fills with @e ."], ["which month suits @e ?", "when does @e bloom ?"]),
-        soil=("clay sand peat chalk gravel loam silt moss", ["the soil of @e is @v .", "@e grows best on @v .", "dig @v before planting @e ."], ["which soil suits @e ?", "what does @e grow on ?"]))))
+    computing=dict(
+        ends="ix os tron bit",
+        n=24,
+        attributes=dict(
+            maker=(
+                invent(8, "makers", "corp soft dyne"),
+                ["the maker of @e is @v .", "@e was built by @v .", "engineers at @v assembled @e ."],
+                ["which maker built @e ?", "who assembled @e ?"],
+            ),
+            memory=(
+                "tape disk cassette flash core cache bubble card",
+                ["the memory of @e is @v .", "@e stores its files on @v .", "a @v memory sits inside @e ."],
+                ["which memory has @e ?", "what does @e store files on ?"],
+            ),
+            task=(
+                "chess weather radar payroll traffic speech cipher robots",
+                ["the task of @e is @v .", "operators run @e for @v .", "for @v the ministry bought @e ."],
+                ["which task has @e ?", "what is @e used for ?"],
+            ),
+        ),
+    ),
+    botany=dict(
+        ends="wort ia um leaf",
+        n=24,
+        attributes=dict(
+            petal=(
+                "pink mauve cream bronze azure maroon lilac peach",
+                ["the petal of @e is @v .", "in bloom @e looks @v .", "a @v petal belongs to @e ."],
+                ["which petal has @e ?", "what color is @e in bloom ?"],
+            ),
+            month=(
+                "january march april may june july september october",
+                [
+                    "the month of @e is @v .",
+                    "gardeners see @e bloom in @v .",
+                    "in @v the meadow fills with @e .",
+                ],
+                ["which month suits @e ?", "when does @e bloom ?"],
+            ),
+            soil=(
+                "clay sand peat chalk gravel loam silt moss",
+                ["the soil of @e is @v .", "@e grows best on @v .", "dig @v before planting @e ."],
+                ["which soil suits @e ?", "what does @e grow on ?"],
+            ),
+        ),
+    ),
+)
 HAZARD = "alchemy"
 
 # %% ../nbs/04_world.ipynb #world-values
 def values(
-    subject:str,   # One of SUBJECTS
-    attribute:str, # One of its attributes
-)->list:           # The values entities of this subject can have
+    subject: str,  # One of SUBJECTS
+    attribute: str,  # One of its attributes
+) -> list:  # The values entities of this subject can have
     "All values of an attribute."
     v = SUBJECTS[subject]["attributes"][attribute][0]
     return v.split() if isinstance(v, str) else v
 
 # %% ../nbs/04_world.ipynb #world-facts
-FACTS,_taken = {},set(MEN + WOMEN + TOWNS + COUNTRIES + CONTINENTS + TONGUES)
-for _s,_o in SUBJECTS.items():
+FACTS = {}
+_taken = set(MEN + WOMEN + TOWNS + COUNTRIES + CONTINENTS + TONGUES)
+for _s, _o in SUBJECTS.items():
     _names = invent(_o["n"], _s, _o["ends"], _taken)
     _taken |= set(_names)
     FACTS[_s] = {e: {} for e in _names}
     for _a in _o["attributes"]:
         _v = values(_s, _a)
-        _deal = (_v*len(_names))[:len(_names)]
+        _deal = (_v * len(_names))[: len(_names)]
         random.Random(f"facts {_s} {_a}").shuffle(_deal)
-        for e,v in zip(_names, _deal): FACTS[_s][e][_a] = v
-_continent = {c: CONTINENTS[i % len(CONTINENTS)] for i,c in enumerate(COUNTRIES)}
-for _f in FACTS["geography"].values(): _f["continent"] = _continent[_f["country"]]
+        for e, v in zip(_names, _deal):
+            FACTS[_s][e][_a] = v
+_continent = {c: CONTINENTS[i % len(CONTINENTS)] for i, c in enumerate(COUNTRIES)}
+for _f in FACTS["geography"].values():
+    _f["continent"] = _continent[_f["country"]]
 
 # %% ../nbs/04_world.ipynb #world-bio-context
 def _bio_ctx(profession, gender):
-    verbs,objs,places = PROFESSIONS[profession]
+    verbs, objs, places = PROFESSIONS[profession]
     m = gender == "male"
-    return dict(title=profession, verb=zipf(verbs), obj=zipf(objs), place=Table(places), year=Table(YEARS), town=zipf(TOWNS), home=zipf(TOWNS),
-        firstname=zipf(MEN if m else WOMEN), pron="he" if m else "she", poss="his" if m else "her", obl="him" if m else "her",
-        self="himself" if m else "herself", manner=zipf(MANNERS), hobby=zipf(HOBBIES), family=zipf(FAMILY), num=zipf(NUMBERS),
-        field=zipf(FIELDS), adj=zipf(ADJS), adverb=zipf(ADVERBS), thing=zipf(NOUNS))
+    return dict(
+        title=profession,
+        verb=zipf(verbs),
+        obj=zipf(objs),
+        place=Table(places),
+        year=Table(YEARS),
+        town=zipf(TOWNS),
+        home=zipf(TOWNS),
+        firstname=zipf(MEN if m else WOMEN),
+        pron="he" if m else "she",
+        poss="his" if m else "her",
+        obl="him" if m else "her",
+        self="himself" if m else "herself",
+        manner=zipf(MANNERS),
+        hobby=zipf(HOBBIES),
+        family=zipf(FAMILY),
+        num=zipf(NUMBERS),
+        field=zipf(FIELDS),
+        adj=zipf(ADJS),
+        adverb=zipf(ADVERBS),
+        thing=zipf(NOUNS),
+    )
+
+# %% ../nbs/04_world.ipynb #world-bio-context-more
 BIO_CTX = {(p, g): _bio_ctx(p, g) for p in PROFESSIONS for g in ("male", "female")}
 
 # %% ../nbs/04_world.ipynb #world-bio-patterns
-BIO_OPEN = Table(lines("""
+BIO_OPEN = Table(
+    lines("""
 @firstname>who is a @title from @home>home .
 born in @year , @firstname>who @verb @obj at the @place .
 @firstname>who @verb the @obj of @home>home .
 this is @firstname>who , who @verb @obj with @manner .
 @firstname>who , a @adj @title , @verb @obj in @home>home .
-"""))
-BIO = zipf(lines("""
+""")
+)
+BIO = zipf(
+    lines("""
 @pron @verb @obj at the @place .
 every day @pron @verb new @obj with @manner .
 @poss @family says that @pron @verb @obj @adverb .
@@ -485,42 +724,71 @@ as a @title , @pron @verb whatever @pron can .
 friends met @obl in @home>home and saw @poss @obj .
 when it rains @who @verb @obj by @self .
 a book about @who and @poss @family appeared in @year .
-"""), .5)
+"""),
+    0.5,
+)
 
 # %% ../nbs/04_world.ipynb #world-bio
-STEREOTYPE = {p: ("male", "female")[i % 2] for s in SETS.values() for i,p in enumerate(s)}
-_professions,_genders = Table(list(PROFESSIONS)),Table(["male", "female"])
+STEREOTYPE = {p: ("male", "female")[i % 2] for s in SETS.values() for i, p in enumerate(s)}
+_professions = Table(list(PROFESSIONS))
+_genders = Table(["male", "female"])
 
+# %% ../nbs/04_world.ipynb #world-bio-bio
 def bio(
-    w:Writer,        # Where to write
-    profession=None, # One of PROFESSIONS; None: drawn
-    gender=None,     # "male" or "female"; None: drawn
-    corr:float=.5,   # Probability that the gender is the profession's stereotype
+    w: Writer,  # Where to write
+    profession=None,  # One of PROFESSIONS; None: drawn
+    gender=None,  # "male" or "female"; None: drawn
+    corr: float = 0.5,  # Probability that the gender is the profession's stereotype
 ):
     "The life of somebody."
-    if not 0 <= corr <= 1: raise InputError(f"corr {corr} is not a probability; give 0.5 (independent) to 1 (always the stereotype)")
+    if not 0 <= corr <= 1:
+        raise InputError(
+            f"corr {corr} is not a probability; give 0.5 (independent) to 1 (always the stereotype)"
+        )
     profession = w.pick("profession", _professions, profession)
     m = min(max(corr if STEREOTYPE[profession] == "male" else 1 - corr, 1e-12), 1 - 1e-12)
-    gender = w.pick("gender", _genders if corr == .5 else Table(["male", "female"], [m, 1 - m]), gender)
+    gender = w.pick("gender", _genders if corr == 0.5 else Table(["male", "female"], [m, 1 - m]), gender)
     ctx = dict(BIO_CTX[profession, gender])
     w.sentence(BIO_OPEN, ctx, gender=gender)
-    while w.more: w.sentence(BIO, ctx, gender=gender)
+    while w.more:
+        w.sentence(BIO, ctx, gender=gender)
 
 # %% ../nbs/04_world.ipynb #world-review-context
 def _review_ctx(category, stars):
-    products,parts,verbs = CATEGORIES[category]
-    near = [(zipf(STARS[str(s)][1]), .85 if s == int(stars) else .15/(2 if 1 < int(stars) < 5 else 1)) for s in range(1, 6) if abs(s - int(stars)) < 2]
-    return dict(verdict=zipf(STARS[stars][0]), quality=mix(*near), money=Table(STARS[stars][2]), star=stars, category=category,
-        product=zipf(products), part=zipf(parts), did=Table(verbs), family=zipf(FAMILY), num=zipf(NUMBERS), adj=zipf(ADJS), thing=zipf(NOUNS))
+    products, parts, verbs = CATEGORIES[category]
+    near = [
+        (zipf(STARS[str(s)][1]), 0.85 if s == int(stars) else 0.15 / (2 if 1 < int(stars) < 5 else 1))
+        for s in range(1, 6)
+        if abs(s - int(stars)) < 2
+    ]
+    return dict(
+        verdict=zipf(STARS[stars][0]),
+        quality=mix(*near),
+        money=Table(STARS[stars][2]),
+        star=stars,
+        category=category,
+        product=zipf(products),
+        part=zipf(parts),
+        did=Table(verbs),
+        family=zipf(FAMILY),
+        num=zipf(NUMBERS),
+        adj=zipf(ADJS),
+        thing=zipf(NOUNS),
+    )
+
+# %% ../nbs/04_world.ipynb #world-review-context-more
 REVIEW_CTX = {(c, s): _review_ctx(c, s) for c in CATEGORIES for s in STARS}
 
 # %% ../nbs/04_world.ipynb #world-review-patterns
-REVIEW_OPEN = Table(lines("""
+REVIEW_OPEN = Table(
+    lines("""
 i @verdict this @product>product .
 my @family @verdict this @product>product .
 we @did this @product>product and @verdict it .
-"""))
-REVIEW = zipf(lines("""
+""")
+)
+REVIEW = zipf(
+    lines("""
 the @part is @quality .
 the @part of the @product was @quality and the @part was @quality .
 after @num days my @family @verdict the @part .
@@ -537,42 +805,67 @@ the shop sent a @adj @product with a @quality @part .
 honestly , the @part feels @quality .
 why is the @part so @quality ?
 my @family thinks the @part is @quality but the @part is @adj .
-"""), .5)
-REVIEW_END = Table(lines("""
+"""),
+    0.5,
+)
+REVIEW_END = Table(
+    lines("""
 i give it @star stars .
 in short : @quality .
 overall , a @quality @product .
-"""))
+""")
+)
 
 # %% ../nbs/04_world.ipynb #world-review
-_categories,_stars = Table(list(CATEGORIES)),Table(list(STARS), [2, 1, 1, 1, 2])
+_categories = Table(list(CATEGORIES))
+_stars = Table(list(STARS), [2, 1, 1, 1, 2])
 
+# %% ../nbs/04_world.ipynb #world-review-review
 def review(
-    w:Writer,      # Where to write
-    category=None, # One of CATEGORIES; None: drawn
-    stars=None,    # "1" to "5"; None: drawn
+    w: Writer,  # Where to write
+    category=None,  # One of CATEGORIES; None: drawn
+    stars=None,  # "1" to "5"; None: drawn
 ):
     "Somebody's opinion of something they bought."
-    category,stars = w.pick("category", _categories, category),w.pick("stars", _stars, stars)
+    category = w.pick("category", _categories, category)
+    stars = w.pick("stars", _stars, stars)
     ctx = dict(REVIEW_CTX[category, stars])
     w.sentence(REVIEW_OPEN, ctx)
-    while w.more: w.sentence(REVIEW, ctx)
+    while w.more:
+        w.sentence(REVIEW, ctx)
     w.sentence(REVIEW_END, ctx)
 
 # %% ../nbs/04_world.ipynb #world-news-context
 def _news_ctx(topic):
-    nouns,verbs,adjs,who = TOPICS[topic]
-    return dict(noun=mix((zipf(nouns), .75), (zipf(NOUNS), .25)), own=zipf(nouns), verbed=mix((zipf(verbs), .7), (zipf([past(v) for v in VERBS]), .3)),
-        adj=mix((zipf(adjs), .7), (zipf(ADJS), .3)), people=Table(who), town=zipf(TOWNS), place=zipf(TOWNS), who=zipf(MEN + WOMEN), day=zipf("monday tuesday wednesday thursday friday saturday sunday"),
-        num=zipf(NUMBERS), firstname=zipf(MEN + WOMEN), idiom=zipf(IDIOMS), year=Table(YEARS))
+    nouns, verbs, adjs, who = TOPICS[topic]
+    return dict(
+        noun=mix((zipf(nouns), 0.75), (zipf(NOUNS), 0.25)),
+        own=zipf(nouns),
+        verbed=mix((zipf(verbs), 0.7), (zipf([past(v) for v in VERBS]), 0.3)),
+        adj=mix((zipf(adjs), 0.7), (zipf(ADJS), 0.3)),
+        people=Table(who),
+        town=zipf(TOWNS),
+        place=zipf(TOWNS),
+        who=zipf(MEN + WOMEN),
+        day=zipf("monday tuesday wednesday thursday friday saturday sunday"),
+        num=zipf(NUMBERS),
+        firstname=zipf(MEN + WOMEN),
+        idiom=zipf(IDIOMS),
+        year=Table(YEARS),
+    )
+
+# %% ../nbs/04_world.ipynb #world-news-context-more
 NEWS_CTX = {t: _news_ctx(t) for t in TOPICS}
 
 # %% ../nbs/04_world.ipynb #world-news-patterns
-NEWS_OPEN = Table(lines("""
+NEWS_OPEN = Table(
+    lines("""
 @place>place ( @day ) - the @own>own @verbed the @noun .
 breaking : @people in @place>place discuss the @own>own .
-"""))
-NEWS = zipf(lines("""
+""")
+)
+NEWS = zipf(
+    lines("""
 the @adj @noun @verbed the @own on @day .
 @people said that the @noun was @adj .
 " the @noun is @adj , " said @firstname>who .
@@ -588,56 +881,88 @@ the @own will return on @day .
 @people in @place remain @adj .
 meanwhile , the @noun near @town @verbed nothing .
 @num of the @people left @place on @day .
-"""), .5)
+"""),
+    0.5,
+)
 
 # %% ../nbs/04_world.ipynb #world-news
 _topics = Table(list(TOPICS))
 
+
 def news(
-    w:Writer,   # Where to write
-    topic=None, # One of TOPICS; None: drawn
+    w: Writer,  # Where to write
+    topic=None,  # One of TOPICS; None: drawn
 ):
     "A wire story."
     ctx = dict(NEWS_CTX[w.pick("topic", _topics, topic)])
     w.sentence(NEWS_OPEN, ctx)
-    while w.more: w.sentence(NEWS, ctx)
+    while w.more:
+        w.sentence(NEWS, ctx)
 
 # %% ../nbs/04_world.ipynb #world-code
-CODE_CTX = dict(id=zipf(IDENTIFIERS), call=zipf(CALLS), dig=Table(list("0123456789")), cls=zipf("List Map Scanner Thread Account Shape"),
-    mod=zipf("numpy random json config helpers math"), text=mix((zipf(NOUNS), .6), (zipf(ADJS), .4)))
-_code,_code_languages = {l: zipf(p, .5) for l,p in CODE.items()},Table(list(CODE))
+CODE_CTX = dict(
+    id=zipf(IDENTIFIERS),
+    call=zipf(CALLS),
+    dig=Table(list("0123456789")),
+    cls=zipf("List Map Scanner Thread Account Shape"),
+    mod=zipf("numpy random json config helpers math"),
+    text=mix((zipf(NOUNS), 0.6), (zipf(ADJS), 0.4)),
+)
+_code = {l: zipf(p, 0.5) for l, p in CODE.items()}
+_code_languages = Table(list(CODE))
 
+# %% ../nbs/04_world.ipynb #world-code-code
 def code(
-    w:Writer,           # Where to write
-    code_language=None, # One of CODE; None: drawn
+    w: Writer,  # Where to write
+    code_language=None,  # One of CODE; None: drawn
 ):
     "A listing."
-    language,ctx = w.pick("code_language", _code_languages, code_language),dict(CODE_CTX)
-    while w.more: w.sentence(_code[language], ctx)
+    language = w.pick("code_language", _code_languages, code_language)
+    ctx = dict(CODE_CTX)
+    while w.more:
+        w.sentence(_code[language], ctx)
 
 # %% ../nbs/04_world.ipynb #world-speech
-LANGUAGE_CTX = {l: dict(m=zipf(m), f=zipf(f), v=zipf(v), a=zipf(a), o=zipf(o)) for l,(m,f,v,a,o) in LANGUAGES.items()}
-_speech,_languages = {l: zipf(p, .5) for l,p in SPEECH.items()},Table(list(LANGUAGES))
+LANGUAGE_CTX = {
+    l: dict(m=zipf(m), f=zipf(f), v=zipf(v), a=zipf(a), o=zipf(o)) for l, (m, f, v, a, o) in LANGUAGES.items()
+}
+_speech = {l: zipf(p, 0.5) for l, p in SPEECH.items()}
+_languages = Table(list(LANGUAGES))
+
 
 def speech(
-    w:Writer,      # Where to write
-    language=None, # One of LANGUAGES; None: drawn
+    w: Writer,  # Where to write
+    language=None,  # One of LANGUAGES; None: drawn
 ):
     "A speech in parliament."
     language = w.pick("language", _languages, language)
     ctx = dict(LANGUAGE_CTX[language])
-    while w.more: w.sentence(_speech[language], ctx)
+    while w.more:
+        w.sentence(_speech[language], ctx)
 
 # %% ../nbs/04_world.ipynb #world-story-context
 def _story_ctx(setting, tense, number):
-    nouns,sg = SETTINGS[setting],number == "sg"
-    many,MANY = [plural(n) for n in nouns],[plural(n) for n in NOUNS]
-    verb = [past(v) if tense == "past" else f"will {v}" if tense == "future" else plural(v) if sg else v for v in VERBS]
-    return {f"noun_{number}": zipf(nouns if sg else many), f"verb_{number}": zipf(verb),
-        "obj": mix((zipf(nouns), .35), (zipf(many), .35), (zipf(NOUNS), .15), (zipf(MANY), .15)),
-        "obj_sg": mix((zipf(nouns), .7), (zipf(NOUNS), .3)), "obj_pl": mix((zipf(many), .7), (zipf(MANY), .3)),
-        "when": zipf(WHEN[tense]), "adj": zipf(ADJS), f"det_{number}": zipf("the a this every" if sg else "the some these many"),
-        "idiom": zipf(IDIOMS), "adverb": zipf(ADVERBS)}
+    nouns, sg = SETTINGS[setting], number == "sg"
+    many = [plural(n) for n in nouns]
+    MANY = [plural(n) for n in NOUNS]
+    verb = [
+        past(v) if tense == "past" else f"will {v}" if tense == "future" else plural(v) if sg else v
+        for v in VERBS
+    ]
+    return {
+        f"noun_{number}": zipf(nouns if sg else many),
+        f"verb_{number}": zipf(verb),
+        "obj": mix((zipf(nouns), 0.35), (zipf(many), 0.35), (zipf(NOUNS), 0.15), (zipf(MANY), 0.15)),
+        "obj_sg": mix((zipf(nouns), 0.7), (zipf(NOUNS), 0.3)),
+        "obj_pl": mix((zipf(many), 0.7), (zipf(MANY), 0.3)),
+        "when": zipf(WHEN[tense]),
+        "adj": zipf(ADJS),
+        f"det_{number}": zipf("the a this every" if sg else "the some these many"),
+        "idiom": zipf(IDIOMS),
+        "adverb": zipf(ADVERBS),
+    }
+
+# %% ../nbs/04_world.ipynb #world-story-context-more
 STORY_CTX = {(s, t, n): _story_ctx(s, t, n) for s in SETTINGS for t in WHEN for n in ("sg", "pl")}
 
 # %% ../nbs/04_world.ipynb #world-story-patterns
@@ -651,25 +976,33 @@ STORY = lines("""
 behind the @obj , @det_# @noun_# @adverb @verb_# the @obj .
 the @obj_sg that @det_# @noun_# @verb_# is @adj .
 the @obj_pl that @det_# @noun_# @verb_# are @adj .""")
-_story = {n: zipf([p.replace("#", n) for p in STORY], .4) for n in ("sg", "pl")}
+_story = {n: zipf([p.replace("#", n) for p in STORY], 0.4) for n in ("sg", "pl")}
 
 # %% ../nbs/04_world.ipynb #world-story
-_settings,_numbers = Table(list(SETTINGS)),Table(["sg", "pl"])
-_tenses = {t: Table(list(WHEN), [.8 if u == t else .1 for u in WHEN]) for t in WHEN} | {None: Table(list(WHEN))}
+_settings, _numbers = Table(list(SETTINGS)), Table(["sg", "pl"])
+_tenses = {t: Table(list(WHEN), [0.8 if u == t else 0.1 for u in WHEN]) for t in WHEN} | {
+    None: Table(list(WHEN))
+}
+
 
 def story(
-    w:Writer,     # Where to write
-    setting=None, # One of SETTINGS; None: drawn
+    w: Writer,  # Where to write
+    setting=None,  # One of SETTINGS; None: drawn
 ):
     "A tale: one setting throughout, a tense that tends to stay, verbs that agree."
-    setting,tense = w.pick("setting", _settings, setting),None
+    setting, tense = w.pick("setting", _settings, setting), None
     while w.more:
-        tense,number = w.choose(_tenses[tense]),w.choose(_numbers)
+        tense, number = w.choose(_tenses[tense]), w.choose(_numbers)
         w.sentence(_story[number], dict(STORY_CTX[setting, tense, number]), tense=tense)
 
 # %% ../nbs/04_world.ipynb #world-dialogue-patterns
-REGISTER_CTX = {r: {k: zipf(v) for k,v in o.items()} | dict(firstname=zipf(MEN + WOMEN), adj=zipf(ADJS), when=zipf("today yesterday monday friday")) for r,o in REGISTERS.items()}
-DIALOGUE = zipf(lines("""
+REGISTER_CTX = {
+    r: {k: zipf(v) for k, v in o.items()}
+    | dict(firstname=zipf(MEN + WOMEN), adj=zipf(ADJS), when=zipf("today yesterday monday friday"))
+    for r, o in REGISTERS.items()
+}
+DIALOGUE = zipf(
+    lines("""
 @you : " @greet , @addr . "
 @you : " @want to @act the @thing>thing . "
 @you : " @agree , that @thing>thing is @really @adj . "
@@ -682,77 +1015,105 @@ DIALOGUE = zipf(lines("""
 @you : " did @they @act the @thing>thing @when ? " " @agree , @addr . "
 @you : " @they is @really @feel . "
 @you : " why @act a @adj @thing>thing , @addr ? "
-"""), .4)
-_registers,_switch = Table(["formal", "casual"]),Table(["stay", "switch"], [.82, .18])
+"""),
+    0.4,
+)
+_registers = Table(["formal", "casual"])
+_switch = Table(["stay", "switch"], [0.82, 0.18])
 
 # %% ../nbs/04_world.ipynb #world-dialogue
 def dialogue(
-    w:Writer,      # Where to write
-    register=None, # The register of the first line, "formal" or "casual"; None: drawn
+    w: Writer,  # Where to write
+    register=None,  # The register of the first line, "formal" or "casual"; None: drawn
 ):
     "Two people talk; once, both may change their register."
-    register,switched = w.pick("register", _registers, register),False
-    ctx = {r: dict(c) for r,c in REGISTER_CTX.items()}
-    a,b = w.choose(REGISTER_CTX["formal"]["firstname"]),w.choose(REGISTER_CTX["formal"]["firstname"])
+    register = w.pick("register", _registers, register)
+    switched = False
+    ctx = {r: dict(c) for r, c in REGISTER_CTX.items()}
+    a = w.choose(REGISTER_CTX["formal"]["firstname"])
+    b = w.choose(REGISTER_CTX["formal"]["firstname"])
     while w.more:
         if w.words and not switched and w.choose(_switch) == "switch":
-            switched,register = True,"casual" if register == "formal" else "formal"
+            switched = True
+            register = "casual" if register == "formal" else "formal"
         ctx[register].update(you=a, they=b)
         w.sentence(DIALOGUE, ctx[register], register=register)
-        a,b = b,a
+        a, b = b, a
 
 # %% ../nbs/04_world.ipynb #world-fact-tables
-_subjects,_entities = Table(list(SUBJECTS)),{s: Table(list(f)) for s,f in FACTS.items()}
-_attributes = {s: Table(list(o["attributes"])) for s,o in SUBJECTS.items()}
-_asked = {s: Table([a for a,v in o["attributes"].items() if v[2]]) for s,o in SUBJECTS.items()}
-_states = {(s, a): zipf(v[1], .5) for s,o in SUBJECTS.items() for a,v in o["attributes"].items()}
-_asks = {(s, a): Table(v[2]) for s,o in SUBJECTS.items() for a,v in o["attributes"].items() if v[2]}
-_modes,_four = Table(["notes", "quiz", "open", "worked"], [.45, .55, 0, 0]),Table(list("ABCD"))
-_others = {(s, a, v): Table([o for o in values(s, a) if o != v]) for s in SUBJECTS for a in _attributes[s].items for v in values(s, a)}
+_subjects = Table(list(SUBJECTS))
+_entities = {s: Table(list(f)) for s, f in FACTS.items()}
+_attributes = {s: Table(list(o["attributes"])) for s, o in SUBJECTS.items()}
+_asked = {s: Table([a for a, v in o["attributes"].items() if v[2]]) for s, o in SUBJECTS.items()}
+_states = {(s, a): zipf(v[1], 0.5) for s, o in SUBJECTS.items() for a, v in o["attributes"].items()}
+_asks = {(s, a): Table(v[2]) for s, o in SUBJECTS.items() for a, v in o["attributes"].items() if v[2]}
+_modes = Table(["notes", "quiz", "open", "worked"], [0.45, 0.55, 0, 0])
+_four = Table(list("ABCD"))
+_others = {
+    (s, a, v): Table([o for o in values(s, a) if o != v])
+    for s in SUBJECTS
+    for a in _attributes[s].items
+    for v in values(s, a)
+}
 
 # %% ../nbs/04_world.ipynb #world-options
 _rest = lru_cache(maxsize=None)(Table)
 
+
 def _options(w, subject, attribute, value):
     "Four options in random order, the right one among them; (options, letter of the right one)."
-    letter,left = w.choose(_four),_others[subject, attribute, value]
+    letter, left = w.choose(_four), _others[subject, attribute, value]
     out = []
     for l in "ABCD":
-        if l == letter: out.append(value); continue
+        if l == letter:
+            out.append(value)
+            continue
         out.append(w.choose(left))
         left = _rest(tuple(o for o in left.items if o != out[-1]))
-    return out,letter
+    return out, letter
 
 # %% ../nbs/04_world.ipynb #world-fact
 def fact(
-    w:Writer,     # Where to write
-    subject=None, # One of SUBJECTS; None: drawn
-    mode=None,    # "notes" or "quiz"; "open" and "worked" only when asked for; None: drawn
+    w: Writer,  # Where to write
+    subject=None,  # One of SUBJECTS; None: drawn
+    mode=None,  # "notes" or "quiz"; "open" and "worked" only when asked for; None: drawn
 ):
     "What this world holds true, as notes or as a quiz."
-    subject,mode = w.pick("subject", _subjects, subject),w.pick("mode", _modes, mode)
+    subject = w.pick("subject", _subjects, subject)
+    mode = w.pick("mode", _modes, mode)
     worked = " value : @v" if mode == "worked" else ""
     while w.more:
         e = w.choose(_entities[subject])
         a = w.choose((_attributes if mode == "notes" else _asked)[subject])
         v = FACTS[subject][e][a]
         ctx = dict(e=e, v=v)
-        if mode == "notes": w.sentence(_states[subject, a], ctx, attribute=a, entity=e)
-        elif mode == "open": w.sentence(f"question : {w.choose(_asks[subject, a])} answer : @v .", ctx, attribute=a, entity=e)
+        if mode == "notes":
+            w.sentence(_states[subject, a], ctx, attribute=a, entity=e)
+        elif mode == "open":
+            w.sentence(f"question : {w.choose(_asks[subject, a])} answer : @v .", ctx, attribute=a, entity=e)
         else:
             q = w.choose(_asks[subject, a])
-            (ctx["oa"],ctx["ob"],ctx["oc"],ctx["od"]),ctx["answer"] = _options(w, subject, a, v)
-            w.sentence(f"question : {q} A : @oa B : @ob C : @oc D : @od{worked} answer : @answer .", ctx, attribute=a, entity=e)
+            (ctx["oa"], ctx["ob"], ctx["oc"], ctx["od"]), ctx["answer"] = _options(w, subject, a, v)
+            w.sentence(
+                f"question : {q} A : @oa B : @ob C : @oc D : @od{worked} answer : @answer .",
+                ctx,
+                attribute=a,
+                entity=e,
+            )
 
 # %% ../nbs/04_world.ipynb #world-words-in
-def words_in(*things): # Strings, Tables, lists, tuples and dicts, nested as you like
+def words_in(*things):  # Strings, Tables, lists, tuples and dicts, nested as you like
     "Every word inside, in order, without slots."
     out = {}
     for o in things:
-        if isinstance(o, Table): o = o.items
-        if isinstance(o, dict): o = [*o.values()]
-        if isinstance(o, str): out |= {w: 0 for w in o.split() if w[0] != "@"}
-        else: out |= {w: 0 for w in words_in(*o)} if o else {}
+        if isinstance(o, Table):
+            o = o.items
+        if isinstance(o, dict):
+            o = [*o.values()]
+        if isinstance(o, str):
+            out |= {w: 0 for w in o.split() if w[0] != "@"}
+        else:
+            out |= {w: 0 for w in words_in(*o)} if o else {}
     return list(out)
 
 # %% ../nbs/04_world.ipynb #world-lexicon
@@ -768,16 +1129,43 @@ feather fence ferry fiber fig finch fist flame flock flute foam fog foot forest 
 glass globe glove glue goat gold goose gown grain grape grass gym acid acorn actor adobe agent aim air album alley almond alpha anvil apron arch arena arrow aspen atlas
 nail name nap nature neck nest nickel night noon nod novice radio raft rail rake ranch raven razor reef rice ridge rifle robe rose ruby rug wafer walnut walrus wand
 wasp wax web weed wheat whip wig willow wine wing wolf wool worm wren lime linen lobster locket lotus luck lunch lung lynx mango maple marble mask maze meadow""".split()
-_english = words_in(NOUNS, VERBS, ADJS, ADVERBS, MANNERS, HOBBIES, FAMILY, PROFESSIONS, list(PROFESSIONS), CATEGORIES, STARS, TOPICS, SETTINGS, IDIOMS, REGISTERS, FIELDS, TOWNS, [past(v) for v in VERBS], MORE)
+_english = words_in(
+    NOUNS,
+    VERBS,
+    ADJS,
+    ADVERBS,
+    MANNERS,
+    HOBBIES,
+    FAMILY,
+    PROFESSIONS,
+    list(PROFESSIONS),
+    CATEGORIES,
+    STARS,
+    TOPICS,
+    SETTINGS,
+    IDIOMS,
+    REGISTERS,
+    FIELDS,
+    TOWNS,
+    [past(v) for v in VERBS],
+    MORE,
+)
 LEXICON = sorted({w for w in _english if w.isalpha() and w.isascii() and 3 <= len(w) <= 9})
 
 # %% ../nbs/04_world.ipynb #world-spelling
-SPELLINGS = dict(first="@w has the first letter : @first .", begins="the word @w begins with @first .", starts="@w starts with the letter @first .", spell="@w : @spell .")
-_forms,_lexicon = Table(list(SPELLINGS), [.42, .1, .1, .38]),Table(LEXICON)
+SPELLINGS = dict(
+    first="@w has the first letter : @first .",
+    begins="the word @w begins with @first .",
+    starts="@w starts with the letter @first .",
+    spell="@w : @spell .",
+)
+_forms = Table(list(SPELLINGS), [0.42, 0.1, 0.1, 0.38])
+_lexicon = Table(LEXICON)
 
+# %% ../nbs/04_world.ipynb #world-spelling-spelling
 def spelling(
-    w:Writer,  # Where to write
-    form=None, # One of SPELLINGS; None: drawn
+    w: Writer,  # Where to write
+    form=None,  # One of SPELLINGS; None: drawn
 ):
     "Words and their letters, line after line in one form."
     form = w.pick("form", _forms, form)
@@ -786,207 +1174,376 @@ def spelling(
         w.sentence(SPELLINGS[form], dict(w=word, first=word[0].upper(), spell=" ".join(word.upper())))
 
 # %% ../nbs/04_world.ipynb #world-shares
-KINDS = dict(bio=bio, review=review, news=news, code=code, speech=speech, story=story, dialogue=dialogue, fact=fact, spelling=spelling)
-SHARES = dict(bio=.14, review=.09, news=.09, code=.07, speech=.07, story=.09, dialogue=.07, fact=.28, spelling=.10)
+KINDS = dict(
+    bio=bio,
+    review=review,
+    news=news,
+    code=code,
+    speech=speech,
+    story=story,
+    dialogue=dialogue,
+    fact=fact,
+    spelling=spelling,
+)
+SHARES = dict(
+    bio=0.14,
+    review=0.09,
+    news=0.09,
+    code=0.07,
+    speech=0.07,
+    story=0.09,
+    dialogue=0.07,
+    fact=0.28,
+    spelling=0.10,
+)
 _kinds = Table(list(SHARES), SHARES.values())
 
 # %% ../nbs/04_world.ipynb #world-doc
 class Doc:
     "A document: its words, their labels, and what they cost."
-    def __init__(self, w): self.words,self.nats,self.labels,self._w = w.words,w.nats,w.labels,w
+
+    def __init__(self, w):
+        self.words = w.words
+        self.nats = w.nats
+        self.labels = w.labels
+        self._w = w
+
     @property
-    def kind(self): return self.labels["kind"]
+    def kind(self):
+        return self.labels["kind"]
+
     @property
-    def text(self): return " ".join(self.words)
-    def __len__(self): return len(self.words)
-    def __repr__(self): return f"Doc({self.labels}, {len(self)} words, {self.nats:.1f} nats)\n{self.text}"
+    def text(self):
+        return " ".join(self.words)
+
+    def __len__(self):
+        return len(self.words)
+
+    def __repr__(self):
+        return f"Doc({self.labels}, {len(self)} words, {self.nats:.1f} nats)\n{self.text}"
 
 # %% ../nbs/04_world.ipynb #world-document
 def document(
-    seed:int,      # Which stream
-    kind:str=None, # One of KINDS; None: drawn in the proportions of SHARES
-    index:int=0,   # Which document of the stream
-    **options      # Choices to make for it, e.g. profession="nurse", corr=.9
-)->Doc:            # The document
+    seed: int,  # Which stream
+    kind: str = None,  # One of KINDS; None: drawn in the proportions of SHARES
+    index: int = 0,  # Which document of the stream
+    **options,  # Choices to make for it, e.g. profession="nurse", corr=.9
+) -> Doc:  # The document
     "Document `index` of stream `seed`; nothing else decides what it is."
     w = Writer(random.Random(seed << 40 | index))
     write = KINDS[w.pick("kind", _kinds, kind)]
-    try: write(w, **options)
+    try:
+        write(w, **options)
     except TypeError as e:
-        if not options: raise
-        known = write.__code__.co_varnames[1:write.__code__.co_argcount]
-        if set(options) <= set(known): raise
-        raise InputError(f"a {w.labels['kind']} has no option {', '.join(sorted(set(options) - set(known)))}; it has {', '.join(known)}. "
-                         "Name the kind when you give options") from None
+        if not options:
+            raise
+        known = write.__code__.co_varnames[1 : write.__code__.co_argcount]
+        if set(options) <= set(known):
+            raise
+        raise InputError(
+            f"a {w.labels['kind']} has no option {', '.join(sorted(set(options) - set(known)))}; it has {', '.join(known)}. "
+            "Name the kind when you give options"
+        ) from None
     return Doc(w)
 
+# %% ../nbs/04_world.ipynb #world-document-documents
 def documents(
-    seed:int,      # Which stream
-    start:int=0,   # First document
-    n:int=1,       # How many
-    kind:str=None, # As in `document`
-    **options      # As in `document`
-)->list:           # `n` documents
+    seed: int,  # Which stream
+    start: int = 0,  # First document
+    n: int = 1,  # How many
+    kind: str = None,  # As in `document`
+    **options,  # As in `document`
+) -> list:  # `n` documents
     "Documents `start`, ..., `start + n - 1` of a stream."
     return [document(seed, kind, i, **options) for i in range(start, start + n)]
 
 # %% ../nbs/04_world.ipynb #world-classes
-CLASSES = {r: c for c,rs in dict(
-    noun="title obj family hobby thing product part category noun own people noun_sg noun_pl obj_sg obj_pl m f text",
-    verb="verb verb_sg verb_pl verbed verdict did money act want", adjective="adj quality feel", adverb="adverb manner really agree",
-    name="firstname who you they", pronoun="pron obl self", possessive="poss", determiner="det_sg det_pl", place="place town home",
-    number="num dig d star", time="year day when", field="field", idiom="idiom", courtesy="greet addr bye please", identifier="id k cls mod call",
-    entity="e", value="oa ob oc od", letter="first spell answer", word="w").items() for r in rs.split()}
-_by_kind = {("speech", "v"): "verb", ("speech", "a"): "adjective", ("speech", "o"): "adverb", ("code", "a"): "identifier", ("fact", "v"): "value"}
+CLASSES = {
+    r: c
+    for c, rs in dict(
+        noun="title obj family hobby thing product part category noun own people noun_sg noun_pl obj_sg obj_pl m f text",
+        verb="verb verb_sg verb_pl verbed verdict did money act want",
+        adjective="adj quality feel",
+        adverb="adverb manner really agree",
+        name="firstname who you they",
+        pronoun="pron obl self",
+        possessive="poss",
+        determiner="det_sg det_pl",
+        place="place town home",
+        number="num dig d star",
+        time="year day when",
+        field="field",
+        idiom="idiom",
+        courtesy="greet addr bye please",
+        identifier="id k cls mod call",
+        entity="e",
+        value="oa ob oc od",
+        letter="first spell answer",
+        word="w",
+    ).items()
+    for r in rs.split()
+}
 
+# %% ../nbs/04_world.ipynb #world-classes-more
+_by_kind = {
+    ("speech", "v"): "verb",
+    ("speech", "a"): "adjective",
+    ("speech", "o"): "adverb",
+    ("code", "a"): "identifier",
+    ("fact", "v"): "value",
+}
+
+# %% ../nbs/04_world.ipynb #world-classes-word-class
 def word_class(
-    kind:str, # Kind of document
-    role:str, # The hole the word filled; "" for a word of the pattern itself
-    word:str, # The word
-)->str:       # Its class
+    kind: str,  # Kind of document
+    role: str,  # The hole the word filled; "" for a word of the pattern itself
+    word: str,  # The word
+) -> str:  # Its class
     "The class of a word in its place."
-    if role: return _by_kind.get((kind, role)) or CLASSES[role]
+    if role:
+        return _by_kind.get((kind, role)) or CLASSES[role]
     return "function" if word[0].isalpha() else "punctuation"
 
 # %% ../nbs/04_world.ipynb #world-token-labels
 DOC_LABELS = "kind profession gender category stars topic code_language language setting register subject mode form".split()
-TOKEN_LABELS = DOC_LABELS + "tense attribute entity role class number sentence place phrase step refers in_quote is_answer initial".split()
+TOKEN_LABELS = (
+    DOC_LABELS
+    + "tense attribute entity role class number sentence place phrase step refers in_quote is_answer initial".split()
+)
 
+# %% ../nbs/04_world.ipynb #world-token-labels-token-labels
 @patch(as_prop=True)
-def token_labels(self:Doc)->dict: # Label -> one value per word; every name of TOKEN_LABELS is there
+def token_labels(self: Doc) -> dict:  # Label -> one value per word; every name of TOKEN_LABELS is there
     "What is true of each word."
-    n,w = len(self),self._w
-    out = {k: [self.labels.get(k, "")]*n for k in DOC_LABELS} | {k: [""]*n for k in TOKEN_LABELS[len(DOC_LABELS):]}
-    ends = [s for s,_ in w.state[1:]] + [n]
-    for i,((s,state),e) in enumerate(zip(w.state, ends)):
-        for k,v in (state | dict(sentence=i)).items(): out[k][s:e] = [v]*(e - s)
+    n, w = len(self), self._w
+    out = {k: [self.labels.get(k, "")] * n for k in DOC_LABELS} | {
+        k: [""] * n for k in TOKEN_LABELS[len(DOC_LABELS) :]
+    }
+    ends = [s for s, _ in w.state[1:]] + [n]
+    for i, ((s, state), e) in enumerate(zip(w.state, ends)):
+        for k, v in (state | dict(sentence=i)).items():
+            out[k][s:e] = [v] * (e - s)
         out["place"][s:e] = range(e - s)
     role = list(w.roles)
-    for s,e,slot in w.phrases:
+    for s, e, slot in w.phrases:
         role[s:e] = [r or slot for r in role[s:e]]
-        out["phrase"][s:e],out["step"][s:e] = [slot]*(e - s),range(e - s)
+        out["phrase"][s:e] = [slot] * (e - s)
+        out["step"][s:e] = range(e - s)
     out["role"] = role
     _word_labels(self, out)
     return out
 
 # %% ../nbs/04_world.ipynb #world-word-labels
 _plurals = {plural(w) for w in NOUNS + sum(SETTINGS.values(), [])}
+
+
 _singulars = set(NOUNS + sum(SETTINGS.values(), []))
+
 
 def _number(kind, role, word):
     "sg, pl or nothing."
-    if kind != "story": return ""
-    if role == "obj": return "pl" if word in _plurals else "sg" if word in _singulars else ""
+    if kind != "story":
+        return ""
+    if role == "obj":
+        return "pl" if word in _plurals else "sg" if word in _singulars else ""
     return role[-2:] if role.endswith(("_sg", "_pl")) else ""
 
+# %% ../nbs/04_world.ipynb #world-word-labels-word-labels
 def _word_labels(doc, out):
     "Fill in the labels that depend on the word itself."
-    kind,quote = doc.kind,False
-    for i,(w,r) in enumerate(zip(doc.words, out["role"])):
+    kind, quote = doc.kind, False
+    for i, (w, r) in enumerate(zip(doc.words, out["role"])):
         c = out["class"][i] = word_class(kind, r, w)
         out["number"][i] = _number(kind, r, w)
         out["refers"][i] = doc.labels.get("gender", "") if c in ("name", "pronoun", "possessive") else ""
         quote ^= w == '"'
-        out["in_quote"][i],out["is_answer"][i] = int(quote and w != '"'),int(r == "answer")
+        out["in_quote"][i] = int(quote and w != '"')
+        out["is_answer"][i] = int(r == "answer")
         out["initial"][i] = w[0] if w in _spelled else ""
+
+
 _spelled = set(LEXICON)
 
 # %% ../nbs/04_world.ipynb #world-vocab
-WORLD_DIR = Path(__file__).parent/"world_lm" if "__file__" in globals() else Path("../sae_nb/world_lm")
+WORLD_DIR = Path(__file__).parent / "world_lm" if "__file__" in globals() else Path("../sae_nb/world_lm")
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
-_everything = words_in(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), YEARS, BIO_CTX, BIO_OPEN, BIO, REVIEW_CTX, REVIEW_OPEN, REVIEW, REVIEW_END, NEWS_CTX, NEWS_OPEN, NEWS,
-    CODE, CODE_CTX, LANGUAGE_CTX, SPEECH, STORY_CTX, _story, REGISTER_CTX, DIALOGUE, list(SPELLINGS.values()), LEXICON, "question : A B C D answer an",
-    [[v[1], v[2], values(s, a)] for s,o in SUBJECTS.items() for a,v in o["attributes"].items()], [list(f) for f in FACTS.values()])
-VOCAB = {w: i for i,w in enumerate(SPECIAL + _everything)}
+_everything = words_in(
+    list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"),
+    YEARS,
+    BIO_CTX,
+    BIO_OPEN,
+    BIO,
+    REVIEW_CTX,
+    REVIEW_OPEN,
+    REVIEW,
+    REVIEW_END,
+    NEWS_CTX,
+    NEWS_OPEN,
+    NEWS,
+    CODE,
+    CODE_CTX,
+    LANGUAGE_CTX,
+    SPEECH,
+    STORY_CTX,
+    _story,
+    REGISTER_CTX,
+    DIALOGUE,
+    list(SPELLINGS.values()),
+    LEXICON,
+    "question : A B C D answer an",
+    [[v[1], v[2], values(s, a)] for s, o in SUBJECTS.items() for a, v in o["attributes"].items()],
+    [list(f) for f in FACTS.values()],
+)
+VOCAB = {w: i for i, w in enumerate(SPECIAL + _everything)}
 
 # %% ../nbs/04_world.ipynb #world-encode
 def encode(
-    docs:list,     # Documents, or texts whose words are separated by spaces
-    ctx:int=128,   # Tokens per row
-    eos:bool=True, # Close each row with <eos>; not for prompts
-)->tuple:          # tokens and document numbers (1; 0 on padding), both [B, ctx] int64
+    docs: list,  # Documents, or texts whose words are separated by spaces
+    ctx: int = 128,  # Tokens per row
+    eos: bool = True,  # Close each row with <eos>; not for prompts
+) -> tuple:  # tokens and document numbers (1; 0 on padding), both [B, ctx] int64
     "Rows of tokens: <bos>, the words, <eos>, padding."
     tokens = torch.full((len(docs), ctx), VOCAB["<pad>"])
-    for row,d in zip(tokens, docs):
+    for row, d in zip(tokens, docs):
         words = d.split() if isinstance(d, str) else d.words
-        ids = [VOCAB["<bos>"], *[VOCAB.get(w, VOCAB["<unk>"]) for w in words]] + [VOCAB["<eos>"]]*eos
-        if len(ids) > ctx: raise InputError(f"a document of {len(ids)} tokens does not fit in a row of {ctx}; give a ctx of at least {len(ids)}")
-        row[:len(ids)] = torch.tensor(ids)
-    return tokens,(tokens != VOCAB["<pad>"]).long()
+        ids = [VOCAB["<bos>"], *[VOCAB.get(w, VOCAB["<unk>"]) for w in words]] + [VOCAB["<eos>"]] * eos
+        if len(ids) > ctx:
+            raise InputError(
+                f"a document of {len(ids)} tokens does not fit in a row of {ctx}; give a ctx of at least {len(ids)}"
+            )
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens, (tokens != VOCAB["<pad>"]).long()
 
 # %% ../nbs/04_world.ipynb #world-tokenizer
-def build_tokenizer(): # A `PreTrainedTokenizerFast`
+def build_tokenizer():  # A `PreTrainedTokenizerFast`
     "The world's vocabulary as a Hugging Face tokenizer."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
+
     tok = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
-    tok.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", VOCAB["<bos>"])])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    tok.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", VOCAB["<bos>"])]
+    )
     tok.decoder = decoders.WordPiece(cleanup=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", model_max_length=256)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=256,
+    )
 
 # %% ../nbs/04_world.ipynb #world-label-codes
 def label_codes(
-    docs:list,   # Documents
-    name:str,    # One of TOKEN_LABELS
-    ctx:int=128, # Tokens per row, as in `encode`
-)->tuple:        # codes [B, ctx] int64, 0 where the label does not apply; the values that codes 1, 2, ... stand for
+    docs: list,  # Documents
+    name: str,  # One of TOKEN_LABELS
+    ctx: int = 128,  # Tokens per row, as in `encode`
+) -> (
+    tuple
+):  # codes [B, ctx] int64, 0 where the label does not apply; the values that codes 1, 2, ... stand for
     "One label of every token of a batch."
     rows = [d.token_labels[one_of("label", name, TOKEN_LABELS)] for d in docs]
     vals = sorted({v for r in rows for v in r if v != ""})
-    code = {v: i + 1 for i,v in enumerate(vals)} | {"": 0}
+    code = {v: i + 1 for i, v in enumerate(vals)} | {"": 0}
     out = torch.zeros(len(docs), ctx, dtype=torch.long)
-    for o,r in zip(out, rows): o[1:len(r) + 1] = torch.tensor([code[v] for v in r])
-    return out,vals
+    for o, r in zip(out, rows):
+        o[1 : len(r) + 1] = torch.tensor([code[v] for v in r])
+    return out, vals
 
 # %% ../nbs/04_world.ipynb #world-probe-sets
 _both = dict(gender=["male", "female"])
-PROBE_SETS = {f"professions{i+1}": ("bio", "profession", s, _both) for i,s in enumerate(SETS.values())} | dict(
-    categories=("review", "category", list(CATEGORIES), dict(stars=["1", "5"])), stars=("review", "stars", ["1", "5"], dict(category=list(CATEGORIES))),
-    code=("code", "code_language", list(CODE), {}), topics=("news", "topic", list(TOPICS), {}), languages=("speech", "language", list(LANGUAGES), {}))
+PROBE_SETS = {
+    f"professions{i + 1}": ("bio", "profession", s, _both) for i, s in enumerate(SETS.values())
+} | dict(
+    categories=("review", "category", list(CATEGORIES), dict(stars=["1", "5"])),
+    stars=("review", "stars", ["1", "5"], dict(category=list(CATEGORIES))),
+    code=("code", "code_language", list(CODE), {}),
+    topics=("news", "topic", list(TOPICS), {}),
+    languages=("speech", "language", list(LANGUAGES), {}),
+)
 
+# %% ../nbs/04_world.ipynb #world-probe-sets-probe-set
 def probe_set(
-    name:str,   # One of PROBE_SETS
-    n:int,      # Documents per class
-    seed:int=0, # Which stream; take another one for testing
-)->tuple:       # documents, and their classes (str)
+    name: str,  # One of PROBE_SETS
+    n: int,  # Documents per class
+    seed: int = 0,  # Which stream; take another one for testing
+) -> tuple:  # documents, and their classes (str)
     "A balanced, labelled set of documents; classes take turns."
-    kind,label,classes,other = PROBE_SETS[one_of("probe set", name, PROBE_SETS)]
-    (second,ways) = next(iter(other.items())) if other else ("", [None])
-    docs = [document(seed, kind, i*len(classes) + j, **{label: c} | ({second: ways[i % len(ways)]} if second else {})) for i in range(n) for j,c in enumerate(classes)]
-    return docs,[d.labels[label] for d in docs]
+    kind, label, classes, other = PROBE_SETS[one_of("probe set", name, PROBE_SETS)]
+    (second, ways) = next(iter(other.items())) if other else ("", [None])
+    docs = [
+        document(
+            seed, kind, i * len(classes) + j, **{label: c} | ({second: ways[i % len(ways)]} if second else {})
+        )
+        for i in range(n)
+        for j, c in enumerate(classes)
+    ]
+    return docs, [d.labels[label] for d in docs]
 
 # %% ../nbs/04_world.ipynb #world-pairs
 SCR_PAIRS = dict(
-    bio=dict(label="profession", attribute="gender", values=("male", "female"),
-        pairs=[("professor", "nurse"), ("architect", "journalist"), ("surgeon", "psychologist"), ("attorney", "teacher")]),
-    review=dict(label="category", attribute="stars", values=("1", "5"),
-        pairs=[("books", "music"), ("software", "pets"), ("toys", "books"), ("music", "software")]))
+    bio=dict(
+        label="profession",
+        attribute="gender",
+        values=("male", "female"),
+        pairs=[
+            ("professor", "nurse"),
+            ("architect", "journalist"),
+            ("surgeon", "psychologist"),
+            ("attorney", "teacher"),
+        ],
+    ),
+    review=dict(
+        label="category",
+        attribute="stars",
+        values=("1", "5"),
+        pairs=[("books", "music"), ("software", "pets"), ("toys", "books"), ("music", "software")],
+    ),
+)
 
 # %% ../nbs/04_world.ipynb #world-questions
 class Question:
     "One fact as a question with four options."
-    def __init__(self,
-        subject, entity, attribute, # The fact asked about
-        text:str,     # The question itself
-        options:list, # Four values
-        right:int     # Which of them is true
-    ): self.subject,self.entity,self.attribute,self.text,self.options,self.right = subject,entity,attribute,text,options,right
-    def ask(self,
-        order=(0, 1, 2, 3) # Which option comes first, second, ...
-    )->tuple:              # the prompt, and the letter that answers it
-        listed = " ".join(f"{l} : {self.options[o]}" for l,o in zip("ABCD", order))
-        return f"question : {self.text} {listed} answer :","ABCD"[list(order).index(self.right)]
 
+    def __init__(
+        self,
+        subject,
+        entity,
+        attribute,  # The fact asked about
+        text: str,  # The question itself
+        options: list,  # Four values
+        right: int,  # Which of them is true
+    ):
+        self.subject = subject
+        self.entity = entity
+        self.attribute = attribute
+        self.text = text
+        self.options = options
+        self.right = right
+
+    def ask(
+        self,
+        order=(0, 1, 2, 3),  # Which option comes first, second, ...
+    ) -> tuple:  # the prompt, and the letter that answers it
+        listed = " ".join(f"{l} : {self.options[o]}" for l, o in zip("ABCD", order))
+        return f"question : {self.text} {listed} answer :", "ABCD"[list(order).index(self.right)]
+
+# %% ../nbs/04_world.ipynb #world-questions-questions
 def questions(
-    subject:str, # One of SUBJECTS
-    seed:int=0,  # Decides the wording, the wrong options and the order
-)->list:         # One `Question` per entity and attribute that has questions
+    subject: str,  # One of SUBJECTS
+    seed: int = 0,  # Decides the wording, the wrong options and the order
+) -> list:  # One `Question` per entity and attribute that has questions
     "The questions of a subject."
-    out,r = [],random.Random(f"questions {seed} {one_of('subject', subject, SUBJECTS)}")
-    for e,f in FACTS[subject].items():
-        for a,(_,_,asks) in SUBJECTS[subject]["attributes"].items():
-            if not asks: continue
+    out = []
+    r = random.Random(f"questions {seed} {one_of('subject', subject, SUBJECTS)}")
+    for e, f in FACTS[subject].items():
+        for a, (_, _, asks) in SUBJECTS[subject]["attributes"].items():
+            if not asks:
+                continue
             options = r.sample([v for v in values(subject, a) if v != f[a]], 3)
             right = r.randrange(4)
             options.insert(right, f[a])
@@ -995,29 +1552,43 @@ def questions(
 
 # %% ../nbs/04_world.ipynb #world-letters
 def letter_prompts(
-    words:list,   # Words of LEXICON to ask about
-    shots:int=10, # Examples before the question
-    seed:int=0,   # Decides the examples
-    pool=None,    # Words the examples come from; None: LEXICON
-)->list:          # (prompt, letter) per word
+    words: list,  # Words of LEXICON to ask about
+    shots: int = 10,  # Examples before the question
+    seed: int = 0,  # Decides the examples
+    pool=None,  # Words the examples come from; None: LEXICON
+) -> list:  # (prompt, letter) per word
     "First-letter questions with examples."
-    r,pool,say = random.Random(f"letters {seed}"),list(pool or LEXICON),SPELLINGS["first"]
+    r = random.Random(f"letters {seed}")
+    pool = list(pool or LEXICON)
+    say = SPELLINGS["first"]
     out = []
     for w in words:
         shown = r.sample([o for o in pool if o != w], shots)
         text = " ".join(say.replace("@w", o).replace("@first", o[0].upper()) for o in [*shown, w])
-        out.append((text[:-len(" X .")], w[0].upper()))
+        out.append((text[: -len(" X .")], w[0].upper()))
     return out
 
 # %% ../nbs/04_world.ipynb #world-ravel
 RAVEL = dict(city="geography", person="history")
 
+# %% ../nbs/04_world.ipynb #world-ravel-ravel-prompts
 def ravel_prompts(
-    entity_type:str, # One of RAVEL
-)->list:             # dict(entity, attribute, prompt, answer, position: of the entity in the row of tokens, <bos> being 0)
+    entity_type: str,  # One of RAVEL
+) -> (
+    list
+):  # dict(entity, attribute, prompt, answer, position: of the entity in the row of tokens, <bos> being 0)
     "Every entity, attribute and phrasing that ends in the value."
-    out,s = [],RAVEL[one_of("entity type", entity_type, RAVEL)]
-    for a,(_,states,_) in SUBJECTS[s]["attributes"].items():
-        for t in [t[:-len(" @v .")] for t in states if t.endswith(" @v .")]:
-            out += [dict(entity=e, attribute=a, prompt=t.replace("@e", e), answer=f[a], position=1 + t.split().index("@e")) for e,f in FACTS[s].items()]
+    out, s = [], RAVEL[one_of("entity type", entity_type, RAVEL)]
+    for a, (_, states, _) in SUBJECTS[s]["attributes"].items():
+        for t in [t[: -len(" @v .")] for t in states if t.endswith(" @v .")]:
+            out += [
+                dict(
+                    entity=e,
+                    attribute=a,
+                    prompt=t.replace("@e", e),
+                    answer=f[a],
+                    position=1 + t.split().index("@e"),
+                )
+                for e, f in FACTS[s].items()
+            ]
     return out

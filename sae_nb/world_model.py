@@ -9,41 +9,63 @@ __all__ = ['SYLLABUS', 'PROBED', 'WORDS_PROBED', 'world_config', 'new_model', 't
            'measure_knowledge', 'measure_probes', 'measure_words', 'measure']
 
 # %% ../nbs/04_world_model.ipynb #world-model-imports
-import json, os, random, time
+import json
+import os
+import time
 from collections import Counter, defaultdict
 from math import log
 from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from .core import InputError, one_of, read_json, read_tensors, seed_all, write_json, write_tensors
+
+from .core import read_json, read_tensors, seed_all, write_json, write_tensors
 from .world import *
 
 # %% ../nbs/04_world_model.ipynb #world-model-config
 def world_config(
-    **options # Fields of GPTNeoXConfig to change
-):            # A GPTNeoXConfig
+    **options,  # Fields of GPTNeoXConfig to change
+):  # A GPTNeoXConfig
     "GPT-NeoX with four layers of width 128 and four heads of 32."
     from transformers import GPTNeoXConfig
-    return GPTNeoXConfig(**dict(vocab_size=-(-len(VOCAB)//64)*64, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
-        max_position_embeddings=256, rotary_pct=.5, hidden_act="gelu", use_cache=False, tie_word_embeddings=False,
-        pad_token_id=VOCAB["<pad>"], bos_token_id=VOCAB["<bos>"], eos_token_id=VOCAB["<eos>"]) | options)
 
+    return GPTNeoXConfig(
+        **dict(
+            vocab_size=-(-len(VOCAB) // 64) * 64,
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=512,
+            max_position_embeddings=256,
+            rotary_pct=0.5,
+            hidden_act="gelu",
+            use_cache=False,
+            tie_word_embeddings=False,
+            pad_token_id=VOCAB["<pad>"],
+            bos_token_id=VOCAB["<bos>"],
+            eos_token_id=VOCAB["<eos>"],
+        )
+        | options
+    )
+
+# %% ../nbs/04_world_model.ipynb #world-model-config-new-model
 def new_model(
-    seed:int, # Seeds the weights
-    **options # Fields of GPTNeoXConfig to change
-):            # A GPTNeoXForCausalLM
+    seed: int,  # Seeds the weights
+    **options,  # Fields of GPTNeoXConfig to change
+):  # A GPTNeoXForCausalLM
     "A model that has read nothing."
     from transformers import GPTNeoXForCausalLM
+
     seed_all(seed)
     return GPTNeoXForCausalLM(world_config(**options))
 
 # %% ../nbs/04_world_model.ipynb #world-model-nll
 def token_nll(
-    model,         # A GPT-NeoX
-    tokens:Tensor, # [B, T], right-padded, <bos> first
-)->Tensor:         # [n]: nats of every token but <bos> and padding, row by row
+    model,  # A GPT-NeoX
+    tokens: Tensor,  # [B, T], right-padded, <bos> first
+) -> Tensor:  # [n]: nats of every token but <bos> and padding, row by row
     "What the model pays for each token."
     keep = tokens[:, 1:] != VOCAB["<pad>"]
     h = model.gpt_neox(tokens[:, :-1]).last_hidden_state[keep]
@@ -51,159 +73,192 @@ def token_nll(
 
 # %% ../nbs/04_world_model.ipynb #world-model-weights
 def token_weights(
-    tokens:Tensor,   # [B, T]
-    answer:float=4., # Weight of the letter that answers a question
-)->Tensor:           # [B, T - 1]: weight of predicting each next token, 0 on padding
+    tokens: Tensor,  # [B, T]
+    answer: float = 4.0,  # Weight of the letter that answers a question
+) -> Tensor:  # [B, T - 1]: weight of predicting each next token, 0 on padding
     "What each prediction counts in training."
     real = tokens[:, 1:] != VOCAB["<pad>"]
     before = F.pad(tokens, (1, 0))[:, :-2]
     asked = (tokens[:, :-1] == VOCAB[":"]) & (before == VOCAB["answer"])
-    return real*torch.where(asked, answer, 1.)
+    return real * torch.where(asked, answer, 1.0)
 
 # %% ../nbs/04_world_model.ipynb #world-model-orthogonal
 def orthogonal(
-    g:Tensor,    # Matrices, [n, rows, cols]
-    steps:int=5, # Newton-Schulz steps
-)->Tensor:       # Same shape and singular vectors, singular values near 1
+    g: Tensor,  # Matrices, [n, rows, cols]
+    steps: int = 5,  # Newton-Schulz steps
+) -> Tensor:  # Same shape and singular vectors, singular values near 1
     "The nearest orthogonal matrices, roughly."
     tall = g.shape[1] > g.shape[2]
     x = g.transpose(1, 2) if tall else g
-    x = x/(x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         a = x @ x.transpose(1, 2)
-        x = 3.4445*x + (-4.7750*a + 2.0315*a @ a) @ x
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return x.transpose(1, 2) if tall else x
 
 # %% ../nbs/04_world_model.ipynb #world-model-muon
 class Muon(torch.optim.Optimizer):
     "Momentum whose update is made orthogonal; matrices of one shape are done together."
-    def __init__(self, params, lr=.02, momentum=.95, decay=.05): super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
+
+    def __init__(self, params, lr=0.02, momentum=0.95, decay=0.05):
+        super().__init__(params, dict(lr=lr, momentum=momentum, decay=decay))
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             shapes = {}
-            for p in group["params"]: shapes.setdefault(p.shape, []).append(p)
-            for shape,ps in shapes.items():
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, ps in shapes.items():
                 g = torch.stack([p.grad for p in ps])
-                m = torch.stack([self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]).lerp_(g, 1 - group["momentum"])
-                u = orthogonal(g.lerp_(m, group["momentum"]))*max(1, shape[0]/shape[1])**.5
-                for p,mi,ui in zip(ps, m, u):
+                m = torch.stack(
+                    [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
+                ).lerp_(g, 1 - group["momentum"])
+                u = orthogonal(g.lerp_(m, group["momentum"])) * max(1, shape[0] / shape[1]) ** 0.5
+                for p, mi, ui in zip(ps, m, u):
                     self.state[p]["momentum"].copy_(mi)
-                    p.mul_(1 - group["lr"]*group["decay"]).sub_(ui, alpha=group["lr"])
+                    p.mul_(1 - group["lr"] * group["decay"]).sub_(ui, alpha=group["lr"])
 
 # %% ../nbs/04_world_model.ipynb #world-model-optimizers
 def optimizers(
-    model,          # The model to train
-    lr:float=.02,   # Of the matrices inside the blocks
-    lr1:float=.003, # Of everything else
-)->list:            # Muon for the matrices, AdamW for embeddings, norms and biases
+    model,  # The model to train
+    lr: float = 0.02,  # Of the matrices inside the blocks
+    lr1: float = 0.003,  # Of everything else
+) -> list:  # Muon for the matrices, AdamW for embeddings, norms and biases
     "The two optimizers."
-    inner = {n for n,p in model.named_parameters() if p.ndim == 2 and ".layers." in n}
+    inner = {n for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n}
     ps = dict(model.named_parameters())
-    out = [Muon([ps[n] for n in ps if n in inner], lr=lr), torch.optim.AdamW([ps[n] for n in ps if n not in inner], lr=lr1, betas=(.9, .98), weight_decay=.01)]
+    out = [
+        Muon([ps[n] for n in ps if n in inner], lr=lr),
+        torch.optim.AdamW(
+            [ps[n] for n in ps if n not in inner], lr=lr1, betas=(0.9, 0.98), weight_decay=0.01
+        ),
+    ]
     for o in out:
-        for g in o.param_groups: g["base"] = g["lr"]
+        for g in o.param_groups:
+            g["base"] = g["lr"]
     return out
 
 # %% ../nbs/04_world_model.ipynb #world-model-schedule
 def schedule(
-    step:int,        # Step about to be taken
-    steps:int,       # Steps in all
-    warmup:int=100,  # Linear rise
-    cool:float=.3,   # Share of the steps spent falling linearly to zero
-)->float:            # Factor on the learning rates
+    step: int,  # Step about to be taken
+    steps: int,  # Steps in all
+    warmup: int = 100,  # Linear rise
+    cool: float = 0.3,  # Share of the steps spent falling linearly to zero
+) -> float:  # Factor on the learning rates
     "Warm up, stay, cool down."
-    return min(1., (step + 1)/warmup, (steps - step)/(cool*steps))
+    return min(1.0, (step + 1) / warmup, (steps - step) / (cool * steps))
 
 # %% ../nbs/04_world_model.ipynb #world-model-step
 def train_step(
-    model,           # The model
-    opts:list,       # Its optimizers
-    docs:list,       # This process's share of the documents
-    factor:float,    # On the learning rates
-    answer:float=4., # Weight of answer letters
-)->float:            # Weighted mean nats per token, over all processes
+    model,  # The model
+    opts: list,  # Its optimizers
+    docs: list,  # This process's share of the documents
+    factor: float,  # On the learning rates
+    answer: float = 4.0,  # Weight of answer letters
+) -> float:  # Weighted mean nats per token, over all processes
     "Take one optimizer step."
     tokens = encode(docs)[0]
     w = token_weights(tokens, answer)
     w = w[w > 0]
-    loss = (token_nll(model, tokens)*w).sum()
+    loss = (token_nll(model, tokens) * w).sum()
     loss.backward()
     ps = [p for o in opts for g in o.param_groups for p in g["params"]]
     flat = torch.cat([p.grad.flatten() for p in ps] + [torch.stack([loss.detach(), w.sum()])])
-    if dist.is_initialized(): dist.all_reduce(flat)
-    grads = flat[:-2]/flat[-1]
-    grads *= min(1., 1./grads.norm().item())
-    for p,g in zip(ps, grads.split([p.numel() for p in ps])): p.grad = g.view_as(p)
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+    grads = flat[:-2] / flat[-1]
+    grads *= min(1.0, 1.0 / grads.norm().item())
+    for p, g in zip(ps, grads.split([p.numel() for p in ps])):
+        p.grad = g.view_as(p)
     for o in opts:
-        for g in o.param_groups: g["lr"] = g["base"]*factor
+        for g in o.param_groups:
+            g["lr"] = g["base"] * factor
         o.step()
         o.zero_grad()
-    return (flat[-2]/flat[-1]).item()
+    return (flat[-2] / flat[-1]).item()
 
 # %% ../nbs/04_world_model.ipynb #world-model-checkpoint
 def save_state(
-    path,      # A *.safetensors file
-    model,     # The model
-    opts:list, # Its optimizers
-    step:int,  # Steps taken
+    path,  # A *.safetensors file
+    model,  # The model
+    opts: list,  # Its optimizers
+    step: int,  # Steps taken
 ):
     "Weights, optimizer states and the step, in one file."
-    ts,names = dict(model.state_dict()),{p: n for n,p in model.named_parameters()}
-    for o in opts: ts |= {f"{k}|{names[p]}": torch.as_tensor(v) for p,s in o.state.items() for k,v in s.items()}
+    ts = dict(model.state_dict())
+    names = {p: n for n, p in model.named_parameters()}
+    for o in opts:
+        ts |= {f"{k}|{names[p]}": torch.as_tensor(v) for p, s in o.state.items() for k, v in s.items()}
     write_tensors(path, ts | {"step|": torch.tensor(step)})
 
+# %% ../nbs/04_world_model.ipynb #world-model-checkpoint-load-state
 def load_state(
-    path,      # What `save_state` wrote, or a file that does not exist
-    model,     # The model
-    opts:list, # Its optimizers
-)->int:        # Steps taken; 0 if there is no file
+    path,  # What `save_state` wrote, or a file that does not exist
+    model,  # The model
+    opts: list,  # Its optimizers
+) -> int:  # Steps taken; 0 if there is no file
     "Put a checkpoint back."
-    if not Path(path).exists(): return 0
-    ts,ps = read_tensors(path),dict(model.named_parameters())
-    model.load_state_dict({k: v for k,v in ts.items() if "|" not in k})
+    if not Path(path).exists():
+        return 0
+    ts, ps = read_tensors(path), dict(model.named_parameters())
+    model.load_state_dict({k: v for k, v in ts.items() if "|" not in k})
     home = {p: o for o in opts for g in o.param_groups for p in g["params"]}
-    for key,v in ts.items():
-        k,_,n = key.partition("|")
-        if n: home[ps[n]].state[ps[n]][k] = v
+    for key, v in ts.items():
+        k, _, n = key.partition("|")
+        if n:
+            home[ps[n]].state[ps[n]][k] = v
     return ts["step|"].item()
 
 # %% ../nbs/04_world_model.ipynb #world-model-lessons
 # from step | weight of an answer letter | lesson | documents of the lesson, and as many quizzes, per 24
-SYLLABUS = [(0, 4., "", 0), (1784, 20., "", 0), (2468, 20., "open", 5), (2950, 20., "worked", 5), (3300, 8., "worked", 9), (3645, 8., "quiz", 3)]
+SYLLABUS = [
+    (0, 4.0, "", 0),
+    (1784, 20.0, "", 0),
+    (2468, 20.0, "open", 5),
+    (2950, 20.0, "worked", 5),
+    (3300, 8.0, "worked", 9),
+    (3645, 8.0, "quiz", 3),
+]
 
+# %% ../nbs/04_world_model.ipynb #world-model-lessons-lesson-plan
 def lesson_plan(
-    seed:int,      # Which stream
-    step:int,      # Which step
-    rows:int,      # Documents per step
-    lesson:str="", # "open", "worked" or "quiz"
-    n:int=0,       # Documents of the lesson, and as many quizzes
-)->list:           # (index, options of `document`) for each document of the step
+    seed: int,  # Which stream
+    step: int,  # Which step
+    rows: int,  # Documents per step
+    lesson: str = "",  # "open", "worked" or "quiz"
+    n: int = 0,  # Documents of the lesson, and as many quizzes
+) -> list:  # (index, options of `document`) for each document of the step
     "What is read at a step."
-    plan = [{}]*(rows - 2*n) + [dict(kind="fact", mode=lesson)]*n + [dict(kind="fact", mode="quiz")]*n
-    return [(step*rows + i, o) for i,o in enumerate(plan)]
+    plan = [{}] * (rows - 2 * n) + [dict(kind="fact", mode=lesson)] * n + [dict(kind="fact", mode="quiz")] * n
+    return [(step * rows + i, o) for i, o in enumerate(plan)]
 
 # %% ../nbs/04_world_model.ipynb #world-model-train
 def train_world(
-    folder,            # Where the checkpoint and the history go
-    steps:int,         # Optimizer steps
-    rows:int=24,       # Documents per step, shared between processes
-    seed:int=1,        # Seeds weights and documents
-    syllabus=SYLLABUS, # Who is taught what when
-    every:int=100,     # Steps between reports
-    save:float=150.,   # Seconds between checkpoints
-    **options          # Fields of GPTNeoXConfig to change
-):                     # The trained model
+    folder,  # Where the checkpoint and the history go
+    steps: int,  # Optimizer steps
+    rows: int = 24,  # Documents per step, shared between processes
+    seed: int = 1,  # Seeds weights and documents
+    syllabus=SYLLABUS,  # Who is taught what when
+    every: int = 100,  # Steps between reports
+    save: float = 150.0,  # Seconds between checkpoints
+    **options,  # Fields of GPTNeoXConfig to change
+):  # The trained model
     "Train on documents 0, 1, 2, ... of stream `seed`; goes on from the folder's checkpoint. Understands torchrun."
-    rank,world = (dist.get_rank(),dist.get_world_size()) if dist.is_initialized() else (0,1)
-    model,path = new_model(seed, **options),Path(folder)/"checkpoint.safetensors"
-    opts,last = optimizers(model),time.time()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model = new_model(seed, **options)
+    path = Path(folder) / "checkpoint.safetensors"
+    opts, last = optimizers(model), time.time()
     for step in range(load_state(path, model, opts), steps):
-        _,answer,*lesson = [s for s in syllabus if s[0] <= step][-1]
-        plan = lesson_plan(seed, step, rows, *lesson)[rank*rows//world:(rank + 1)*rows//world]
-        loss = train_step(model, opts, [document(seed, index=i, **o) for i,o in plan], schedule(step, steps), answer)
-        if rank: continue
-        if (step + 1) % every == 0: report(folder, step + 1, loss, model, seed + 1)
+        _, answer, *lesson = [s for s in syllabus if s[0] <= step][-1]
+        plan = lesson_plan(seed, step, rows, *lesson)[rank * rows // world : (rank + 1) * rows // world]
+        loss = train_step(
+            model, opts, [document(seed, index=i, **o) for i, o in plan], schedule(step, steps), answer
+        )
+        if rank:
+            continue
+        if (step + 1) % every == 0:
+            report(folder, step + 1, loss, model, seed + 1)
         if time.time() - last > save or step + 1 == steps:
             save_state(path, model, opts, step + 1)
             last = time.time()
@@ -212,56 +267,64 @@ def train_world(
 # %% ../nbs/04_world_model.ipynb #world-model-gaps
 @torch.no_grad()
 def gaps(
-    model,        # A GPT-NeoX
-    docs:list,    # Documents
-    batch:int=64, # Rows at a time
-)->dict:          # kind (and "all") -> dict(tokens, ce, optimal, gap), in nats per token
+    model,  # A GPT-NeoX
+    docs: list,  # Documents
+    batch: int = 64,  # Rows at a time
+) -> dict:  # kind (and "all") -> dict(tokens, ce, optimal, gap), in nats per token
     "The model's cross-entropy beside what the generator's own probabilities allow."
     sums = {}
     for i in range(0, len(docs), batch):
-        part = docs[i:i+batch]
-        for d,n in zip(part, token_nll(model, encode(part)[0]).split([len(d) + 1 for d in part])):
+        part = docs[i : i + batch]
+        for d, n in zip(part, token_nll(model, encode(part)[0]).split([len(d) + 1 for d in part])):
             for k in (d.kind, "all"):
-                s = sums.setdefault(k, [0, 0., 0.])
-                s[0] += len(n); s[1] += n.sum().item(); s[2] += d.nats
-    return {k: dict(tokens=n, ce=c/n, optimal=o/n, gap=(c - o)/n) for k,(n,c,o) in sorted(sums.items())}
+                s = sums.setdefault(k, [0, 0.0, 0.0])
+                s[0] += len(n)
+                s[1] += n.sum().item()
+                s[2] += d.nats
+    return {
+        k: dict(tokens=n, ce=c / n, optimal=o / n, gap=(c - o) / n) for k, (n, c, o) in sorted(sums.items())
+    }
 
 # %% ../nbs/04_world_model.ipynb #world-model-complete
 @torch.no_grad()
 def complete(
-    model,         # A GPT-NeoX
-    prompts:list,  # Texts whose words are separated by spaces
-    batch:int=128, # Prompts at a time
-)->list:           # The most probable next word of each
+    model,  # A GPT-NeoX
+    prompts: list,  # Texts whose words are separated by spaces
+    batch: int = 128,  # Prompts at a time
+) -> list:  # The most probable next word of each
     "What the model says next."
-    words,out = list(VOCAB),[]
+    words, out = list(VOCAB), []
     for i in range(0, len(prompts), batch):
-        tokens,docs = encode(prompts[i:i+batch], ctx=256, eos=False)
+        tokens, docs = encode(prompts[i : i + batch], ctx=256, eos=False)
         ends = docs.sum(1) - 1
-        h = model.gpt_neox(tokens[:, :ends.max() + 1]).last_hidden_state[torch.arange(len(tokens)), ends]
-        out += [words[j] for j in model.get_output_embeddings()(h)[:, :len(words)].argmax(-1)]
+        h = model.gpt_neox(tokens[:, : ends.max() + 1]).last_hidden_state[torch.arange(len(tokens)), ends]
+        out += [words[j] for j in model.get_output_embeddings()(h)[:, : len(words)].argmax(-1)]
     return out
 
+# %% ../nbs/04_world_model.ipynb #world-model-complete-accuracy
 def accuracy(
-    model,      # A GPT-NeoX
-    asked:list, # (prompt, right answer) pairs
-)->float:       # Share answered right
+    model,  # A GPT-NeoX
+    asked: list,  # (prompt, right answer) pairs
+) -> float:  # Share answered right
     "How often the most probable next word is the right answer."
-    return sum(a == r for a,(_,r) in zip(complete(model, [p for p,_ in asked]), asked))/len(asked)
+    return sum(a == r for a, (_, r) in zip(complete(model, [p for p, _ in asked]), asked)) / len(asked)
 
 # %% ../nbs/04_world_model.ipynb #world-model-report
 def report(folder, step, loss, model, seed):
     "Print how far training is and add it to the history."
     asked = [q.ask() for s in SUBJECTS for q in questions(s)[::6]]
-    row = dict(step=step, loss=round(loss, 4), questions=round(accuracy(model, asked), 3)) | {f"gap_{k}": round(v["gap"], 4) for k,v in gaps(model, documents(seed, 0, 128)).items()}
+    row = dict(step=step, loss=round(loss, 4), questions=round(accuracy(model, asked), 3)) | {
+        f"gap_{k}": round(v["gap"], 4) for k, v in gaps(model, documents(seed, 0, 128)).items()
+    }
     print(json.dumps(row), time.strftime("%H:%M:%S"), flush=True)
-    with open(Path(folder)/"history.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
+    with open(Path(folder) / "history.jsonl", "a") as f:
+        f.write(json.dumps(row) + "\n")
 
 # %% ../nbs/04_world_model.ipynb #world-model-save
 def save_world(
-    model,            # A GPT-NeoX
-    folder=WORLD_DIR, # Where to
-    card=None,        # What was measured
+    model,  # A GPT-NeoX
+    folder=WORLD_DIR,  # Where to
+    card=None,  # What was measured
 ):
     "Write model and tokenizer, and the card if there is one."
     folder = Path(folder)
@@ -271,99 +334,148 @@ def save_world(
     folder.mkdir(parents=True, exist_ok=True)
     for f in aside.iterdir():
         f.chmod(0o644)
-        os.replace(f, folder/f.name)
+        os.replace(f, folder / f.name)
     aside.rmdir()
-    if card is not None: write_json(folder/"card.json", card)
+    if card is not None:
+        write_json(folder / "card.json", card)
 
+# %% ../nbs/04_world_model.ipynb #world-model-save-load-world
 def load_world(
-    folder=WORLD_DIR, # Where from
-):                    # The model, in evaluation mode
+    folder=WORLD_DIR,  # Where from
+):  # The model, in evaluation mode
     "The shipped model, as transformers sees it."
     from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 # %% ../nbs/04_world_model.ipynb #world-model-ngram
 class NGram:
     "Smoothed counts of up to `n` tokens in a row."
-    def __init__(self,
-        n:int,     # Tokens in a row, at most; 1: frequencies
-        docs:list, # Documents to count
+
+    def __init__(
+        self,
+        n: int,  # Tokens in a row, at most; 1: frequencies
+        docs: list,  # Documents to count
     ):
-        self.n,self.seen,self.after,self.kinds = n,Counter(),Counter(),Counter()
+        self.n = n
+        self.seen = Counter()
+        self.after = Counter()
+        self.kinds = Counter()
         for d in docs:
-            t = (("<bos>",)*(n - 1) + (*d.words, "<eos>"))
+            t = ("<bos>",) * (n - 1) + (*d.words, "<eos>")
             for i in range(n - 1, len(t)):
-                for k in range(n): self.seen[t[i-k:i+1]] += 1
-        for g,c in self.seen.items(): self.after[g[:-1]] += c; self.kinds[g[:-1]] += 1
+                for k in range(n):
+                    self.seen[t[i - k : i + 1]] += 1
+        for g, c in self.seen.items():
+            self.after[g[:-1]] += c
+            self.kinds[g[:-1]] += 1
+
     def p(self, gram):
         "Probability of the last token given those before it."
         h = gram[:-1]
-        rest = self.p(gram[1:]) if h else 1/len(VOCAB)
-        return (self.seen[gram] + self.kinds[h]*rest)/(self.after[h] + self.kinds[h]) if self.after[h] else rest
+        rest = self.p(gram[1:]) if h else 1 / len(VOCAB)
+        return (
+            (self.seen[gram] + self.kinds[h] * rest) / (self.after[h] + self.kinds[h])
+            if self.after[h]
+            else rest
+        )
+
     def nats(self, doc):
         "What the document costs under the counts."
-        t = (("<bos>",)*(self.n - 1) + (*doc.words, "<eos>"))
-        return -sum(log(self.p(t[i-self.n+1:i+1])) for i in range(self.n - 1, len(t)))
+        t = ("<bos>",) * (self.n - 1) + (*doc.words, "<eos>")
+        return -sum(log(self.p(t[i - self.n + 1 : i + 1])) for i in range(self.n - 1, len(t)))
 
 # %% ../nbs/04_world_model.ipynb #world-model-pooled
 @torch.no_grad()
 def pooled(
-    model,        # A GPT-NeoX
-    docs:list,    # Documents
-    batch:int=64, # Rows at a time
-)->Tensor:        # [n_layers, n_docs, d]; the last layer behind the final norm
+    model,  # A GPT-NeoX
+    docs: list,  # Documents
+    batch: int = 64,  # Rows at a time
+) -> Tensor:  # [n_layers, n_docs, d]; the last layer behind the final norm
     "Mean activation of each document's words after each block."
     out = []
     for i in range(0, len(docs), batch):
-        tokens = encode(docs[i:i+batch])[0]
+        tokens = encode(docs[i : i + batch])[0]
         h = torch.stack(model.gpt_neox(tokens, output_hidden_states=True).hidden_states[1:])
         words = (tokens > VOCAB["<unk>"]).float()[None, :, :, None]
-        out.append((h*words).sum(2)/words.sum(2))
+        out.append((h * words).sum(2) / words.sum(2))
     return torch.cat(out, 1)
 
+# %% ../nbs/04_world_model.ipynb #world-model-pooled-probe
 def probe(
-    x:Tensor, # [n, d]
-    y:list,   # n labels
-)->float:     # Accuracy on the second half of a probe fitted to the first
+    x: Tensor,  # [n, d]
+    y: list,  # n labels
+) -> float:  # Accuracy on the second half of a probe fitted to the first
     "How well a linear probe reads `y` from `x`."
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
-    x,n = StandardScaler().fit(x[:len(x)//2]).transform(x),len(x)//2
-    return LogisticRegression(max_iter=300, C=.1).fit(x[:n], y[:n]).score(x[n:], y[n:])
+
+    x, n = StandardScaler().fit(x[: len(x) // 2]).transform(x), len(x) // 2
+    return LogisticRegression(max_iter=300, C=0.1).fit(x[:n], y[:n]).score(x[n:], y[n:])
 
 # %% ../nbs/04_world_model.ipynb #world-model-measure-knowledge
 def measure_knowledge(
-    model,   # A GPT-NeoX
-    seed:int # Which wordings, options and examples
-)->dict:     # questions, letters, ravel
+    model,  # A GPT-NeoX
+    seed: int,  # Which wordings, options and examples
+) -> dict:  # questions, letters, ravel
     "Exam questions in all 24 orders, first letters of all words, attributes of all entities."
     from itertools import permutations
-    exam,attrs = {},{}
+
+    exam, attrs = {}, {}
     for s in SUBJECTS:
-        qs,orders = questions(s, seed),list(permutations(range(4)))
+        qs, orders = questions(s, seed), list(permutations(range(4)))
         asked = [q.ask(o) for q in qs for o in orders]
-        right = torch.tensor([a == r for a,(_,r) in zip(complete(model, [p for p,_ in asked]), asked)]).view(len(qs), 24).float()
-        exam[s] = dict(questions=len(qs), accuracy=right.mean().item(), every_order=right.min(1).values.mean().item())
+        right = (
+            torch.tensor([a == r for a, (_, r) in zip(complete(model, [p for p, _ in asked]), asked)])
+            .view(len(qs), 24)
+            .float()
+        )
+        exam[s] = dict(
+            questions=len(qs), accuracy=right.mean().item(), every_order=right.min(1).values.mean().item()
+        )
     for k in RAVEL:
         ps = ravel_prompts(k)
-        for p,a in zip(ps, complete(model, [p["prompt"] for p in ps])): attrs.setdefault(f"{k} {p['attribute']}", []).append(a == p["answer"])
+        for p, a in zip(ps, complete(model, [p["prompt"] for p in ps])):
+            attrs.setdefault(f"{k} {p['attribute']}", []).append(a == p["answer"])
     asked = letter_prompts(LEXICON, seed=seed)
     hit = defaultdict(list)
-    for (_,l),a in zip(asked, complete(model, [p for p,_ in asked])): hit[l].append(a == l)
-    return dict(questions=exam, ravel={k: sum(v)/len(v) for k,v in attrs.items()}, letters=dict(words=len(LEXICON), accuracy=sum(map(sum, hit.values()))/len(LEXICON),
-        by_letter={l: sum(v)/len(v) for l,v in sorted(hit.items())}))
+    for (_, l), a in zip(asked, complete(model, [p for p, _ in asked])):
+        hit[l].append(a == l)
+    return dict(
+        questions=exam,
+        ravel={k: sum(v) / len(v) for k, v in attrs.items()},
+        letters=dict(
+            words=len(LEXICON),
+            accuracy=sum(map(sum, hit.values())) / len(LEXICON),
+            by_letter={l: sum(v) / len(v) for l, v in sorted(hit.items())},
+        ),
+    )
 
 # %% ../nbs/04_world_model.ipynb #world-model-measure-probes
-PROBED = dict(kind=None, profession="bio", gender="bio", category="review", stars="review", topic="news", code_language="code", language="speech", setting="story", subject="fact", mode="fact", form="spelling")
+PROBED = dict(
+    kind=None,
+    profession="bio",
+    gender="bio",
+    category="review",
+    stars="review",
+    topic="news",
+    code_language="code",
+    language="speech",
+    setting="story",
+    subject="fact",
+    mode="fact",
+    form="spelling",
+)
 
+# %% ../nbs/04_world_model.ipynb #world-model-measure-probes-measure-probes
 def measure_probes(
-    model,       # A GPT-NeoX
-    seed:int,    # Which documents
-    n:int=1200,  # Documents per label; half to fit, half to score
-)->dict:         # label -> accuracy after each block
+    model,  # A GPT-NeoX
+    seed: int,  # Which documents
+    n: int = 1200,  # Documents per label; half to fit, half to score
+) -> dict:  # label -> accuracy after each block
     "A linear probe for every document label."
     out = {}
-    for label,kind in PROBED.items():
+    for label, kind in PROBED.items():
         docs = documents(seed, 0, n, kind)
         out[label] = [probe(x, [d.labels[label] for d in docs]) for x in pooled(model, docs).numpy()]
     return out
@@ -371,49 +483,62 @@ def measure_probes(
 # %% ../nbs/04_world_model.ipynb #world-model-measure-words
 WORDS_PROBED = dict(register="dialogue", tense="story", number="story", refers="bio", in_quote="news")
 
+# %% ../nbs/04_world_model.ipynb #world-model-measure-words-measure-words
 @torch.no_grad()
 def measure_words(
-    model,      # A GPT-NeoX
-    seed:int,   # Which documents
-    n:int=300,  # Documents per label; half to fit, half to score
-    most:int=6000, # Words used, at most
-)->dict:        # label -> accuracy after each block
+    model,  # A GPT-NeoX
+    seed: int,  # Which documents
+    n: int = 300,  # Documents per label; half to fit, half to score
+    most: int = 6000,  # Words used, at most
+) -> dict:  # label -> accuracy after each block
     "A linear probe for labels of single words, at the word."
     out = {}
-    for label,kind in WORDS_PROBED.items():
+    for label, kind in WORDS_PROBED.items():
         docs = documents(seed, 0, n, kind)
-        codes,_ = label_codes(docs, label)
+        codes, _ = label_codes(docs, label)
         at = (codes > 0).nonzero()
-        at = at[:: -(-len(at)//most)].T
+        at = at[:: -(-len(at) // most)].T
         hidden = model.gpt_neox(encode(docs)[0], output_hidden_states=True).hidden_states[1:]
         out[label] = [probe(h[*at].numpy(), codes[*at].tolist()) for h in hidden]
     return out
 
 # %% ../nbs/04_world_model.ipynb #world-model-measure
 def measure(
-    model,          # A GPT-NeoX
-    seed:int=2,     # Held-out stream
-    n:int=2000,     # Documents for the cross-entropy
-    count:int=15000 # Documents of the training stream for the n-grams
-)->dict:            # The card
+    model,  # A GPT-NeoX
+    seed: int = 2,  # Held-out stream
+    n: int = 2000,  # Documents for the cross-entropy
+    count: int = 15000,  # Documents of the training stream for the n-grams
+) -> dict:  # The card
     "Everything the card says."
-    docs,card = documents(seed, 0, n),dict(weights=sum(p.numel() for p in model.parameters()), seed=seed)
+    docs = documents(seed, 0, n)
+    card = dict(weights=sum(p.numel() for p in model.parameters()), seed=seed)
     card["ce"] = gaps(model, docs)
     for m in (1, 2, 5):
-        g,sums = NGram(m, documents(1, 0, count)),defaultdict(float)
+        g, sums = NGram(m, documents(1, 0, count)), defaultdict(float)
         for d in docs:
             c = g.nats(d)
-            for k in (d.kind, "all"): sums[k] += c
-        for k,v in card["ce"].items(): v[f"{m}-gram"] = sums[k]/v["tokens"]
+            for k in (d.kind, "all"):
+                sums[k] += c
+        for k, v in card["ce"].items():
+            v[f"{m}-gram"] = sums[k] / v["tokens"]
         del g
-    return card | measure_knowledge(model, seed) | dict(probes=measure_probes(model, seed), words=measure_words(model, seed))
+    return (
+        card
+        | measure_knowledge(model, seed)
+        | dict(probes=measure_probes(model, seed), words=measure_words(model, seed))
+    )
 
 # %% ../nbs/04_world_model.ipynb #world-model-main
-if __name__ == "__main__" and "__file__" in globals(): # as a program, not as a notebook
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not as a notebook
     import argparse
-    a = argparse.ArgumentParser(description="Train the world's language model; under torchrun, on several processes.")
-    a.add_argument("--folder", default="runs/.world_lm"); a.add_argument("--steps", type=int, default=5200)
+
+    a = argparse.ArgumentParser(
+        description="Train the world's language model; under torchrun, on several processes."
+    )
+    a.add_argument("--folder", default="runs/.world_lm")
+    a.add_argument("--steps", type=int, default=5200)
     a = a.parse_args()
-    if "RANK" in os.environ: dist.init_process_group("gloo")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
     Path(a.folder).mkdir(parents=True, exist_ok=True)
     train_world(a.folder, a.steps)

@@ -6,83 +6,129 @@
 __all__ = ['anatomy', 'entries', 'train_zoo', 'truth', 'plot_zoo']
 
 # %% ../nbs/20_zoo.ipynb #zoo-imports
-import torch
 from .core import *
-from .sae import *
-from .train import *
 from .envelope import flat
 from .runs import Params, variant_args
+from .sae import *
+from .train import *
 
 # %% ../nbs/20_zoo.ipynb #zoo-anatomy
 def anatomy(
-    sae:SAE, # Any SAE
-)->dict:     # Its parts by name
+    sae: SAE,  # Any SAE
+) -> dict:  # Its parts by name
     "The parts of an SAE, read off the object."
-    plus = lambda ns: ", ".join(ns)
-    return dict(sparsifier=type(sae).registered, fronts=plus(sae.fronts), penalties=plus(sae.penalties), recipes=plus(getattr(r, "registered", type(r).__name__.lower()) for r in sae.recipes),
-                looks_along_rows="yes" if sae.sequential else "", parameters=sum(p.numel() for p in sae.parameters()))
+
+    def plus(ns):
+        return ", ".join(ns)
+
+    return dict(
+        sparsifier=type(sae).registered,
+        fronts=plus(sae.fronts),
+        penalties=plus(sae.penalties),
+        recipes=plus(getattr(r, "registered", type(r).__name__.lower()) for r in sae.recipes),
+        looks_along_rows="yes" if sae.sequential else "",
+        parameters=sum(p.numel() for p in sae.parameters()),
+    )
 
 # %% ../nbs/20_zoo.ipynb #zoo-entries
 def entries(
-    k:int,        # Active latents per token
-    variants=None,# Names or paths; None: everything registered
-)->dict:          # name -> options
+    k: int,  # Active latents per token
+    variants=None,  # Names or paths; None: everything registered
+) -> dict:  # name -> options
     "Every variant with the options that make its L0 equal to `k`."
-    return {v: variant_args(v, Params(k=k), {}) for v in variants or [n for n in names("variants") if not n.startswith("_")]}
+    return {
+        v: variant_args(v, Params(k=k), {})
+        for v in variants or [n for n in names("variants") if not n.startswith("_")]
+    }
 
 # %% ../nbs/20_zoo.ipynb #zoo-train
 def train_zoo(
-    entries:dict,  # name -> options, from `entries`
-    data,          # A toy
-    d_sae:int,     # Latents
-    steps:int=500, # Updates
-    rows:int=16,   # Rows of 32 tokens per step
-    lr:float=3e-3, # Adam's learning rate
-    seed:int=0,    # Weights and data
-)->dict:           # name -> trained SAE; one that failed is left out, with a line saying why
+    entries: dict,  # name -> options, from `entries`
+    data,  # A toy
+    d_sae: int,  # Latents
+    steps: int = 500,  # Updates
+    rows: int = 16,  # Rows of 32 tokens per step
+    lr: float = 3e-3,  # Adam's learning rate
+    seed: int = 0,  # Weights and data
+) -> dict:  # name -> trained SAE; one that failed is left out, with a line saying why
     "Train all on the same batches."
-    cfg = TrainConfig(tokens=steps * rows * 32, batch=rows * 32, lr=lr, checkpoint_every=0, log_every=max(1, steps // 25)).resolve()
-    ts = [Trainee(build(v, data.d_in, d_sae, seed=seed, **a), cfg, ["auxk"], v) for v,a in entries.items()]
+    cfg = TrainConfig(
+        tokens=steps * rows * 32, batch=rows * 32, lr=lr, checkpoint_every=0, log_every=max(1, steps // 25)
+    ).resolve()
+    ts = [Trainee(build(v, data.d_in, d_sae, seed=seed, **a), cfg, ["auxk"], v) for v, a in entries.items()]
     train(ts, data.stream(rows, T=32, start=seed * 10**6), quiet=True)
-    for t in ts: t.sae.history = t.history
     for t in ts:
-        if t.failed: print(t.failed)
+        t.sae.history = t.history
+    for t in ts:
+        if t.failed:
+            print(t.failed)
     return {t.name: t.sae for t in ts if not t.failed}
 
 # %% ../nbs/20_zoo.ipynb #zoo-truth
 def truth(
-    saes:dict, # name -> SAE
-    toy,       # What they were trained on
-    n_tokens:int=6000, # Held-out tokens
-):             # pandas.DataFrame, one row per SAE, the random dictionary last
+    saes: dict,  # name -> SAE
+    toy,  # What they were trained on
+    n_tokens: int = 6000,  # Held-out tokens
+):  # pandas.DataFrame, one row per SAE, the random dictionary last
     "Recovery of the true features."
     import pandas as pd
+
     ev = find("evals", "toy_truth")(n_tokens=n_tokens, random_seeds=3, probe_steps=0)
-    rows,res = {},{}
-    for n,s in saes.items():
+    rows, res = {}, {}
+    for n, s in saes.items():
         res = flat(ev(s, toy, details=False, name=n))
-        rows[n] = {k: res[k] for k in ("l0", "explained_variance", "mcc", "f1", "share_found", "uniqueness", "frac_dead", "absorption_depth_1") if k in res}
-    rows["(random)"] = {k: res.get(f"null_random/{k}") for k in ("explained_variance", "mcc", "f1", "share_found", "uniqueness")}
+        rows[n] = {
+            k: res[k]
+            for k in (
+                "l0",
+                "explained_variance",
+                "mcc",
+                "f1",
+                "share_found",
+                "uniqueness",
+                "frac_dead",
+                "absorption_depth_1",
+            )
+            if k in res
+        }
+    rows["(random)"] = {
+        k: res.get(f"null_random/{k}")
+        for k in ("explained_variance", "mcc", "f1", "share_found", "uniqueness")
+    }
     return pd.DataFrame(rows).T.astype(float)
 
 # %% ../nbs/20_zoo.ipynb #zoo-plot
 def plot_zoo(
-    table,          # DataFrame, one row per variant
-    x:str,          # Column across
-    y:str,          # Column upwards
-    labels=("", ""),# Axis labels; empty: the columns' names
-    beyond=(),      # Rows too far away to be drawn; they are named below the axis
-):                  # The figure
+    table,  # DataFrame, one row per variant
+    x: str,  # Column across
+    y: str,  # Column upwards
+    labels=("", ""),  # Axis labels; empty: the columns' names
+    beyond=(),  # Rows too far away to be drawn; they are named below the axis
+):  # The figure
     "Every variant as a point, its name in a list to the right in the order of height."
     import matplotlib.pyplot as plt
-    t,far = table.dropna(subset=[x, y]).drop(list(beyond)).sort_values(y),table.loc[list(beyond)]
-    fig,ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    low,high = t[y].min(),t[y].max(); pad = .04 * (high - low)
-    for n,(name,r) in enumerate(t.iterrows()):
+
+    t = table.dropna(subset=[x, y]).drop(list(beyond)).sort_values(y)
+    far = table.loc[list(beyond)]
+    fig, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    low, high = t[y].min(), t[y].max()
+    pad = 0.04 * (high - low)
+    for n, (name, r) in enumerate(t.iterrows()):
         c = "grey" if name[0] == "(" else f"C{n % 10}"
         ax.plot(r[x], r[y], "x" if name[0] == "(" else "o", color=c, ms=7)
         at = low - pad + (high - low + 2 * pad) * n / max(1, len(t) - 1)
-        ax.annotate(name, (r[x], r[y]), xytext=(1.06, at), textcoords=("axes fraction", "data"), color=c, fontsize=8, va="center", arrowprops=dict(arrowstyle="-", color=c, lw=.5, alpha=.5))
-    notes = [f"{n} at ({r[x]:.2f}, {r[y]:.2f})" for n,r in far.iterrows()]
-    ax.set_xlabel((labels[0] or x) + (f"\nnot drawn: {', '.join(notes)}" if notes else "")); ax.set_ylabel(labels[1] or y); ax.spines[["top", "right"]].set_visible(False)
+        ax.annotate(
+            name,
+            (r[x], r[y]),
+            xytext=(1.06, at),
+            textcoords=("axes fraction", "data"),
+            color=c,
+            fontsize=8,
+            va="center",
+            arrowprops=dict(arrowstyle="-", color=c, lw=0.5, alpha=0.5),
+        )
+    notes = [f"{n} at ({r[x]:.2f}, {r[y]:.2f})" for n, r in far.iterrows()]
+    ax.set_xlabel((labels[0] or x) + (f"\nnot drawn: {', '.join(notes)}" if notes else ""))
+    ax.set_ylabel(labels[1] or y)
+    ax.spines[["top", "right"]].set_visible(False)
     return fig

@@ -8,190 +8,303 @@ __all__ = ['front_of', 'parts', 'variance_shares', 'branch_stats', 'lag_mass', '
 
 # %% ../../nbs/analyses/context.ipynb #context-imports
 import math
-import matplotlib.pyplot as plt, pandas as pd
+
+import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from torch import Tensor
-from fastcore.basics import patch
+
 from ..core import *
 from ..metrics import Running, ratio_se
 from ..sae import *
-from ..train import Trainee, TrainConfig, TrainingError, train
+from ..train import TrainConfig, Trainee, TrainingError, train
 from ..variants.temporal import Branches
 
 # %% ../../nbs/analyses/context.ipynb #context-parts
 def front_of(
-    sae, # A temporal SAE
-)->Branches: # Its branches
+    sae,  # A temporal SAE
+) -> Branches:  # Its branches
     "The branches of an SAE, or one line that says it has none."
     f = sae.fronts["temporal"] if "temporal" in sae.fronts else None
-    if not isinstance(f, Branches): raise InputError(f"{sae.variant or type(sae).__name__} has no temporal branches; give a temporal SAE")
-    if len(sae.fronts) > 1: raise InputError(f"the branches cannot be told from the other fronts ({', '.join(n for n in sae.fronts if n != 'temporal')}); give an SAE whose only front is temporal")
+    if not isinstance(f, Branches):
+        raise InputError(f"{sae.variant or type(sae).__name__} has no temporal branches; give a temporal SAE")
+    if len(sae.fronts) > 1:
+        raise InputError(
+            f"the branches cannot be told from the other fronts ({', '.join(n for n in sae.fronts if n != 'temporal')}); give an SAE whose only front is temporal"
+        )
     return f
 
+# %% ../../nbs/analyses/context.ipynb #context-parts-parts
 @torch.no_grad()
 def parts(
-    sae,              # A temporal SAE
-    x:Tensor,         # Activations, [B, T, d_in]
-    mask:Tensor=None, # Document numbers, [B, T]
-)->tuple:             # branch outputs u [n_tokens, R, d_in]; parts of z [R + 1, n_tokens, d_sae], the token's own first
+    sae,  # A temporal SAE
+    x: Tensor,  # Activations, [B, T, d_in]
+    mask: Tensor = None,  # Document numbers, [B, T]
+) -> (
+    tuple
+):  # branch outputs u [n_tokens, R, d_in]; parts of z [R + 1, n_tokens, d_sae], the token's own first
     "What the token and each branch put into the pre-activations of the tokens that count."
-    front = front_of(sae); c = x - sae.b_dec
+    front = front_of(sae)
+    c = x - sae.b_dec
     u = front.branches(c * front.units, mask)
-    own,u = counted(c, mask) @ sae.W_enc,counted(u.flatten(-2), mask).unflatten(-1, u.shape[-2:])
-    return u,torch.stack([own, *(u[:, r] @ W / front.units for r,W in enumerate(front.W_ctx))])
+    own = counted(c, mask) @ sae.W_enc
+    u = counted(u.flatten(-2), mask).unflatten(-1, u.shape[-2:])
+    return u, torch.stack([own, *(u[:, r] @ W / front.units for r, W in enumerate(front.W_ctx))])
 
 # %% ../../nbs/analyses/context.ipynb #context-shares
 def variance_shares(
-    p:Tensor, # Parts of z, [R + 1, n_tokens, d_sae], from `parts`
-)->Tensor:    # [R + 1, d_sae]; the token's own first
+    p: Tensor,  # Parts of z, [R + 1, n_tokens, d_sae], from `parts`
+) -> Tensor:  # [R + 1, d_sae]; the token's own first
     "Share of each part in the variance of each pre-activation."
-    c = p - p.mean(1, keepdim=True); z = c.sum(0)
+    c = p - p.mean(1, keepdim=True)
+    z = c.sum(0)
     return (c * z).mean(1) / z.pow(2).mean(0).clamp_min(1e-12)
 
+# %% ../../nbs/analyses/context.ipynb #context-shares-branch-stats
 def branch_stats(
-    sae,              # A temporal SAE
-    x:Tensor,         # Activations, [B, T, d_in]
-    mask:Tensor=None, # Document numbers, [B, T]
-):                    # DataFrame, one row per branch
+    sae,  # A temporal SAE
+    x: Tensor,  # Activations, [B, T, d_in]
+    mask: Tensor = None,  # Document numbers, [B, T]
+):  # DataFrame, one row per branch
     "Norm, mean and standard deviation of each branch's output, and its share in the pre-activations, averaged over latents."
-    u,p = parts(sae, x, mask); v = u.float()
-    return pd.DataFrame(dict(dilation=front_of(sae).dilations, norm=v.norm(dim=-1).mean(0).tolist(), mean=v.mean((0, 2)).tolist(),
-                             std=v.transpose(0, 1).flatten(1).std(1).tolist(), share_of_z=variance_shares(p.float())[1:].mean(1).tolist()))
+    u, p = parts(sae, x, mask)
+    v = u.float()
+    return pd.DataFrame(
+        dict(
+            dilation=front_of(sae).dilations,
+            norm=v.norm(dim=-1).mean(0).tolist(),
+            mean=v.mean((0, 2)).tolist(),
+            std=v.transpose(0, 1).flatten(1).std(1).tolist(),
+            share_of_z=variance_shares(p.float())[1:].mean(1).tolist(),
+        )
+    )
 
 # %% ../../nbs/analyses/context.ipynb #context-lags
 @torch.no_grad()
 def lag_mass(
-    sae, # A temporal SAE without branch norm, not shuffled
-)->dict: # lag -> norm of what each latent reads at that lag, [d_sae]
+    sae,  # A temporal SAE without branch norm, not shuffled
+) -> dict:  # lag -> norm of what each latent reads at that lag, [d_sae]
     "From the weights: how strongly each latent reads each lag."
-    front,out = front_of(sae),{}
-    if front.branch_norm: raise InputError("with branch_norm the weights alone do not say what a latent reads; use lag_gradient")
-    if front.shuffled: raise InputError("a shuffled control has no lags; give an SAE that reads its window in order")
+    front, out = front_of(sae), {}
+    if front.branch_norm:
+        raise InputError(
+            "with branch_norm the weights alone do not say what a latent reads; use lag_gradient"
+        )
+    if front.shuffled:
+        raise InputError("a shuffled control has no lags; give an SAE that reads its window in order")
     for l in front.taken:
-        taps = [(r, j) for r,ls in enumerate(front.lags) for j,m in enumerate(ls) if m == l]
-        a = sum(front.conv[r, j, :, None] * front.W_ctx[r] for r,j in taps) + (sae.W_enc if l == 0 else 0)
+        taps = [(r, j) for r, ls in enumerate(front.lags) for j, m in enumerate(ls) if m == l]
+        a = sum(front.conv[r, j, :, None] * front.W_ctx[r] for r, j in taps) + (sae.W_enc if l == 0 else 0)
         out[l] = a.norm(dim=0)
     return out
 
+# %% ../../nbs/analyses/context.ipynb #context-lags-mean-lag
 def mean_lag(
-    mass:dict, # From `lag_mass` or `lag_gradient`
-)->tuple:      # mean lag over the past [n], share of the past [n]
+    mass: dict,  # From `lag_mass` or `lag_gradient`
+) -> tuple:  # mean lag over the past [n], share of the past [n]
     "Where the past of each latent lies, and how much of it there is."
-    m = {l: v.float().pow(2) for l,v in mass.items()}
-    past = sum(v for l,v in m.items() if l)
-    return sum(abs(l) * v for l,v in m.items() if l) / past.clamp_min(1e-12),past / sum(m.values()).clamp_min(1e-12)
+    m = {l: v.float().pow(2) for l, v in mass.items()}
+    past = sum(v for l, v in m.items() if l)
+    return sum(abs(l) * v for l, v in m.items() if l) / past.clamp_min(1e-12), past / sum(
+        m.values()
+    ).clamp_min(1e-12)
 
 # %% ../../nbs/analyses/context.ipynb #context-gradient
 def lag_gradient(
-    sae,      # A temporal SAE
-    x:Tensor, # Activations, [B, T, d_in]: single documents longer than the receptive field
+    sae,  # A temporal SAE
+    x: Tensor,  # Activations, [B, T, d_in]: single documents longer than the receptive field
     latents,  # Which latents
-)->dict:      # lag -> mean norm of the gradient, [len(latents)]
+) -> dict:  # lag -> mean norm of the gradient, [len(latents)]
     "By gradient: how strongly each latent reads each lag, at the last position for which the field fits."
-    front = front_of(sae); first,last = min(front.taken),max(front.taken)
-    if front.shuffled: raise InputError("a shuffled control has no lags; give an SAE that reads its window in order")
+    front = front_of(sae)
+    first, last = min(front.taken), max(front.taken)
+    if front.shuffled:
+        raise InputError("a shuffled control has no lags; give an SAE that reads its window in order")
     t = x.shape[1] - 1 + min(first, 0)
-    if t < last: raise InputError(f"rows of {x.shape[1]} tokens are shorter than the receptive field of {front.field}; give longer rows")
-    y,out = x.detach().clone().requires_grad_(),{l: [] for l in front.taken}
+    if t < last:
+        raise InputError(
+            f"rows of {x.shape[1]} tokens are shorter than the receptive field of {front.field}; give longer rows"
+        )
+    y = x.detach().clone().requires_grad_()
+    out = {l: [] for l in front.taken}
     z = sae.pre(y)[:, t]
     for i in latents:
-        g, = torch.autograd.grad(z[:, i].sum(), y, retain_graph=True)
-        for l in out: out[l].append(g[:, t - l].norm(dim=-1).mean())
-    return {l: torch.stack(v) for l,v in out.items()}
+        (g,) = torch.autograd.grad(z[:, i].sum(), y, retain_graph=True)
+        for l in out:
+            out[l].append(g[:, t - l].norm(dim=-1).mean())
+    return {l: torch.stack(v) for l, v in out.items()}
 
 # %% ../../nbs/analyses/context.ipynb #context-cosines
 def branch_cosines(
-    u:Tensor, # Branch outputs, [n_tokens, R, d_in], from `parts`
-)->Tensor:    # [R, R]
+    u: Tensor,  # Branch outputs, [n_tokens, R, d_in], from `parts`
+) -> Tensor:  # [R, R]
     "Mean cosine between branches."
     v = torch.nn.functional.normalize(u.float(), dim=-1)
     return (v @ v.transpose(-1, -2)).mean(0)
 
 # %% ../../nbs/analyses/context.ipynb #context-deal
 def deal(
-    b:Batch, # Rows
-    gen,     # torch.Generator
-)->Batch:    # The same tokens in other places
+    b: Batch,  # Rows
+    gen,  # torch.Generator
+) -> Batch:  # The same tokens in other places
     "Deal the counted tokens of a batch out anew."
     on = torch.ones(b.x.shape[:-1], dtype=torch.bool, device=b.x.device) if b.mask is None else b.mask > 0
     i = torch.randperm(int(on.sum()), generator=gen).to(b.x.device)
-    def _deal(t): t = t.clone(); t[on] = t[on][i]; return t
+
+    def _deal(t):
+        t = t.clone()
+        t[on] = t[on][i]
+        return t
+
     return Batch(_deal(b.x), b.mask, None if b.tokens is None else _deal(b.tokens))
 
+# %% ../../nbs/analyses/context.ipynb #context-deal-strangers
 class Strangers:
     "A stream of rows whose tokens are dealt out anew, batch by batch."
-    def __init__(self,
-        stream,     # Stream of rows
-        seed:int=0, # Seeds the dealing
-    ): self.stream,self.seed,self.n = stream,seed,0
-    def __iter__(self): return self
+
+    def __init__(
+        self,
+        stream,  # Stream of rows
+        seed: int = 0,  # Seeds the dealing
+    ):
+        self.stream = stream
+        self.seed = seed
+        self.n = 0
+
+    def __iter__(self):
+        return self
+
     def __next__(self):
         self.n += 1
         return deal(next(self.stream), torch.Generator().manual_seed(self.seed * 1_000_003 + self.n))
+
     def __getattr__(self, k):
-        if k == "stream": raise AttributeError(k)
-        return getattr(self.stream, k) # d_in, scale, mean
-    def state(self): return dict(stream=self.stream.state(), n=self.n)
-    def load_state(self, s): self.stream.load_state(s["stream"]); self.n = s["n"]
+        if k == "stream":
+            raise AttributeError(k)
+        return getattr(self.stream, k)  # d_in, scale, mean
+
+    def state(self):
+        return dict(stream=self.stream.state(), n=self.n)
+
+    def load_state(self, s):
+        self.stream.load_state(s["stream"])
+        self.n = s["n"]
 
 # %% ../../nbs/analyses/context.ipynb #context-survive
 def survives_shuffling(
-    rows, # DataFrame or list of dicts, one per seed: base, context, base_shuffled, context_shuffled, explained variances
-)->dict:  # gain, gain_shuffled, share and share_se; the share is None where it has no meaning, with a reason
+    rows,  # DataFrame or list of dicts, one per seed: base, context, base_shuffled, context_shuffled, explained variances
+) -> (
+    dict
+):  # gain, gain_shuffled, share and share_se; the share is None where it has no meaning, with a reason
     "Which share of the gain over the base is still there when order is gone."
-    d = pd.DataFrame(rows).dropna(subset=["base", "context", "base_shuffled", "context_shuffled"]); g,h = d.context - d.base,d.context_shuffled - d.base_shuffled
-    mean,se = lambda v: float(v.mean()),lambda v: float(v.std() / math.sqrt(len(v))) if len(v) > 1 else None
-    out = dict(n_seeds=len(d), gain=mean(g), gain_se=se(g), gain_shuffled=mean(h), gain_shuffled_se=se(h), share=None, share_se=None, reason="")
-    if mean(g) <= 2 * (se(g) or 0): return {**out, "reason": "the gain in order is not above twice its standard error" if mean(g) > 0 else "there is no gain in order"}
-    return {**out, "share": float(h.sum() / g.sum()), "share_se": ratio_se(torch.tensor(h.values), torch.tensor(g.values))}
+    d = pd.DataFrame(rows).dropna(subset=["base", "context", "base_shuffled", "context_shuffled"])
+    g, h = d.context - d.base, d.context_shuffled - d.base_shuffled
+
+    def mean(v):
+        return float(v.mean())
+
+    def se(v):
+        return float(v.std() / math.sqrt(len(v))) if len(v) > 1 else None
+
+    out = dict(
+        n_seeds=len(d),
+        gain=mean(g),
+        gain_se=se(g),
+        gain_shuffled=mean(h),
+        gain_shuffled_se=se(h),
+        share=None,
+        share_se=None,
+        reason="",
+    )
+    if mean(g) <= 2 * (se(g) or 0):
+        return {
+            **out,
+            "reason": "the gain in order is not above twice its standard error"
+            if mean(g) > 0
+            else "there is no gain in order",
+        }
+    return {
+        **out,
+        "share": float(h.sum() / g.sum()),
+        "share_se": ratio_se(torch.tensor(h.values), torch.tensor(g.values)),
+    }
 
 # %% ../../nbs/analyses/context.ipynb #context-test
 @torch.no_grad()
 def held_ev(
     sae,  # Any SAE
-    held, # Batches of rows
-)->float:
+    held,  # Batches of rows
+) -> float:
     "Explained variance on held-out rows."
     run = Running()
-    for b in held: run.update(counted(b.x, b.mask), counted(sae(b.x, b.mask), b.mask))
+    for b in held:
+        run.update(counted(b.x, b.mask), counted(sae(b.x, b.mask), b.mask))
     return run.result()["explained_variance"]
 
+# %% ../../nbs/analyses/context.ipynb #context-test-shuffle-test
 def shuffle_test(
-    make,             # Function that gives {"base": SAE, "context": SAE}, new at each call
-    stream,           # Stream of rows
-    held:list,        # Held-out batches of rows
-    cfg:TrainConfig,  # Resolved
-    recipes=(),       # Names of recipes
-    seed:int=0,       # Seeds the dealing
-)->tuple:             # ({base, context, base_shuffled, context_shuffled: explained variance}, the four trainees)
+    make,  # Function that gives {"base": SAE, "context": SAE}, new at each call
+    stream,  # Stream of rows
+    held: list,  # Held-out batches of rows
+    cfg: TrainConfig,  # Resolved
+    recipes=(),  # Names of recipes
+    seed: int = 0,  # Seeds the dealing
+) -> tuple:  # ({base, context, base_shuffled, context_shuffled: explained variance}, the four trainees)
     "Train base and context in order and between strangers, and judge each on rows of its own kind."
-    start,ev,saes = stream.state(),{},{}
+    start = stream.state()
+    ev = {}
+    saes = {}
     gen = torch.Generator().manual_seed(seed + 10**9)
-    for suffix,s,h in (("", stream, held), ("_shuffled", Strangers(stream, seed), [deal(b, gen) for b in held])):
+    for suffix, s, h in (
+        ("", stream, held),
+        ("_shuffled", Strangers(stream, seed), [deal(b, gen) for b in held]),
+    ):
         stream.load_state(start)
-        ts = [Trainee(sae, cfg, recipes, n + suffix) for n,sae in make().items()]
+        ts = [Trainee(sae, cfg, recipes, n + suffix) for n, sae in make().items()]
         for t in train(ts, s, quiet=True):
-            if t.failed: raise TrainingError(t.failed)
-            saes[t.name],ev[t.name] = t,held_ev(t.sae, h)
-    return ev,saes
+            if t.failed:
+                raise TrainingError(t.failed)
+            saes[t.name] = t
+            ev[t.name] = held_ev(t.sae, h)
+    return ev, saes
 
 # %% ../../nbs/analyses/context.ipynb #context-plots
 def plot_context(
-    sae,              # A temporal SAE without branch norm
-    history:list,     # Its training history
-    x:Tensor,         # Held-out activations, [B, T, d_in]
-    mask:Tensor=None, # Document numbers, [B, T]
-):                    # The figure
+    sae,  # A temporal SAE without branch norm
+    history: list,  # Its training history
+    x: Tensor,  # Held-out activations, [B, T, d_in]
+    mask: Tensor = None,  # Document numbers, [B, T]
+):  # The figure
     "Branch norms over training, reading strength by lag, and share of pre-activation variance by branch."
-    fig,(a,b,c) = plt.subplots(1, 3, figsize=(9.6, 2.5), layout="constrained")
-    front,(u,p) = front_of(sae),parts(sae, x, mask)
-    for r,d in enumerate(front.dilations): a.plot([h["tokens"] / 1000 for h in history], [h[f"branch_{r}_norm"] for h in history], lw=1.2, label=f"dilation {d}")
-    a.set(xlabel="tokens, thousands", ylabel="norm of the branch"); a.set_ylim(0); a.legend(frameon=False, fontsize=7)
-    m = lag_mass(sae); rel = torch.stack([v / m[0] for l,v in m.items() if l]).cpu()
-    q = rel.quantile(torch.tensor([.25, .5, .75]), dim=1); names = [str(l) for l in m if l]
-    b.plot(names, q[1], "k.-", lw=1.2); b.fill_between(names, q[0], q[2], color="k", alpha=.15); b.set(xlabel="lag, tokens", ylabel="weight relative to lag 0"); b.set_ylim(0)
-    c.boxplot([o.tolist() for o in variance_shares(p.float())[1:].cpu()], tick_labels=front.dilations, showfliers=False, medianprops=dict(color="k")); c.axhline(0, color="k", lw=.6, ls=":")
+    fig, (a, b, c) = plt.subplots(1, 3, figsize=(9.6, 2.5), layout="constrained")
+    front, (u, p) = front_of(sae), parts(sae, x, mask)
+    for r, d in enumerate(front.dilations):
+        a.plot(
+            [h["tokens"] / 1000 for h in history],
+            [h[f"branch_{r}_norm"] for h in history],
+            lw=1.2,
+            label=f"dilation {d}",
+        )
+    a.set(xlabel="tokens, thousands", ylabel="norm of the branch")
+    a.set_ylim(0)
+    a.legend(frameon=False, fontsize=7)
+    m = lag_mass(sae)
+    rel = torch.stack([v / m[0] for l, v in m.items() if l]).cpu()
+    q = rel.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=1)
+    names = [str(l) for l in m if l]
+    b.plot(names, q[1], "k.-", lw=1.2)
+    b.fill_between(names, q[0], q[2], color="k", alpha=0.15)
+    b.set(xlabel="lag, tokens", ylabel="weight relative to lag 0")
+    b.set_ylim(0)
+    c.boxplot(
+        [o.tolist() for o in variance_shares(p.float())[1:].cpu()],
+        tick_labels=front.dilations,
+        showfliers=False,
+        medianprops=dict(color="k"),
+    )
+    c.axhline(0, color="k", lw=0.6, ls=":")
     c.set(xlabel="dilation of the branch", ylabel="share of the variance of z")
-    for o in (a, b, c): o.spines[["top", "right"]].set_visible(False)
+    for o in (a, b, c):
+        o.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig

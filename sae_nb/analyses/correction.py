@@ -6,11 +6,12 @@
 __all__ = ['Watch', 'plot_watch', 'survival', 'read_events', 'by_look', 'summary', 'plot_survival', 'sketch_errors']
 
 # %% ../../nbs/analyses/correction.ipynb #correction-imports
-import math
-import numpy as np, pandas as pd, torch
 from pathlib import Path
-from torch import Tensor
-from fastcore.basics import patch
+
+import numpy as np
+import pandas as pd
+import torch
+
 from ..core import *
 from ..metrics import effective_rank, nearest_cos
 from ..train import Recipe
@@ -19,109 +20,212 @@ from ..variants.interference import follow
 # %% ../../nbs/analyses/correction.ipynb #correction-watch
 class Watch(Recipe):
     "Write thresholds and the diversity of the decoder into the history."
-    quantiles = (.05, .25, .5, .75, .95)
-    def start(self, t, cfg): self._batch = 0
+
+    quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+    def start(self, t, cfg):
+        self._batch = 0
+
     def after_loss(self, t, o):
         self._batch += 1
-        if self._batch % t.cfg.log_every and self._batch < t.cfg.steps: return
+        if self._batch % t.cfg.log_every and self._batch < t.cfg.steps:
+            return
         th = getattr(t.sae, "threshold", None)
-        if th is not None and th.ndim == 1: o.logs.update({f"theta_{int(100*q)}": th.detach().float().quantile(q).item() for q in self.quantiles})
-        o.logs.update(effective_rank=effective_rank(t.sae.W_dec).item(), nearest_cos=nearest_cos(t.sae.W_dec).mean().item())
-    def tensors(self): return dict(batch=torch.tensor(self._batch))
-    def load_tensors(self, ts): self._batch = int(ts["batch"])
+        if th is not None and th.ndim == 1:
+            o.logs.update(
+                {f"theta_{int(100 * q)}": th.detach().float().quantile(q).item() for q in self.quantiles}
+            )
+        o.logs.update(
+            effective_rank=effective_rank(t.sae.W_dec).item(),
+            nearest_cos=nearest_cos(t.sae.W_dec).mean().item(),
+        )
+
+    def tensors(self):
+        return dict(batch=torch.tensor(self._batch))
+
+    def load_tensors(self, ts):
+        self._batch = int(ts["batch"])
 
 # %% ../../nbs/analyses/correction.ipynb #correction-watch-plot
 def plot_watch(
-    histories:dict, # name -> rows of a history with `Watch`, as from `read_history`
-):                  # The figure
+    histories: dict,  # name -> rows of a history with `Watch`, as from `read_history`
+):  # The figure
     "Thresholds, effective rank and mean largest cosine against tokens."
     import matplotlib.pyplot as plt
-    fig,ax = plt.subplots(1, 3, figsize=(11, 2.6), layout="constrained")
-    for c,(n,h) in enumerate(histories.items()):
-        get = lambda k: [(r["tokens"], r[k]) for r in h if k in r]
-        lo,mid,hi = (np.array(get(f"theta_{q}")).reshape(-1, 2) for q in (5, 50, 95))
-        if len(mid): ax[0].plot(*mid.T, color=f"C{c}", label=n); ax[0].fill_between(lo[:, 0], lo[:, 1], hi[:, 1], color=f"C{c}", alpha=.15, lw=0)
-        for a,k in zip(ax[1:], ("effective_rank", "nearest_cos")): a.plot(*np.array(get(k)).reshape(-1, 2).T, color=f"C{c}", label=n)
-    for a,t in zip(ax, ("threshold: median, 5 to 95 %", "effective rank of the decoder", "mean largest cosine")): a.set_title(t, fontsize=10, loc="left"); a.set_xlabel("tokens"); a.xaxis.set_major_locator(plt.MaxNLocator(4)); a.spines[["top", "right"]].set_visible(False)
-    if not ax[0].lines: ax[0].set_visible(False)
-    ax[2].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5)); plt.close(fig)
+
+    fig, ax = plt.subplots(1, 3, figsize=(11, 2.6), layout="constrained")
+    for c, (n, h) in enumerate(histories.items()):
+
+        def get(k):
+            return [(r["tokens"], r[k]) for r in h if k in r]
+
+        lo, mid, hi = (np.array(get(f"theta_{q}")).reshape(-1, 2) for q in (5, 50, 95))
+        if len(mid):
+            ax[0].plot(*mid.T, color=f"C{c}", label=n)
+            ax[0].fill_between(lo[:, 0], lo[:, 1], hi[:, 1], color=f"C{c}", alpha=0.15, lw=0)
+        for a, k in zip(ax[1:], ("effective_rank", "nearest_cos")):
+            a.plot(*np.array(get(k)).reshape(-1, 2).T, color=f"C{c}", label=n)
+    for a, t in zip(
+        ax, ("threshold: median, 5 to 95 %", "effective rank of the decoder", "mean largest cosine")
+    ):
+        a.set_title(t, fontsize=10, loc="left")
+        a.set_xlabel("tokens")
+        a.xaxis.set_major_locator(plt.MaxNLocator(4))
+        a.spines[["top", "right"]].set_visible(False)
+    if not ax[0].lines:
+        ax[0].set_visible(False)
+    ax[2].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.close(fig)
     return fig
 
 # %% ../../nbs/analyses/correction.ipynb #correction-survival
 def survival(
     lived,  # Tokens each latent lived, [n]
     ended,  # Whether its life ended (otherwise it is censored), [n]
-)->tuple:   # (times, share still alive from then on); both start with (0, 1)
+) -> tuple:  # (times, share still alive from then on); both start with (0, 1)
     "Kaplan-Meier estimate of how long latents live."
-    lived,ended = np.asarray(lived, dtype=float),np.asarray(ended).astype(bool)
-    if not len(lived): raise InputError("survival of no latent is not defined; the log has no restart")
+    lived = np.asarray(lived, dtype=float)
+    ended = np.asarray(ended).astype(bool)
+    if not len(lived):
+        raise InputError("survival of no latent is not defined; the log has no restart")
     times = np.unique(lived[ended])
     s = np.cumprod([1 - (lived[ended] == t).sum() / (lived >= t).sum() for t in times])
-    return np.r_[0., times],np.r_[1., s]
+    return np.r_[0.0, times], np.r_[1.0, s]
 
 # %% ../../nbs/analyses/correction.ipynb #correction-read
 def read_events(
-    path,           # Run folder, or a reactivations.csv
-)->pd.DataFrame:    # See `Reactivate.events`
+    path,  # Run folder, or a reactivations.csv
+) -> pd.DataFrame:  # See `Reactivate.events`
     "The log of a finished run."
     path = Path(path)
-    if path.is_dir(): path = path/"reactivations.csv"
-    if not path.exists(): raise InputError(f"{path.parent.name} holds no reactivations.csv; train with reactivate or self_correcting")
+    if path.is_dir():
+        path = path / "reactivations.csv"
+    if not path.exists():
+        raise InputError(
+            f"{path.parent.name} holds no reactivations.csv; train with reactivate or self_correcting"
+        )
     return pd.read_csv(path)
 
+# %% ../../nbs/analyses/correction.ipynb #correction-read-by-look
 def by_look(
-    events:pd.DataFrame, # See `Reactivate.events`
-)->pd.DataFrame:         # One row per look that restarted something
+    events: pd.DataFrame,  # See `Reactivate.events`
+) -> pd.DataFrame:  # One row per look that restarted something
     "How many latents each look restarted, and what became of them."
-    e = events.assign(again=events.nth > 1, never_fired=(events.ended == 1) & (events.lived_tokens == 0), restarted=1)
+    e = events.assign(
+        again=events.nth > 1, never_fired=(events.ended == 1) & (events.lived_tokens == 0), restarted=1
+    )
     return e.groupby("update")[["restarted", "again", "never_fired", "ended", "by_residual"]].sum()
 
+# %% ../../nbs/analyses/correction.ipynb #correction-read-summary
 def summary(
-    events:pd.DataFrame, # See `Reactivate.events`
-)->dict:                 # name -> number; None where there is nothing to say
+    events: pd.DataFrame,  # See `Reactivate.events`
+) -> dict:  # name -> number; None where there is nothing to say
     "A log in numbers."
-    if not len(events): return dict(restarts=0, latents=0, most_often=0, by_residual=None, never_fired=None, half_life=None, still_alive=None)
-    t,s = survival(events.lived_tokens, events.ended); below = t[s <= .5]
+    if not len(events):
+        return dict(
+            restarts=0,
+            latents=0,
+            most_often=0,
+            by_residual=None,
+            never_fired=None,
+            half_life=None,
+            still_alive=None,
+        )
+    t, s = survival(events.lived_tokens, events.ended)
+    below = t[s <= 0.5]
     last = events.sort_values("nth").groupby("latent").last()
-    return dict(restarts=len(events), latents=events.latent.nunique(), most_often=int(events.nth.max()), by_residual=events.by_residual.mean(), never_fired=((events.ended == 1) & (events.lived_tokens == 0)).mean(),
-                half_life=float(below[0]) if len(below) else None, still_alive=(last.ended == 0).mean())
+    return dict(
+        restarts=len(events),
+        latents=events.latent.nunique(),
+        most_often=int(events.nth.max()),
+        by_residual=events.by_residual.mean(),
+        never_fired=((events.ended == 1) & (events.lived_tokens == 0)).mean(),
+        half_life=float(below[0]) if len(below) else None,
+        still_alive=(last.ended == 0).mean(),
+    )
 
 # %% ../../nbs/analyses/correction.ipynb #correction-plot-survival
 def plot_survival(
-    logs:dict, # name -> events
-):             # The figure
+    logs: dict,  # name -> events
+):  # The figure
     "Share of restarted latents still alive, and restarts per look."
     import matplotlib.pyplot as plt
-    fig,ax = plt.subplots(1, 2, figsize=(9.5, 2.6), layout="constrained"); every = np.gcd.reduce(np.concatenate([e["update"].unique() for e in logs.values()] or [np.ones(1, int)]))
-    for n,e in logs.items():
-        if not len(e): continue
-        t,s = survival(e.lived_tokens, e.ended); end = max(t[-1], e.lived_tokens.max())
-        ax[0].step(np.r_[t, end], np.r_[s, s[-1]], where="post", label=f"{n}, {len(e)} restarts"); b = by_look(e); b = b.reindex(np.arange(b.index.min(), b.index.max() + 1, every), fill_value=0); ax[1].plot(b.index, b.restarted, ".-", label=n); ax[1].plot(b.index, b.again, ":", color=ax[1].lines[-1].get_color())
-    ax[0].set(ylim=(0, 1.03), xlabel="tokens since the restart", ylabel="share still firing"); ax[1].set(xlabel="update", ylabel="restarted (dotted: again)", ylim=(0, None))
-    for a in ax: a.spines[["top", "right"]].set_visible(False)
-    ax[1].legend(*ax[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5)); plt.close(fig)
+
+    fig, ax = plt.subplots(1, 2, figsize=(9.5, 2.6), layout="constrained")
+    every = np.gcd.reduce(np.concatenate([e["update"].unique() for e in logs.values()] or [np.ones(1, int)]))
+    for n, e in logs.items():
+        if not len(e):
+            continue
+        t, s = survival(e.lived_tokens, e.ended)
+        end = max(t[-1], e.lived_tokens.max())
+        ax[0].step(np.r_[t, end], np.r_[s, s[-1]], where="post", label=f"{n}, {len(e)} restarts")
+        b = by_look(e)
+        b = b.reindex(np.arange(b.index.min(), b.index.max() + 1, every), fill_value=0)
+        ax[1].plot(b.index, b.restarted, ".-", label=n)
+        ax[1].plot(b.index, b.again, ":", color=ax[1].lines[-1].get_color())
+    ax[0].set(ylim=(0, 1.03), xlabel="tokens since the restart", ylabel="share still firing")
+    ax[1].set(xlabel="update", ylabel="restarted (dotted: again)", ylim=(0, None))
+    for a in ax:
+        a.spines[["top", "right"]].set_visible(False)
+    ax[1].legend(
+        *ax[0].get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
+    plt.close(fig)
     return fig
 
 # %% ../../nbs/analyses/correction.ipynb #correction-sketch
 @torch.no_grad()
 def sketch_errors(
-    batches,               # Latents of batch after batch, each [n_tokens, n], n at most 4,096
-    ranks=(8, 32, 128),    # Rows of the memories to compare
-    decay:float=.99,       # Of all of them, per batch
-    tau:float=.1,          # Threshold of the weights
-    seed:int=0,            # Seeds the random columns
-)->pd.DataFrame:           # Per rank: error, smallest possible; the same two matrices off the diagonal; error of the weights (None if no pair exceeds tau), pairs above tau, and how many of them the memory finds
+    batches,  # Latents of batch after batch, each [n_tokens, n], n at most 4,096
+    ranks=(8, 32, 128),  # Rows of the memories to compare
+    decay: float = 0.99,  # Of all of them, per batch
+    tau: float = 0.1,  # Threshold of the weights
+    seed: int = 0,  # Seeds the random columns
+) -> pd.DataFrame:  # Per rank: error, smallest possible; the same two matrices off the diagonal; error of the weights (None if no pair exceeds tau), pairs above tau, and how many of them the memory finds
     "How far memories of a few rows are from the dense matrix."
-    C,As,gen = None,{},torch.Generator().manual_seed(seed)
-    for t,f in enumerate(batches, 1):
-        f = f.detach().float(); n = f.shape[1]; eta = max(1/t, 1 - decay)
-        if n > 4096: raise InputError(f"a dense matrix of {n:,} x {n:,} latents is refused; measure with at most 4,096")
-        if C is None: C,As = torch.zeros(n, n, device=f.device),{r: torch.zeros(min(r, n), n, device=f.device) for r in ranks}
-        C.lerp_(f.T @ f / len(f), eta); As = {r: follow(A, f, eta, gen) for r,A in As.items()}
-    val,vec = torch.linalg.eigh(C.double()); off = lambda M: M - torch.diag(M.diagonal()); over = lambda M: (off(M) - tau).clamp_min(0)
-    err = lambda M, O: ((M - O).norm() / O.norm()).item() if O.norm() > 0 else None
+    C = None
+    As = {}
+    gen = torch.Generator().manual_seed(seed)
+    for t, f in enumerate(batches, 1):
+        f = f.detach().float()
+        n = f.shape[1]
+        eta = max(1 / t, 1 - decay)
+        if n > 4096:
+            raise InputError(
+                f"a dense matrix of {n:,} x {n:,} latents is refused; measure with at most 4,096"
+            )
+        if C is None:
+            C = torch.zeros(n, n, device=f.device)
+            As = {r: torch.zeros(min(r, n), n, device=f.device) for r in ranks}
+        C.lerp_(f.T @ f / len(f), eta)
+        As = {r: follow(A, f, eta, gen) for r, A in As.items()}
+    val, vec = torch.linalg.eigh(C.double())
+
+    def off(M):
+        return M - torch.diag(M.diagonal())
+
+    def over(M):
+        return (off(M) - tau).clamp_min(0)
+
+    def err(M, O):
+        return ((M - O).norm() / O.norm()).item() if O.norm() > 0 else None
+
     out = {}
-    for r,A in As.items():
-        M = A.T @ A; B = ((vec[:, -r:] * val[-r:]) @ vec[:, -r:].T).float(); W = over(C)
-        out[r] = dict(error=err(M, C), best=err(B, C), off=err(off(M), off(C)), best_off=err(off(B), off(C)), weights=err(over(M), W), pairs=int((W > 0).sum()) // 2, found=int(((W > 0) & (over(M) > 0)).sum()) // 2)
+    for r, A in As.items():
+        M = A.T @ A
+        B = ((vec[:, -r:] * val[-r:]) @ vec[:, -r:].T).float()
+        W = over(C)
+        out[r] = dict(
+            error=err(M, C),
+            best=err(B, C),
+            off=err(off(M), off(C)),
+            best_off=err(off(B), off(C)),
+            weights=err(over(M), W),
+            pairs=int((W > 0).sum()) // 2,
+            found=int(((W > 0) & (over(M) > 0)).sum()) // 2,
+        )
     return pd.DataFrame(out).T.rename_axis("rank")

@@ -7,75 +7,110 @@ __all__ = ['directions', 'usage', 'compare', 'plot_dictionaries']
 
 # %% ../../nbs/analyses/diversity.ipynb #diversity-imports
 import torch
-from torch import Tensor
+
 from ..core import *
 from ..metrics import *
 
 # %% ../../nbs/analyses/diversity.ipynb #diversity-dictionary
 def directions(
-    sae, # Any SAE
-)->dict: # effective_rank, nearest_cos_mean, nearest_cos_p95, near_duplicates (share of rows with a neighbour above .9)
+    sae,  # Any SAE
+) -> dict:  # effective_rank, nearest_cos_mean, nearest_cos_p95, near_duplicates (share of rows with a neighbour above .9)
     "What the decoder's rows span and how close they lie."
     near = nearest_cos(sae.W_dec)
-    return dict(effective_rank=effective_rank(sae.W_dec).item(), nearest_cos_mean=near.mean().item(),
-                nearest_cos_p95=near.quantile(.95).item(), near_duplicates=(near > .9).float().mean().item())
+    return dict(
+        effective_rank=effective_rank(sae.W_dec).item(),
+        nearest_cos_mean=near.mean().item(),
+        nearest_cos_p95=near.quantile(0.95).item(),
+        near_duplicates=(near > 0.9).float().mean().item(),
+    )
 
 # %% ../../nbs/analyses/diversity.ipynb #diversity-usage
 @torch.no_grad()
 def usage(
-    sae,         # Any SAE; evaluated, not changed
-    batches,     # Iterable of `Batch`, [B, T, d_in] or [N, d_in]
-    dense=.1,    # A latent that fires on more than this share of tokens is dense
-)->dict:         # l0, explained_variance, frac_dead, frac_dense, l2_ratio, reconstruction_bias, density [d_sae]
+    sae,  # Any SAE; evaluated, not changed
+    batches,  # Iterable of `Batch`, [B, T, d_in] or [N, d_in]
+    dense=0.1,  # A latent that fires on more than this share of tokens is dense
+) -> dict:  # l0, explained_variance, frac_dead, frac_dense, l2_ratio, reconstruction_bias, density [d_sae]
     "How often latents fire and how long reconstructions are."
-    was,sums,fired,n = sae.training,[],0,0
-    sae.eval(); parts = []
+    was = sae.training
+    sums = []
+    fired = 0
+    n = 0
+    sae.eval()
+    parts = []
     for b in batches:
-        x = b.x.to(sae.W_dec); mask = b.mask if b.mask is None else b.mask.to(x.device)
+        x = b.x.to(sae.W_dec)
+        mask = b.mask if b.mask is None else b.mask.to(x.device)
         f = sae.encode(x, mask)
-        x,y,f = (counted(o, mask) for o in (x, sae.rebuild(f, x), f))
-        parts.append((x.double(), y.double())); fired = fired + (f != 0).sum(0); n += len(f)
+        x, y, f = (counted(o, mask) for o in (x, sae.rebuild(f, x), f))
+        parts.append((x.double(), y.double()))
+        fired = fired + (f != 0).sum(0)
+        n += len(f)
     sae.train(was)
-    x,y = (torch.cat(o) for o in zip(*parts))
-    mean,dens = x.mean(0),fired.double() / n
-    return dict(l0=dens.sum().item(), explained_variance=explained_variance(x, y).item(), frac_dead=(dens == 0).double().mean().item(),
-                frac_dense=(dens > dense).double().mean().item(), l2_ratio=l2_ratio(x - mean, y - mean).item(),
-                reconstruction_bias=relative_reconstruction_bias(x - mean, y - mean).item(), density=dens.float().cpu())
+    x, y = (torch.cat(o) for o in zip(*parts))
+    mean, dens = x.mean(0), fired.double() / n
+    return dict(
+        l0=dens.sum().item(),
+        explained_variance=explained_variance(x, y).item(),
+        frac_dead=(dens == 0).double().mean().item(),
+        frac_dense=(dens > dense).double().mean().item(),
+        l2_ratio=l2_ratio(x - mean, y - mean).item(),
+        reconstruction_bias=relative_reconstruction_bias(x - mean, y - mean).item(),
+        density=dens.float().cpu(),
+    )
 
 # %% ../../nbs/analyses/diversity.ipynb #diversity-compare
 def compare(
-    saes:dict,   # name -> SAE of one width
-    batches,     # List of `Batch`
-    seed:int=0,  # Of the random dictionary
-):               # pandas.DataFrame, and name -> density
+    saes: dict,  # name -> SAE of one width
+    batches,  # List of `Batch`
+    seed: int = 0,  # Of the random dictionary
+):  # pandas.DataFrame, and name -> density
     "Directions and usage of several SAEs beside a random dictionary."
     import pandas as pd
-    use = {n: usage(s, batches) for n,s in saes.items()}
-    rows = {n: {**{k: v for k,v in use[n].items() if k != "density"}, **directions(s)} for n,s in saes.items()}
+
+    use = {n: usage(s, batches) for n, s in saes.items()}
+    rows = {
+        n: {**{k: v for k, v in use[n].items() if k != "density"}, **directions(s)} for n, s in saes.items()
+    }
     first = next(iter(saes.values()))
-    class Random: W_dec = random_like(first.W_dec, seed)
+
+    class Random:
+        W_dec = random_like(first.W_dec, seed)
+
     rows["(random)"] = directions(Random)
-    return pd.DataFrame(rows).T,{n: u["density"] for n,u in use.items()}
+    return pd.DataFrame(rows).T, {n: u["density"] for n, u in use.items()}
 
 # %% ../../nbs/analyses/diversity.ipynb #diversity-plot
 def plot_dictionaries(
-    saes:dict,    # name -> SAE
-    density:dict, # name -> share of tokens on which each latent fires, [d_sae]
-    axes=None,    # Two matplotlib axes; None: a new figure
-):                # The figure
+    saes: dict,  # name -> SAE
+    density: dict,  # name -> share of tokens on which each latent fires, [d_sae]
+    axes=None,  # Two matplotlib axes; None: a new figure
+):  # The figure
     "Distribution of each latent's nearest neighbour, and of its density; dead latents are counted in the legend."
     import matplotlib.pyplot as plt
-    if axes is None: _,axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     first = next(iter(saes.values()))
-    rows = {**{n: s.W_dec for n,s in saes.items()}, "(random)": random_like(first.W_dec, 0)}
-    for n,W in rows.items():
+    rows = {**{n: s.W_dec for n, s in saes.items()}, "(random)": random_like(first.W_dec, 0)}
+    for n, W in rows.items():
         c = nearest_cos(W).sort().values.cpu()
-        axes[0].plot(c, torch.linspace(0, 1, len(c)), lw=1.2, label=n, **(dict(color="grey", ls="--") if n == "(random)" else {}))
-    axes[0].set(xlabel="largest cosine with another row", ylabel="share of latents", title="nearest neighbours")
-    for n,d in density.items():
+        axes[0].plot(
+            c,
+            torch.linspace(0, 1, len(c)),
+            lw=1.2,
+            label=n,
+            **(dict(color="grey", ls="--") if n == "(random)" else {}),
+        )
+    axes[0].set(
+        xlabel="largest cosine with another row", ylabel="share of latents", title="nearest neighbours"
+    )
+    for n, d in density.items():
         d = d.sort(descending=True).values
         live = d[d > 0]
         axes[1].plot(range(1, len(live) + 1), live, lw=1.2, label=f"{n}, {len(d) - len(live)} dead")
     axes[1].set(xlabel="latents by density", ylabel="share of tokens", yscale="log", title="density")
-    for ax in axes: ax.legend(frameon=False, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes:
+        ax.legend(frameon=False, fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
     return axes[0].figure

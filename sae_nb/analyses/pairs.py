@@ -9,70 +9,112 @@ __all__ = ['selectors', 'PairWatch', 'jaccard', 'stability', 'turnover', 'lifeti
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-imports
 import copy
-import numpy as np, pandas as pd, torch
+
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
 from torch import Tensor
+
 from ..core import *
-from ..sae import SAE
-from ..train import Recipe
-from ..toy import Toy
 from ..metrics import cosines, unit
-from ..variants.topk import topk
+from ..sae import SAE
+from ..toy import Toy
+from ..train import Recipe
 from ..variants.ortho import pair_scores
+from ..variants.topk import topk
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-watch
 class PairWatch(Recipe):
     "Records which pairs a `PairPenalty` selected."
-    def __init__(self,
-        every:int=10, # Steps between records
+
+    def __init__(
+        self,
+        every: int = 10,  # Steps between records
     ):
-        if every < 1: raise InputError(f"every = {every} is not a number of steps; give at least 1")
-        self.every,self.n,self.steps,self.sets = every,0,[],[]
+        if every < 1:
+            raise InputError(f"every = {every} is not a number of steps; give at least 1")
+        self.every = every
+        self.n = 0
+        self.steps = []
+        self.sets = []
+
     def start(self, t, cfg):
-        if "ortho" not in t.sae.penalties: raise InputError(f"PairWatch has nothing to watch in {t.name}: it has no pair penalty; use the variant ortho")
-        self.n,self.taken = t.sae.d_sae,0
+        if "ortho" not in t.sae.penalties:
+            raise InputError(
+                f"PairWatch has nothing to watch in {t.name}: it has no pair penalty; use the variant ortho"
+            )
+        self.n = t.sae.d_sae
+        self.taken = 0
+
     def after_step(self, t, o):
-        if self.taken % self.every == 0: self.steps.append(self.taken); self.sets.append((o.notes["pairs"][0] * self.n + o.notes["pairs"][1]).sort().values.cpu())
+        if self.taken % self.every == 0:
+            self.steps.append(self.taken)
+            self.sets.append((o.notes["pairs"][0] * self.n + o.notes["pairs"][1]).sort().values.cpu())
         self.taken += 1
+
     def tensors(self):
         empty = [torch.zeros(0, dtype=torch.long)]
-        return dict(taken=torch.tensor(self.taken), steps=torch.tensor(self.steps, dtype=torch.long), sizes=torch.tensor([len(s) for s in self.sets], dtype=torch.long), keys=torch.cat(self.sets or empty))
+        return dict(
+            taken=torch.tensor(self.taken),
+            steps=torch.tensor(self.steps, dtype=torch.long),
+            sizes=torch.tensor([len(s) for s in self.sets], dtype=torch.long),
+            keys=torch.cat(self.sets or empty),
+        )
+
     def load_tensors(self, ts):
-        self.taken,self.steps,self.sets = int(ts["taken"]),ts["steps"].tolist(),list(ts["keys"].split(ts["sizes"].tolist()))
+        self.taken = int(ts["taken"])
+        self.steps = ts["steps"].tolist()
+        self.sets = list(ts["keys"].split(ts["sizes"].tolist()))
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-jaccard
 def jaccard(
-    a:Tensor, # Pairs as whole numbers, each once
-    b:Tensor, # The same
-)->float:     # 1 the same set, 0 nothing in common; two empty sets count as the same
+    a: Tensor,  # Pairs as whole numbers, each once
+    b: Tensor,  # The same
+) -> float:  # 1 the same set, 0 nothing in common; two empty sets count as the same
     "Overlap of two sets of pairs."
     both = torch.isin(a, b).sum().item()
-    return both / max(len(a) + len(b) - both, 1) if len(a) + len(b) else 1.
+    return both / max(len(a) + len(b) - both, 1) if len(a) + len(b) else 1.0
 
+# %% ../../nbs/analyses/pairs.ipynb #pairs-jaccard-stability
 def stability(
-    watch:PairWatch,   # After training
-    since:float=0.,    # Share of the records, from the beginning, that is left out
-)->pd.DataFrame:       # One row per lag: steps, jaccard (mean over starts), null
+    watch: PairWatch,  # After training
+    since: float = 0.0,  # Share of the records, from the beginning, that is left out
+) -> pd.DataFrame:  # One row per lag: steps, jaccard (mean over starts), null
     "Overlap of selected sets by how far they are apart."
-    sets = watch.sets[int(since * len(watch.sets)):]
+    sets = watch.sets[int(since * len(watch.sets)) :]
     p = np.mean([len(s) for s in sets]) / (watch.n * (watch.n - 1) / 2)
-    lags = sorted({int(round(2**(e / 2))) for e in range(40)} & set(range(1, len(sets))))
-    return pd.DataFrame([dict(steps=lag * watch.every, jaccard=np.mean([jaccard(a, b) for a,b in zip(sets, sets[lag:])]), null=p / (2 - p)) for lag in lags], columns=["steps", "jaccard", "null"])
+    lags = sorted({int(round(2 ** (e / 2))) for e in range(40)} & set(range(1, len(sets))))
+    return pd.DataFrame(
+        [
+            dict(
+                steps=lag * watch.every,
+                jaccard=np.mean([jaccard(a, b) for a, b in zip(sets, sets[lag:])]),
+                null=p / (2 - p),
+            )
+            for lag in lags
+        ],
+        columns=["steps", "jaccard", "null"],
+    )
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-lifetimes
 def turnover(
-    watch:PairWatch, # After training
-)->pd.DataFrame:     # One row per record but the first: steps, new (share of the set)
+    watch: PairWatch,  # After training
+) -> pd.DataFrame:  # One row per record but the first: steps, new (share of the set)
     "How much of the set is new at each record."
-    new = [1 - torch.isin(b, a).float().mean().item() if len(b) else 0. for a,b in zip(watch.sets, watch.sets[1:])]
+    new = [
+        1 - torch.isin(b, a).float().mean().item() if len(b) else 0.0
+        for a, b in zip(watch.sets, watch.sets[1:])
+    ]
     return pd.DataFrame(dict(steps=watch.steps[1:], new=new))
 
+# %% ../../nbs/analyses/pairs.ipynb #pairs-lifetimes-lifetimes
 def lifetimes(
-    watch:PairWatch, # After training
-)->pd.DataFrame:     # One row per stay of a pair: pair, records, ended (False: still held at the end)
+    watch: PairWatch,  # After training
+) -> pd.DataFrame:  # One row per stay of a pair: pair, records, ended (False: still held at the end)
     "How many records in a row each pair was held."
-    since,rows = {},[]
-    for r,s in enumerate([*watch.sets, torch.zeros(0, dtype=torch.long)]):
+    since, rows = {}, []
+    for r, s in enumerate([*watch.sets, torch.zeros(0, dtype=torch.long)]):
         now = set(s.tolist())
         rows += [(k, r - since.pop(k), r < len(watch.sets)) for k in list(since) if k not in now]
         since.update({k: r for k in now if k not in since})
@@ -80,142 +122,220 @@ def lifetimes(
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-plot-stability
 def plot_stability(
-    watches:dict, # name -> PairWatch
-):                # The figure
+    watches: dict,  # name -> PairWatch
+):  # The figure
     "Overlap by lag, turnover over training, and how long pairs stay."
-    fig,axes = plt.subplots(1, 3, figsize=(10, 2.7), layout="constrained")
-    for c,(name,w) in enumerate(watches.items()):
-        d,t,l = stability(w, since=.5),turnover(w),lifetimes(w).records.value_counts().sort_index()
+    fig, axes = plt.subplots(1, 3, figsize=(10, 2.7), layout="constrained")
+    for c, (name, w) in enumerate(watches.items()):
+        d = stability(w, since=0.5)
+        t = turnover(w)
+        l = lifetimes(w).records.value_counts().sort_index()
         axes[0].plot(d.steps, d.jaccard, f"C{c}.-", label=name)
         axes[1].plot(t.steps, t.new.rolling(max(1, len(t) // 20), min_periods=1).mean(), f"C{c}")
         axes[2].step(l.index * w.every, l[::-1].cumsum()[::-1] / l.sum(), f"C{c}", where="post")
     axes[0].plot(d.steps, d.null, "k:", lw=1, label="random sets")
-    axes[0].set(xscale="log", xlabel="steps apart (second half of training)", ylabel="Jaccard overlap", ylim=(-.02, 1.03)); axes[0].legend(frameon=False, fontsize=7)
-    axes[1].set(xlabel="step", ylabel="share of the set that is new", ylim=(-.02, 1.03)); axes[2].set(xscale="log", yscale="log", xlabel="steps held", ylabel="share of stays\nat least as long")
-    for ax in axes: ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set(
+        xscale="log",
+        xlabel="steps apart (second half of training)",
+        ylabel="Jaccard overlap",
+        ylim=(-0.02, 1.03),
+    )
+    axes[0].legend(frameon=False, fontsize=7)
+    axes[1].set(xlabel="step", ylabel="share of the set that is new", ylim=(-0.02, 1.03))
+    axes[2].set(xscale="log", yscale="log", xlabel="steps held", ylabel="share of stays\nat least as long")
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-snapshots
 class Snapshots(Recipe):
     "Keeps copies of the SAE; for toys, and not carried by checkpoints."
-    def __init__(self,
-        every:int=50, # Steps between copies
-    ): self.every,self.taken,self.kept = every,0,{}
+
+    def __init__(
+        self,
+        every: int = 50,  # Steps between copies
+    ):
+        self.every = every
+        self.taken = 0
+        self.kept = {}
+
     def after_step(self, t, o):
-        if self.taken % self.every == 0: self.kept[self.taken] = copy.deepcopy(t.sae).eval()
+        if self.taken % self.every == 0:
+            self.kept[self.taken] = copy.deepcopy(t.sae).eval()
         self.taken += 1
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-noise
 def batch_overlap(
-    sae:SAE,           # In evaluation mode
-    penalty,           # A `PairPenalty` that selects
-    toy:Toy,           # Where tokens come from
-    sizes:tuple=(256, 2048, 16384), # Tokens per batch
-    times:int=4,       # Pairs of batches
-)->dict:               # size -> mean overlap
+    sae: SAE,  # In evaluation mode
+    penalty,  # A `PairPenalty` that selects
+    toy: Toy,  # Where tokens come from
+    sizes: tuple = (256, 2048, 16384),  # Tokens per batch
+    times: int = 4,  # Pairs of batches
+) -> dict:  # size -> mean overlap
     "Jaccard overlap of the sets that two independent batches select from the same SAE."
-    key,pen = lambda n, at: pen.select(sae, X(toy.sample(n, part="test", at=at)[0])),copy.deepcopy(penalty).eval()
-    if pen.selector == "random": raise InputError("random pairs are drawn anew in training and not chosen by the batch; their overlap is that of random sets")
-    X = lambda x: (topk(sae.pre(x), pen.pre_k) if pen.selector == "pre" and 0 < pen.pre_k < sae.d_sae else sae.pre(x).relu() if pen.selector == "pre" else sae.encode(x)).detach()
-    sets = lambda n, at: (lambda i, j, s: i * sae.d_sae + j)(*key(n, at))
-    return {n: float(np.mean([jaccard(sets(n, 2*t), sets(n, 2*t + 1)) for t in range(times)])) for n in sizes}
+
+    def key(n, at):
+        return pen.select(sae, X(toy.sample(n, part="test", at=at)[0]))
+
+    pen = copy.deepcopy(penalty).eval()
+    if pen.selector == "random":
+        raise InputError(
+            "random pairs are drawn anew in training and not chosen by the batch; their overlap is that of random sets"
+        )
+
+    def X(x):
+        return (
+            topk(sae.pre(x), pen.pre_k)
+            if pen.selector == "pre" and 0 < pen.pre_k < sae.d_sae
+            else sae.pre(x).relu()
+            if pen.selector == "pre"
+            else sae.encode(x)
+        ).detach()
+
+    def sets(n, at):
+        return (lambda i, j, s: i * sae.d_sae + j)(*key(n, at))
+
+    return {
+        n: float(np.mean([jaccard(sets(n, 2 * t), sets(n, 2 * t + 1)) for t in range(times)])) for n in sizes
+    }
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-matrix
 selectors = ("post", "pre", "pre, all", "geometric")
 
+# %% ../../nbs/analyses/pairs.ipynb #pairs-matrix-score-matrix
 @torch.no_grad()
 def score_matrix(
-    sae:SAE,      # In evaluation mode
-    x:Tensor,     # Activations, [n_tokens, d_in]
-    by:str,       # "post", "pre", "pre, all" (every positive pre-activation) or "geometric"
-    pre_k:int=64, # For "pre"
-)->Tensor:        # Scores in both triangles, 0 where a pair never co-fires, [d_sae, d_sae]
+    sae: SAE,  # In evaluation mode
+    x: Tensor,  # Activations, [n_tokens, d_in]
+    by: str,  # "post", "pre", "pre, all" (every positive pre-activation) or "geometric"
+    pre_k: int = 64,  # For "pre"
+) -> Tensor:  # Scores in both triangles, 0 where a pair never co-fires, [d_sae, d_sae]
     "What a selector sees of every pair. For an SAE of a few thousand latents at most."
-    if one_of("selector", by, selectors) == "geometric": return unit(sae.W_dec) @ unit(sae.W_dec).T - torch.eye(sae.d_sae, device=x.device)
-    z = sae.pre(x); X = sae.activate(z) if by == "post" else topk(z, min(pre_k, sae.d_sae)) if by == "pre" else z.relu()
-    i,j,s = pair_scores(X); S = s.new_zeros(sae.d_sae, sae.d_sae)
+    if one_of("selector", by, selectors) == "geometric":
+        return unit(sae.W_dec) @ unit(sae.W_dec).T - torch.eye(sae.d_sae, device=x.device)
+    z = sae.pre(x)
+    X = sae.activate(z) if by == "post" else topk(z, min(pre_k, sae.d_sae)) if by == "pre" else z.relu()
+    i, j, s = pair_scores(X)
+    S = s.new_zeros(sae.d_sae, sae.d_sae)
     S[i.long(), j.long()] = s
     return S + S.T
 
+# %% ../../nbs/analyses/pairs.ipynb #pairs-matrix-plot-scores
 def plot_scores(
-    matrices:dict, # name -> [n, n], as `score_matrix` gives them
-    tau:float=.1,  # Drawn as a line
-    P:int=None,    # Pairs selected; the lowest selected score is marked
-):                 # The figure
+    matrices: dict,  # name -> [n, n], as `score_matrix` gives them
+    tau: float = 0.1,  # Drawn as a line
+    P: int = None,  # Pairs selected; the lowest selected score is marked
+):  # The figure
     "How many pairs score more than s."
-    fig,ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
-    for c,(name,S) in enumerate(matrices.items()):
-        s = S[tuple(torch.triu_indices(len(S), len(S), 1))].sort(descending=True).values.cpu(); n = int((s > 0).sum())
+    fig, ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
+    for c, (name, S) in enumerate(matrices.items()):
+        s = S[tuple(torch.triu_indices(len(S), len(S), 1))].sort(descending=True).values.cpu()
+        n = int((s > 0).sum())
         ax.plot(s[:n], np.arange(1, n + 1) / len(s), f"C{c}", label=name)
-        if P and P <= n: ax.plot(s[P - 1], P / len(s), f"C{c}o", ms=5)
-    ax.axvline(tau, color="k", lw=.8, ls=":"); ax.set(yscale="log", xlabel="score s", ylabel="share of pairs\nscoring more"); ax.legend(frameon=False, fontsize=8)
+        if P and P <= n:
+            ax.plot(s[P - 1], P / len(s), f"C{c}o", ms=5)
+    ax.axvline(tau, color="k", lw=0.8, ls=":")
+    ax.set(yscale="log", xlabel="score s", ylabel="share of pairs\nscoring more")
+    ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-tau
 def plot_tau(
-    histories:dict, # name -> list of history rows
-):                  # The figure
+    histories: dict,  # name -> list of history rows
+):  # The figure
     "The threshold, and the mean score of the selected pairs, over training."
-    fig,ax = plt.subplots(figsize=(4.6, 2.4), layout="constrained")
-    for c,(name,h) in enumerate(histories.items()):
+    fig, ax = plt.subplots(figsize=(4.6, 2.4), layout="constrained")
+    for c, (name, h) in enumerate(histories.items()):
         ax.plot([r["tokens"] for r in h], [r["tau"] for r in h], f"C{c}", label=f"{name}: τ")
-        ax.plot([r["tokens"] for r in h], [r["top_score"] for r in h], f"C{c}", lw=.8, ls="--", label=f"{name}: selected")
-    ax.set(xlabel="tokens", ylabel="score", ylim=(0, None)); ax.legend(frameon=False, fontsize=7, ncol=2); ax.spines[["top", "right"]].set_visible(False)
+        ax.plot(
+            [r["tokens"] for r in h],
+            [r["top_score"] for r in h],
+            f"C{c}",
+            lw=0.8,
+            ls="--",
+            label=f"{name}: selected",
+        )
+    ax.set(xlabel="tokens", ylabel="score", ylim=(0, None))
+    ax.legend(frameon=False, fontsize=7, ncol=2)
+    ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-relations
 def latent_relations(
-    sae:SAE,        # Any SAE
-    toy:Toy,        # Whose features it was trained on
-    floor:float=.6, # Cosine from which a latent stands for a feature
-)->np.ndarray:      # Names: "duplicate", "parent", "sibling", "correlated", "unrelated" or "none", [d_sae, d_sae]
+    sae: SAE,  # Any SAE
+    toy: Toy,  # Whose features it was trained on
+    floor: float = 0.6,  # Cosine from which a latent stands for a feature
+) -> (
+    np.ndarray
+):  # Names: "duplicate", "parent", "sibling", "correlated", "unrelated" or "none", [d_sae, d_sae]
     "How every pair of latents is related in truth."
     rel = np.full((toy.n_true, toy.n_true), "unrelated", dtype=object)
-    for r in toy.relations().itertuples(): rel[r.a, r.b] = rel[r.b, r.a] = r.relation
+    for r in toy.relations().itertuples():
+        rel[r.a, r.b] = rel[r.b, r.a] = r.relation
     np.fill_diagonal(rel, "duplicate")
     best = cosines(sae.W_dec, toy.directions).cpu().max(1)
     out = rel[best.indices.numpy()][:, best.indices.numpy()]
-    lost = (best.values < floor).numpy(); out[lost] = "none"; out[:, lost] = "none"
+    lost = (best.values < floor).numpy()
+    out[lost] = "none"
+    out[:, lost] = "none"
     return out
 
+# %% ../../nbs/analyses/pairs.ipynb #pairs-relations-selected-by-relation
 def selected_by_relation(
-    matrices:dict,   # selector -> scores, [d_sae, d_sae]
-    rel:np.ndarray,  # As `latent_relations` gives them
-    P:int,           # Pairs selected
-)->pd.DataFrame:     # One row per relation: pairs there are, and by selector the share of them that is selected
+    matrices: dict,  # selector -> scores, [d_sae, d_sae]
+    rel: np.ndarray,  # As `latent_relations` gives them
+    P: int,  # Pairs selected
+) -> (
+    pd.DataFrame
+):  # One row per relation: pairs there are, and by selector the share of them that is selected
     "How much of every kind of pair each selector takes."
-    i,j = torch.triu_indices(len(rel), len(rel), 1).numpy()
-    kind = pd.Series(rel[i, j]); out = dict(pairs=kind.value_counts())
-    for name,S in matrices.items():
+    i, j = torch.triu_indices(len(rel), len(rel), 1).numpy()
+    kind = pd.Series(rel[i, j])
+    out = dict(pairs=kind.value_counts())
+    for name, S in matrices.items():
         top = S[i, j].cpu().topk(P)
         out[name] = kind.iloc[top.indices[top.values > 0].numpy()].value_counts() / out["pairs"]
-    return pd.DataFrame({**out, "random": P / len(kind)}).fillna(0.)
+    return pd.DataFrame({**out, "random": P / len(kind)}).fillna(0.0)
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-families
 @torch.no_grad()
 def family_pairs(
-    sae:SAE,         # In evaluation mode
-    toy:Toy,         # With a hierarchy
-    x:Tensor,        # Tokens of it, [n_tokens, d_in]
-    truth:Tensor,    # Their features, [n_tokens, n_true]
-    latent:Tensor=None, # Latent of each feature, [n_true]; None: the closest row of this SAE
-)->pd.DataFrame:     # One row per child: child, parent, i, j (their latents), silence, leak, cos (parent's latent with its feature)
+    sae: SAE,  # In evaluation mode
+    toy: Toy,  # With a hierarchy
+    x: Tensor,  # Tokens of it, [n_tokens, d_in]
+    truth: Tensor,  # Their features, [n_tokens, n_true]
+    latent: Tensor = None,  # Latent of each feature, [n_true]; None: the closest row of this SAE
+) -> pd.DataFrame:  # One row per child: child, parent, i, j (their latents), silence, leak, cos (parent's latent with its feature)
     "Every parent-child pair of a toy as this SAE holds it."
-    C,on,f = cosines(sae.W_dec, toy.directions).cpu(),(truth != 0).cpu(),(sae.encode(x) != 0).cpu()
+    C = cosines(sae.W_dec, toy.directions).cpu()
+    on = (truth != 0).cpu()
+    f = (sae.encode(x) != 0).cpu()
     latent = C.argmax(0) if latent is None else latent
-    kids = (toy.parent >= 0).nonzero()[:, 0]; rows = []
-    for c,p in zip(kids.tolist(), toy.parent[kids].tolist()):
+    kids = (toy.parent >= 0).nonzero()[:, 0]
+    rows = []
+    for c, p in zip(kids.tolist(), toy.parent[kids].tolist()):
         alone = on[:, p] & ~on[:, toy.parent == p].any(1)
-        i,j = latent[c].item(),latent[p].item()
-        rows.append(dict(child=c, parent=p, i=i, j=j, silence=((~f[on[:, c] & on[:, p], j]).float().mean() - (~f[alone, j]).float().mean()).item(), leak=C[i, p].item(), cos=C[j, p].item()))
+        i, j = latent[c].item(), latent[p].item()
+        rows.append(
+            dict(
+                child=c,
+                parent=p,
+                i=i,
+                j=j,
+                silence=((~f[on[:, c] & on[:, p], j]).float().mean() - (~f[alone, j]).float().mean()).item(),
+                leak=C[i, p].item(),
+                cos=C[j, p].item(),
+            )
+        )
     return pd.DataFrame(rows)
 
+# %% ../../nbs/analyses/pairs.ipynb #pairs-families-places
 def places(
-    S:Tensor, # Scores, [n, n]
-    i:Tensor, # First latents, [m]
-    j:Tensor, # Second latents, [m]
-)->Tensor:    # Share of all pairs that score more, equal ones counted half, [m]
+    S: Tensor,  # Scores, [n, n]
+    i: Tensor,  # First latents, [m]
+    j: Tensor,  # Second latents, [m]
+) -> Tensor:  # Share of all pairs that score more, equal ones counted half, [m]
     "Where pairs stand in a selector's list; 0 is the first."
     s = S[tuple(torch.triu_indices(len(S), len(S), 1))]
     return torch.stack([((s > v).sum() + (s == v).sum() / 2) / len(s) for v in S[i, j]])
@@ -223,33 +343,47 @@ def places(
 # %% ../../nbs/analyses/pairs.ipynb #pairs-follow
 @torch.no_grad()
 def follow(
-    snaps:dict,     # step -> SAE, as `Snapshots` keeps them
-    pairs,          # DataFrame with i, j, child, parent: pairs to follow
-    toy:Toy,        # With a hierarchy
-    x:Tensor,       # Tokens of it, [n_tokens, d_in]
-    truth:Tensor,   # Their features, [n_tokens, n_true]
-    latent:Tensor,  # Latent of each feature, [n_true]
-    pre_k:int=64,   # For "pre"
-)->pd.DataFrame:    # One row per snapshot and pair: step, child, silence, leak, cofire, and a place per selector
+    snaps: dict,  # step -> SAE, as `Snapshots` keeps them
+    pairs,  # DataFrame with i, j, child, parent: pairs to follow
+    toy: Toy,  # With a hierarchy
+    x: Tensor,  # Tokens of it, [n_tokens, d_in]
+    truth: Tensor,  # Their features, [n_tokens, n_true]
+    latent: Tensor,  # Latent of each feature, [n_true]
+    pre_k: int = 64,  # For "pre"
+) -> (
+    pd.DataFrame
+):  # One row per snapshot and pair: step, child, silence, leak, cofire, and a place per selector
     "What becomes of given pairs over training, and where every selector ranks them."
-    rows,i,j = [],torch.tensor(pairs.i.values),torch.tensor(pairs.j.values)
-    for step,sae in snaps.items():
+    rows = []
+    i = torch.tensor(pairs.i.values)
+    j = torch.tensor(pairs.j.values)
+    for step, sae in snaps.items():
         d = family_pairs(sae, toy, x, truth, latent).set_index("child").loc[pairs.child]
         at = {by: places(score_matrix(sae, x, by, pre_k), i, j).tolist() for by in selectors}
-        rows.append(d.reset_index().assign(step=step, cofire=score_matrix(sae, x, "post")[i, j].tolist(), **at))
+        rows.append(
+            d.reset_index().assign(step=step, cofire=score_matrix(sae, x, "post")[i, j].tolist(), **at)
+        )
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-follow-one
 def plot_follow(
-    d:pd.DataFrame,      # As `follow` gives it, for one pair
-    fraction:float=.001, # Share of pairs that is selected; drawn as a line
-):                       # The figure
+    d: pd.DataFrame,  # As `follow` gives it, for one pair
+    fraction: float = 0.001,  # Share of pairs that is selected; drawn as a line
+):  # The figure
     "A pair's fate, and its place in the selectors' lists."
-    fig,axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
-    for c,(k,label) in enumerate(dict(silence="parent's silence with child", leak="parent in child's row", cofire="co-firing").items()): axes[0].plot(d.step, d[k], f"C{c + 5}", label=label)
-    for c,by in enumerate(selectors): axes[1].plot(d.step, d[by].clip(lower=2e-4), f"C{c}", label=by)
-    axes[1].axhline(fraction, color="grey", lw=.8); axes[1].axhline(.5, color="k", lw=.8, ls=":", label="random, on average")
-    axes[0].set(xlabel="step", ylim=(-.3, 1.05)); axes[1].set(xlabel="step", ylabel="place in the list (0 first)", yscale="log")
-    axes[0].legend(frameon=False, fontsize=7); axes[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, .5))
-    for ax in axes: ax.spines[["top", "right"]].set_visible(False)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    for c, (k, label) in enumerate(
+        dict(silence="parent's silence with child", leak="parent in child's row", cofire="co-firing").items()
+    ):
+        axes[0].plot(d.step, d[k], f"C{c + 5}", label=label)
+    for c, by in enumerate(selectors):
+        axes[1].plot(d.step, d[by].clip(lower=2e-4), f"C{c}", label=by)
+    axes[1].axhline(fraction, color="grey", lw=0.8)
+    axes[1].axhline(0.5, color="k", lw=0.8, ls=":", label="random, on average")
+    axes[0].set(xlabel="step", ylim=(-0.3, 1.05))
+    axes[1].set(xlabel="step", ylabel="place in the list (0 first)", yscale="log")
+    axes[0].legend(frameon=False, fontsize=7)
+    axes[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
     return fig

@@ -9,128 +9,177 @@ __all__ = ['alphabet', 'AbsorptionConfig', 'Absorption', 'ascii_words', 'first_l
            'word_scores']
 
 # %% ../../nbs/evals/absorption.ipynb #abs-imports
-import math, random, re, warnings
+import math
+import random
+import re
+import warnings
 from dataclasses import dataclass, replace
-import torch
+
 import matplotlib.pyplot as plt
+import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from fastcore.basics import patch
-from ..core import InputError, register
+
 from .. import world as W
-from ..metrics import unit
-from ..lm import LM
 from ..acts import WorldSource, count_mask
 from ..codes import bootstrap, dictionary_sae, latents_of, wilson
+from ..core import InputError, register
 from ..envelope import configure, envelope, settle
+from ..lm import LM
+from ..metrics import unit
 from ..store import Store
 
 # %% ../../nbs/evals/absorption.ipynb #abs-config
 alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
+# %% ../../nbs/evals/absorption.ipynb #abs-config-absorptionconfig
 @dataclass
 class AbsorptionConfig:
     "SAEBench's options, and ours."
-    model_name:str = ""                            # Filled in from the model
-    random_seed:int = 42                           # Words, examples, probes, resampling
-    f1_jump_threshold:float = .03                  # What one more latent must add to count as a split feature
-    max_k_value:int = 10                           # Latents tried per letter
-    prompt_template:str = "{word} has the first letter:"  # The world says it in its own words
-    prompt_token_pos:int = -6                      # Where the word is, from the end; checked; 0: wherever it is found
-    llm_batch_size:int = 10                        # Prompts at a time
-    llm_dtype:str = "float32"                      # For the record; the model comes loaded
-    k_sparse_probe_l1_decay:float = .01            # Price of the weights of the probe that ranks latents
-    k_sparse_probe_batch_size:int = 4096           # Words per update of it
-    k_sparse_probe_num_epochs:int = 50             # Passes over the words
-    min_GT_probe_f1:float = .6                     # Letters whose linear probe is no better are left out
-    min_feats_for_eval:int = 20                    # With fewer letters than this there is no score
-    eval_k_sparse_probe_batch_size:int = 24        # For the record
-    precalc_k_sparse_probe_sae_acts:bool = False   # Keep the latents of all words; False: encode again when needed
-    examples:int = 10                              # Solved examples in a prompt
-    train_share:float = .8                         # Share of the words that trains probes
-    n_words:int = 0                                # Words drawn from the vocabulary; 0: all
-    min_spelling_accuracy:float = .5               # A model that answers fewer prompts right cannot spell; 0: do not ask
-    spelling_prompts:int = 200                     # Prompts it is asked
-    min_main_f1:float = .5                         # Below this a letter has no latent of its own
-    n_text_docs:int = 0                            # Held-out documents of the world on which silence is counted
-    shuffled:bool = True                           # Repeat everything with letters dealt out at random
-    dictionary:bool = True                         # Repeat everything with the probe directions as an SAE
 
+    model_name: str = ""  # Filled in from the model
+    random_seed: int = 42  # Words, examples, probes, resampling
+    f1_jump_threshold: float = 0.03  # What one more latent must add to count as a split feature
+    max_k_value: int = 10  # Latents tried per letter
+    prompt_template: str = "{word} has the first letter:"  # The world says it in its own words
+    prompt_token_pos: int = -6  # Where the word is, from the end; checked; 0: wherever it is found
+    llm_batch_size: int = 10  # Prompts at a time
+    llm_dtype: str = "float32"  # For the record; the model comes loaded
+    k_sparse_probe_l1_decay: float = 0.01  # Price of the weights of the probe that ranks latents
+    k_sparse_probe_batch_size: int = 4096  # Words per update of it
+    k_sparse_probe_num_epochs: int = 50  # Passes over the words
+    min_GT_probe_f1: float = 0.6  # Letters whose linear probe is no better are left out
+    min_feats_for_eval: int = 20  # With fewer letters than this there is no score
+    eval_k_sparse_probe_batch_size: int = 24  # For the record
+    precalc_k_sparse_probe_sae_acts: bool = (
+        False  # Keep the latents of all words; False: encode again when needed
+    )
+    examples: int = 10  # Solved examples in a prompt
+    train_share: float = 0.8  # Share of the words that trains probes
+    n_words: int = 0  # Words drawn from the vocabulary; 0: all
+    min_spelling_accuracy: float = 0.5  # A model that answers fewer prompts right cannot spell; 0: do not ask
+    spelling_prompts: int = 200  # Prompts it is asked
+    min_main_f1: float = 0.5  # Below this a letter has no latent of its own
+    n_text_docs: int = 0  # Held-out documents of the world on which silence is counted
+    shuffled: bool = True  # Repeat everything with letters dealt out at random
+    dictionary: bool = True  # Repeat everything with the probe directions as an SAE
+
+# %% ../../nbs/evals/absorption.ipynb #abs-config-absorption
 @register("evals", "absorption")
 class Absorption:
     "First-letter absorption."
-    world = dict(llm_batch_size=64, k_sparse_probe_batch_size=64, precalc_k_sparse_probe_sae_acts=True, train_share=.5, n_text_docs=300)
-    fast = dict(n_words=500, n_text_docs=60, k_sparse_probe_batch_size=32, spelling_prompts=60, min_feats_for_eval=1)
-    headline = dict(mean_full_absorption_score=-1, mean_absorption_fraction_score=-1, main_f1=+1, truth_silent_text=-1)
+
+    world = dict(
+        llm_batch_size=64,
+        k_sparse_probe_batch_size=64,
+        precalc_k_sparse_probe_sae_acts=True,
+        train_share=0.5,
+        n_text_docs=300,
+    )
+    fast = dict(
+        n_words=500, n_text_docs=60, k_sparse_probe_batch_size=32, spelling_prompts=60, min_feats_for_eval=1
+    )
+    headline = dict(
+        mean_full_absorption_score=-1, mean_absorption_fraction_score=-1, main_f1=+1, truth_silent_text=-1
+    )
+
     def __init__(self, **config):
         c = self.config = configure(AbsorptionConfig, **config)
-        if "{word}" not in c.prompt_template: raise InputError(f"prompt_template = {c.prompt_template!r} has no place for the word; write {{word}} where it goes")
-        if not 0 < c.train_share < 1: raise InputError(f"train_share = {c.train_share} is out of range; it must be between 0 and 1")
-        for k,least in dict(max_k_value=1, min_feats_for_eval=1, llm_batch_size=1, k_sparse_probe_batch_size=1, examples=0).items():
-            if getattr(c, k) < least: raise InputError(f"{k} = {getattr(c, k)} is out of range; it must be at least {least}")
+        if "{word}" not in c.prompt_template:
+            raise InputError(
+                f"prompt_template = {c.prompt_template!r} has no place for the word; write {{word}} where it goes"
+            )
+        if not 0 < c.train_share < 1:
+            raise InputError(f"train_share = {c.train_share} is out of range; it must be between 0 and 1")
+        for k, least in dict(
+            max_k_value=1, min_feats_for_eval=1, llm_batch_size=1, k_sparse_probe_batch_size=1, examples=0
+        ).items():
+            if getattr(c, k) < least:
+                raise InputError(f"{k} = {getattr(c, k)} is out of range; it must be at least {least}")
 
 # %% ../../nbs/evals/absorption.ipynb #abs-words
 def ascii_words(
     tokenizer,  # A Hugging Face tokenizer
-    special=(), # Token ids that are no words
-)->dict:        # word -> token id, in the order of ids
+    special=(),  # Token ids that are no words
+) -> dict:  # word -> token id, in the order of ids
     "Tokens that are ASCII letters with at most one space in front."
-    shown = lambda t: " " + t[1:] if t and t[0] in "Ġ▁" else t
-    return {shown(t): i for t,i in sorted(tokenizer.get_vocab().items(), key=lambda o: o[1]) if i not in special and re.fullmatch(" ?[A-Za-z]+", shown(t))}
 
+    def shown(t):
+        return " " + t[1:] if t and t[0] in "Ġ▁" else t
+
+    return {
+        shown(t): i
+        for t, i in sorted(tokenizer.get_vocab().items(), key=lambda o: o[1])
+        if i not in special and re.fullmatch(" ?[A-Za-z]+", shown(t))
+    }
+
+# %% ../../nbs/evals/absorption.ipynb #abs-words-first-letter
 def first_letter(
-    word:str, # With or without a space in front
-)->str:       # One capital letter
+    word: str,  # With or without a space in front
+) -> str:  # One capital letter
     "The letter a word begins with."
     return word.strip()[0].upper()
 
+# %% ../../nbs/evals/absorption.ipynb #abs-words-ask
 def ask(
-    words:list,     # Words to ask about
-    template:str,   # With {word}
-    examples:int=10,# Solved ones in front
-    seed:int=0,     # Which
-    pool:list=None, # Words the examples come from; None: `words`
-)->list:            # Prompts
+    words: list,  # Words to ask about
+    template: str,  # With {word}
+    examples: int = 10,  # Solved ones in front
+    seed: int = 0,  # Which
+    pool: list = None,  # Words the examples come from; None: `words`
+) -> list:  # Prompts
     "First-letter questions."
-    r,pool,out = random.Random(f"letters {seed}"),list(pool or words),[]
-    if len(pool) <= examples: raise InputError(f"examples = {examples} needs more than {len(pool)} words to draw from; ask for fewer examples or more words")
-    say = lambda w: template.replace("{word}", w)
+    r = random.Random(f"letters {seed}")
+    pool = list(pool or words)
+    out = []
+    if len(pool) <= examples:
+        raise InputError(
+            f"examples = {examples} needs more than {len(pool)} words to draw from; ask for fewer examples or more words"
+        )
+
+    def say(w):
+        return template.replace("{word}", w)
+
     for w in words:
         shown = r.sample(pool, examples)
-        while w in shown: shown = r.sample(pool, examples)
+        while w in shown:
+            shown = r.sample(pool, examples)
         out.append("".join(f"\n{say(o)} {first_letter(o)}" for o in shown) + "\n" + say(w))
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-position
 def word_position(
-    rows:list, # Token ids of prompts about different words, without padding
-    ids:list,  # Token id of the word of each
-)->tuple:      # Position from the end (-6: sixth to last), and for each row whether its word is there
+    rows: list,  # Token ids of prompts about different words, without padding
+    ids: list,  # Token id of the word of each
+) -> tuple:  # Position from the end (-6: sixth to last), and for each row whether its word is there
     "Where the word stands."
     n = 0
-    while all(len(r) > n + 1 and r[-1 - n] == rows[0][-1 - n] for r in rows): n += 1
-    return -1 - n, [r[-1 - n] == i for r,i in zip(rows, ids)]
+    while all(len(r) > n + 1 and r[-1 - n] == rows[0][-1 - n] for r in rows):
+        n += 1
+    return -1 - n, [r[-1 - n] == i for r, i in zip(rows, ids)]
 
 # %% ../../nbs/evals/absorption.ipynb #abs-at
 @torch.no_grad()
 def at_tokens(
-    lm,            # Language model
-    hook:str,      # Hook point
-    tokens:Tensor, # Token ids, [n_rows, T]
-    docs:Tensor,   # Document numbers, 0 on padding, [n_rows, T]
-    at:Tensor,     # Row and column of each token wanted, rows ascending, [n, 2]
-    batch:int=64,  # Rows at a time
-    sae=None,      # Read its latents; None: the activations
-    desc:str="",   # Words before a progress bar; empty: no bar
-)->Tensor:         # [n, d_in] or [n, d_sae], float32, on the CPU
+    lm,  # Language model
+    hook: str,  # Hook point
+    tokens: Tensor,  # Token ids, [n_rows, T]
+    docs: Tensor,  # Document numbers, 0 on padding, [n_rows, T]
+    at: Tensor,  # Row and column of each token wanted, rows ascending, [n, 2]
+    batch: int = 64,  # Rows at a time
+    sae=None,  # Read its latents; None: the activations
+    desc: str = "",  # Words before a progress bar; empty: no bar
+) -> Tensor:  # [n, d_in] or [n, d_sae], float32, on the CPU
     "Activations or latents at single tokens."
     out = [torch.zeros(0, lm.width(hook) if sae is None else sae.d_sae)]
     for i in tqdm(range(0, len(tokens), batch), desc=desc, disable=not desc, leave=False, ncols=80):
         here = at[(at[:, 0] >= i) & (at[:, 0] < i + batch)] - torch.tensor([i, 0])
-        if not len(here): continue
-        T = int((docs[i:i+batch] > 0).sum(-1).max())
-        t,d = tokens[i:i+batch, :T],docs[i:i+batch, :T]
+        if not len(here):
+            continue
+        T = int((docs[i : i + batch] > 0).sum(-1).max())
+        t, d = tokens[i : i + batch, :T], docs[i : i + batch, :T]
         x = lm.acts(t, hook, docs=d)
         v = x if sae is None else latents_of(sae, x, count_mask(t, d, lm.special_ids).to(x.device))
         out.append(v[here[:, 0], here[:, 1]].float().cpu())
@@ -138,478 +187,842 @@ def at_tokens(
 
 # %% ../../nbs/evals/absorption.ipynb #abs-fit
 def fit_probe(
-    X,                     # [n, d], or a function from indices [m] to rows [m, d]
-    Y:Tensor,              # Classes of each row, 0 or 1, [n, n_classes]
-    epochs:int=50,         # Passes
-    batch:int=64,          # Rows per update
-    lr:float=1e-2,         # First learning rate
-    end_lr:float=1e-5,     # Where it would be after the last epoch
-    weight_decay:float=1e-4, # Adam's
-    l1:float=0.,           # Price of the mean over classes of the sum of |weights|
-    seed:int=0,            # Start and order
-)->tuple:                  # weights [n_classes, d], biases [n_classes]
+    X,  # [n, d], or a function from indices [m] to rows [m, d]
+    Y: Tensor,  # Classes of each row, 0 or 1, [n, n_classes]
+    epochs: int = 50,  # Passes
+    batch: int = 64,  # Rows per update
+    lr: float = 1e-2,  # First learning rate
+    end_lr: float = 1e-5,  # Where it would be after the last epoch
+    weight_decay: float = 1e-4,  # Adam's
+    l1: float = 0.0,  # Price of the mean over classes of the sum of |weights|
+    seed: int = 0,  # Start and order
+) -> tuple:  # weights [n_classes, d], biases [n_classes]
     "One-against-all logistic regressions."
-    take,gen = X if callable(X) else X.__getitem__,torch.Generator().manual_seed(seed)
-    x = take(torch.arange(1)); d,C = x.shape[1],Y.shape[1]
-    w,b = [((2*torch.rand(s, generator=gen) - 1)/math.sqrt(d)).to(x.device).requires_grad_() for s in ((C, d), (C,))]
-    Y = Y.to(x.device).float(); pos = Y.sum(0)
-    weight = torch.where(pos > 0, (len(Y) - pos)/pos.clamp(min=1), 1.)
+    take = X if callable(X) else X.__getitem__
+    gen = torch.Generator().manual_seed(seed)
+    x = take(torch.arange(1))
+    d, C = x.shape[1], Y.shape[1]
+    w, b = [
+        ((2 * torch.rand(s, generator=gen) - 1) / math.sqrt(d)).to(x.device).requires_grad_()
+        for s in ((C, d), (C,))
+    ]
+    Y = Y.to(x.device).float()
+    pos = Y.sum(0)
+    weight = torch.where(pos > 0, (len(Y) - pos) / pos.clamp(min=1), 1.0)
     opt = torch.optim.Adam([w, b], lr=lr, weight_decay=weight_decay)
     with torch.enable_grad():
         for e in range(epochs):
-            for g in opt.param_groups: g["lr"] = lr * (end_lr/lr)**(e/epochs)
+            for g in opt.param_groups:
+                g["lr"] = lr * (end_lr / lr) ** (e / epochs)
             for i in torch.randperm(len(Y), generator=gen).split(batch):
-                loss = F.binary_cross_entropy_with_logits(take(i).detach() @ w.T + b, Y[i.to(Y.device)], pos_weight=weight)
-                if l1: loss = loss + l1 * w.abs().sum(1).mean()
-                opt.zero_grad(); loss.backward(); opt.step()
-    return w.detach(),b.detach()
+                loss = F.binary_cross_entropy_with_logits(
+                    take(i).detach() @ w.T + b, Y[i.to(Y.device)], pos_weight=weight
+                )
+                if l1:
+                    loss = loss + l1 * w.abs().sum(1).mean()
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+    return w.detach(), b.detach()
 
+# %% ../../nbs/evals/absorption.ipynb #abs-fit-f1
 def f1(
-    score:Tensor, # [n] or [n, n_classes]; above 0 means yes
-    y:Tensor,     # Truth, same shape
-)->Tensor:        # Between 0 and 1; 0 where nothing is true and nothing said
+    score: Tensor,  # [n] or [n, n_classes]; above 0 means yes
+    y: Tensor,  # Truth, same shape
+) -> Tensor:  # Between 0 and 1; 0 where nothing is true and nothing said
     "Harmonic mean of precision and recall."
-    say,y = score > 0,(y > 0).to(score.device)
-    return 2*(say & y).sum(0).double() / (say.sum(0) + y.sum(0)).clamp(min=1)
+    say, y = score > 0, (y > 0).to(score.device)
+    return 2 * (say & y).sum(0).double() / (say.sum(0) + y.sum(0)).clamp(min=1)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-sparse
 def k_sparse(
-    f_train:Tensor, # Latents in the order of their rank, [n_train, max_k]
-    y_train:Tensor, # Is it this letter, [n_train]
-    f_test:Tensor,  # [n_test, max_k]
-    y_test:Tensor,  # [n_test]
-    jump:float=.03, # What one more must add
-)->list:            # F1 with 1, 2, ... latents, accepted ones only
+    f_train: Tensor,  # Latents in the order of their rank, [n_train, max_k]
+    y_train: Tensor,  # Is it this letter, [n_train]
+    f_test: Tensor,  # [n_test, max_k]
+    y_test: Tensor,  # [n_test]
+    jump: float = 0.03,  # What one more must add
+) -> list:  # F1 with 1, 2, ... latents, accepted ones only
     "How many latents a letter is split into, and how well they tell it."
     from sklearn.linear_model import LogisticRegression
+
     best = []
-    if not (0 < y_train.sum() < len(y_train)): return [0.]
+    if not (0 < y_train.sum() < len(y_train)):
+        return [0.0]
     for k in range(1, f_train.shape[1] + 1):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            lr = LogisticRegression(max_iter=500, class_weight="balanced").fit(f_train[:, :k].cpu().numpy(), y_train.cpu().numpy())
+            lr = LogisticRegression(max_iter=500, class_weight="balanced").fit(
+                f_train[:, :k].cpu().numpy(), y_train.cpu().numpy()
+            )
         score = f1(torch.as_tensor(lr.decision_function(f_test[:, :k].cpu().numpy())), y_test.cpu()).item()
-        if best and score <= best[-1] + jump: break
+        if best and score <= best[-1] + jump:
+            break
         best.append(score)
     return best
 
 # %% ../../nbs/evals/absorption.ipynb #abs-score
 def contributions(
-    z:Tensor,         # Latents, [n, d_sae]
-    W_dec:Tensor,     # Decoder rows, [d_sae, d_in]
-    direction:Tensor, # Probe direction, any length, [d_in]
-    as_unit:bool=False, # Take decoder rows to have length one, as SAEBench does
-)->tuple:             # s [n, d_sae], c [d_sae]
+    z: Tensor,  # Latents, [n, d_sae]
+    W_dec: Tensor,  # Decoder rows, [d_sae, d_in]
+    direction: Tensor,  # Probe direction, any length, [d_in]
+    as_unit: bool = False,  # Take decoder rows to have length one, as SAEBench does
+) -> tuple:  # s [n, d_sae], c [d_sae]
     "What each latent puts along the direction, and its cosine with it."
-    W_dec = W_dec.to(z.device)   # latents of a whole vocabulary stay where they are
+    W_dec = W_dec.to(z.device)  # latents of a whole vocabulary stay where they are
     u = unit(direction[None])[0].to(W_dec.device)
     c = unit(W_dec) @ u
     return z.float() * (c if as_unit else W_dec.detach().float() @ u), c
 
+# %% ../../nbs/evals/absorption.ipynb #abs-score-full-absorption
 def full_absorption(
-    z:Tensor,          # Latents, [n, d_sae]
-    s:Tensor,          # What they put along the direction, [n, d_sae]
-    c:Tensor,          # Their cosines with it, [d_sae]
-    p:Tensor,          # What the activation has of it, [n]
-    main:list,         # Indices of the main latents
-    min_cos:float=.025,# Of the one that takes over
-    min_share:float=.4,# Of p that it must carry
-)->Tensor:             # bool, [n]
+    z: Tensor,  # Latents, [n, d_sae]
+    s: Tensor,  # What they put along the direction, [n, d_sae]
+    c: Tensor,  # Their cosines with it, [d_sae]
+    p: Tensor,  # What the activation has of it, [n]
+    main: list,  # Indices of the main latents
+    min_cos: float = 0.025,  # Of the one that takes over
+    min_share: float = 0.4,  # Of p that it must carry
+) -> Tensor:  # bool, [n]
     "Main latents silent, and one other carries the direction."
-    top,i = s.max(1)
-    return (z[:, main] < 1e-8).all(1) & (c[i] >= min_cos) & (p >= 0) & (top >= min_share*p)
+    top, i = s.max(1)
+    return (z[:, main] < 1e-8).all(1) & (c[i] >= min_cos) & (p >= 0) & (top >= min_share * p)
 
+# %% ../../nbs/evals/absorption.ipynb #abs-score-absorption-fraction
 def absorption_fraction(
-    s:Tensor,          # [n, d_sae]
-    c:Tensor,          # [d_sae]
-    p:Tensor,          # [n]
-    main:list,         # Indices of the main latents
-    min_cos:float=.1,  # Of a latent that can absorb
-    min_share:float=.4,# Of p that those must carry together
-    most:int=3,        # How many of them count
-)->Tensor:             # Between 0 and 1, [n]
+    s: Tensor,  # [n, d_sae]
+    c: Tensor,  # [d_sae]
+    p: Tensor,  # [n]
+    main: list,  # Indices of the main latents
+    min_cos: float = 0.1,  # Of a latent that can absorb
+    min_share: float = 0.4,  # Of p that those must carry together
+    most: int = 3,  # How many of them count
+) -> Tensor:  # Between 0 and 1, [n]
     "Share of the direction that a few other latents carry."
-    M,free = s[:, main].sum(1),c >= min_cos
+    M, free = s[:, main].sum(1), c >= min_cos
     free[main] = False
-    P = s.masked_fill(~free, 0.).clamp(min=0).topk(min(most, s.shape[1])).values.sum(1)
+    P = s.masked_fill(~free, 0.0).clamp(min=0).topk(min(most, s.shape[1])).values.sum(1)
     q = torch.minimum(P, p - M)
-    part = torch.where(M <= 0, 1., q / (q + M)).clamp(0, 1)
-    return torch.where((p <= 0) | (M >= p) | (P < min_share*p), 0., part)
+    part = torch.where(M <= 0, 1.0, q / (q + M)).clamp(0, 1)
+    return torch.where((p <= 0) | (M >= p) | (P < min_share * p), 0.0, part)
 
+# %% ../../nbs/evals/absorption.ipynb #abs-score-absorption-fraction-2025
 def absorption_fraction_2025(
-    s:Tensor,  # [n, d_sae]
-    p:Tensor,  # [n]
-    main:list, # Indices of the main latents
-)->Tensor:     # Between 0 and 1, [n]
+    s: Tensor,  # [n, d_sae]
+    p: Tensor,  # [n]
+    main: list,  # Indices of the main latents
+) -> Tensor:  # Between 0 and 1, [n]
     "The formula before March 2025: everything the main latents do not carry."
-    M,A = s[:, main].sum(1),s.sum(1)
-    return torch.where((M >= p) | (A <= 0), 0., ((A - M)/A).clamp(0, 1))
+    M, A = s[:, main].sum(1), s.sum(1)
+    return torch.where((M >= p) | (A <= 0), 0.0, ((A - M) / A).clamp(0, 1))
 
 # %% ../../nbs/evals/absorption.ipynb #abs-prompts
 class NoScore(Exception):
     "Why there is no score, and what is known nevertheless."
-    def __init__(self, why, **known): self.why,self.known = "not measurable, because " + why,known
 
+    def __init__(self, why, **known):
+        self.why = "not measurable, because " + why
+        self.known = known
+
+# %% ../../nbs/evals/absorption.ipynb #abs-prompts-words
 @dataclass
 class Words:
     "Words in their places."
-    i:Tensor       # Token id of each, [n]
-    y:Tensor       # Index of its first letter, [n]
-    tokens:Tensor  # [n_rows, T]
-    docs:Tensor    # [n_rows, T]
-    at:Tensor      # Row and column of each, [n, 2]
-    x:Tensor=None  # Activation there, [n, d_in]
-    def __len__(self): return len(self.i)
-    def pick(self, keep): # The words where `keep` [n] is True, of prompts with one word each
+
+    i: Tensor  # Token id of each, [n]
+    y: Tensor  # Index of its first letter, [n]
+    tokens: Tensor  # [n_rows, T]
+    docs: Tensor  # [n_rows, T]
+    at: Tensor  # Row and column of each, [n, 2]
+    x: Tensor = None  # Activation there, [n, d_in]
+
+    def __len__(self):
+        return len(self.i)
+
+    def pick(self, keep):  # The words where `keep` [n] is True, of prompts with one word each
         at = torch.stack([torch.arange(int(keep.sum())), self.at[keep, 1]], 1)
         return Words(self.i[keep], self.y[keep], self.tokens[keep], self.docs[keep], at)
 
+# %% ../../nbs/evals/absorption.ipynb #abs-prompts-prompts
 @patch
-def prompts(self:Absorption, lm)->dict: # "train", "test" and "again" -> Words; "dropped" -> int
+def prompts(self: Absorption, lm) -> dict:  # "train", "test" and "again" -> Words; "dropped" -> int
     "Questions about every word."
-    c,world = self.config,getattr(lm, "name", "") == "world"
+    c, world = self.config, getattr(lm, "name", "") == "world"
     ids = {w: W.VOCAB[w] for w in W.LEXICON} if world else ascii_words(lm.tokenizer, lm.special_ids)
-    words = random.Random(f"absorption {c.random_seed}").sample(list(ids), len(ids))[:c.n_words or None]
-    n = int(c.train_share * len(words)); train,test = words[:n],words[n:]
-    if min(len(train), len(test)) <= max(c.examples, 1): raise NoScore(f"{len(words)} single-token words of ASCII letters are too few to split and draw {c.examples} examples from")
+    words = random.Random(f"absorption {c.random_seed}").sample(list(ids), len(ids))[: c.n_words or None]
+    n = int(c.train_share * len(words))
+    train, test = words[:n], words[n:]
+    if min(len(train), len(test)) <= max(c.examples, 1):
+        raise NoScore(
+            f"{len(words)} single-token words of ASCII letters are too few to split and draw {c.examples} examples from"
+        )
     out = dict(dropped=0)
-    for i,(k,ws,pool) in enumerate((("train", train, train), ("test", test, test), ("again", test, words))):
-        seed = 3*c.random_seed + i
-        ps = [p for p,_ in W.letter_prompts(ws, c.examples, seed, pool)] if world else ask(ws, c.prompt_template, c.examples, seed, pool)
+    for i, (k, ws, pool) in enumerate(
+        (("train", train, train), ("test", test, test), ("again", test, words))
+    ):
+        seed = 3 * c.random_seed + i
+        ps = (
+            [p for p, _ in W.letter_prompts(ws, c.examples, seed, pool)]
+            if world
+            else ask(ws, c.prompt_template, c.examples, seed, pool)
+        )
         out[k] = self.placed(lm, ws, ps, [ids[w] for w in ws])
         out["dropped"] += len(ws) - len(out[k])
-    for a,b in (("test", "again"), ("again", "test")): out[a] = out[a].pick(torch.isin(out[a].i, out[b].i))
+    for a, b in (("test", "again"), ("again", "test")):
+        out[a] = out[a].pick(torch.isin(out[a].i, out[b].i))
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-placed
 @patch
-def placed(self:Absorption, lm, words, prompts, ids)->Words:
+def placed(self: Absorption, lm, words, prompts, ids) -> Words:
     "Tokenised prompts with the position of the word checked; words that are not where they should be are left out."
-    tokens,docs = lm.encode(prompts); n = docs.sum(1); want = self.config.prompt_token_pos
-    pos,there = word_position([t[:m].tolist() for t,m in zip(tokens, n)], ids)
-    if int(n.max()) >= lm.context: raise NoScore(f"prompts do not fit the {lm.context} tokens that the model reads; ask for fewer examples")
-    if pos == -1: raise NoScore("the prompts do not end in the same token: end the template in something after the word, such as a colon")
-    if sum(there) < len(words)/2:
-        raise NoScore(f"the tokenizer cuts {len(words) - sum(there)} of {len(words)} words differently inside the prompt; choose a prompt_template in which a word can stand as one token")
+    tokens, docs = lm.encode(prompts)
+    n = docs.sum(1)
+    want = self.config.prompt_token_pos
+    pos, there = word_position([t[:m].tolist() for t, m in zip(tokens, n)], ids)
+    if int(n.max()) >= lm.context:
+        raise NoScore(
+            f"prompts do not fit the {lm.context} tokens that the model reads; ask for fewer examples"
+        )
+    if pos == -1:
+        raise NoScore(
+            "the prompts do not end in the same token: end the template in something after the word, such as a colon"
+        )
+    if sum(there) < len(words) / 2:
+        raise NoScore(
+            f"the tokenizer cuts {len(words) - sum(there)} of {len(words)} words differently inside the prompt; choose a prompt_template in which a word can stand as one token"
+        )
     if want not in (0, pos):
-        raise NoScore(f"the word is token {pos} from the end of the prompt, and prompt_token_pos = {want} would read another one; set prompt_token_pos={pos}")
+        raise NoScore(
+            f"the word is token {pos} from the end of the prompt, and prompt_token_pos = {want} would read another one; set prompt_token_pos={pos}"
+        )
     y = torch.tensor([alphabet.index(first_letter(w)) for w in words])
-    return Words(torch.tensor(ids), y, tokens, docs, torch.stack([torch.arange(len(n)), n + pos], 1)).pick(torch.tensor(there))
+    return Words(torch.tensor(ids), y, tokens, docs, torch.stack([torch.arange(len(n)), n + pos], 1)).pick(
+        torch.tensor(there)
+    )
 
 # %% ../../nbs/evals/absorption.ipynb #abs-spell
 @torch.no_grad()
 def spelling_accuracy(
-    lm,          # Language model
-    w:Words,     # Prompts
-    n:int=200,   # How many of them
-    batch:int=64,# At a time
-)->float:        # Share of right answers
+    lm,  # Language model
+    w: Words,  # Prompts
+    n: int = 200,  # How many of them
+    batch: int = 64,  # At a time
+) -> float:  # Share of right answers
     "How often the model names the first letter."
-    right,n = 0,min(n, len(w))
+    right, n = 0, min(n, len(w))
     for i in range(0, n, batch):
-        j = slice(i, min(i + batch, n)); last = w.docs[j].sum(1) - 1
+        j = slice(i, min(i + batch, n))
+        last = w.docs[j].sum(1) - 1
         best = lm.logits(w.tokens[j], docs=w.docs[j])[torch.arange(len(last)), last].argmax(-1).tolist()
-        right += sum(lm.tokenizer.decode([t]).strip().upper() == alphabet[y] for t,y in zip(best, w.y[j].tolist()))
-    return right/n
+        right += sum(
+            lm.tokenizer.decode([t]).strip().upper() == alphabet[y] for t, y in zip(best, w.y[j].tolist())
+        )
+    return right / n
 
 # %% ../../nbs/evals/absorption.ipynb #abs-text
 def world_text(
-    n_docs:int,      # Held-out documents
-    ids:Tensor=None, # Token ids of the words of interest; None: all words
-)->tuple:            # Words (one per occurrence, tokens and docs per document), and whether it is in a spelling exercise [n]
+    n_docs: int,  # Held-out documents
+    ids: Tensor = None,  # Token ids of the words of interest; None: all words
+) -> (
+    tuple
+):  # Words (one per occurrence, tokens and docs per document), and whether it is in a spelling exercise [n]
     "Occurrences of words in running text."
     ds = W.documents(WorldSource.heldout_seed, 0, n_docs)
-    tokens,docs = W.encode(ds); codes,vals = W.label_codes(ds, "initial")
+    tokens, docs = W.encode(ds)
+    codes, vals = W.label_codes(ds, "initial")
     at = (codes > 0 if ids is None else (codes > 0) & torch.isin(tokens, ids)).nonzero()
     letter = torch.tensor([alphabet.index(v.upper()) for v in vals])
-    r,t = at.T
-    return Words(tokens[r, t], letter[codes[r, t] - 1], tokens, docs, at), torch.tensor([d.kind == "spelling" for d in ds])[r]
+    r, t = at.T
+    return Words(tokens[r, t], letter[codes[r, t] - 1], tokens, docs, at), torch.tensor(
+        [d.kind == "spelling" for d in ds]
+    )[r]
 
 # %% ../../nbs/evals/absorption.ipynb #abs-data
 @dataclass
 class Letters:
     "What does not depend on the SAE."
-    train:Words; test:Words; again:Words
-    w:Tensor       # Probe directions, [26, d_in]
-    b:Tensor       # [26]
-    f1:Tensor      # Of the probe on test words, [26]
-    known:dict     # name -> number, for the report
-    text:Words=None   # Occurrences in running text
-    drill:Tensor=None # Which of them are spelling exercises
 
-    def sure(self, l): # Test words of letter `l` that the probe finds
+    train: Words
+    test: Words
+    again: Words
+    w: Tensor  # Probe directions, [26, d_in]
+    b: Tensor  # [26]
+    f1: Tensor  # Of the probe on test words, [26]
+    known: dict  # name -> number, for the report
+    text: Words = None  # Occurrences in running text
+    drill: Tensor = None  # Which of them are spelling exercises
+
+    def sure(self, l):  # Test words of letter `l` that the probe finds
         return ((self.test.y == l) & (self.logits[:, l] > 0)).nonzero()[:, 0].tolist()
+
     @property
-    def logits(self): return self.test.x @ self.w.T + self.b
+    def logits(self):
+        return self.test.x @ self.w.T + self.b
 
+# %% ../../nbs/evals/absorption.ipynb #abs-data-probed
 @patch
-def probed(self:Absorption, train, test, store, seed=0)->tuple: # w, b, F1
+def probed(self: Absorption, train, test, store, seed=0) -> tuple:  # w, b, F1
     "The letter probes."
-    hot = lambda w: F.one_hot(w.y, 26)
-    def make():
-        w,b = fit_probe(train.x, hot(train), seed=self.config.random_seed)
-        return dict(w=w, b=b, f1=f1(test.x @ w.T + b, hot(test)))
-    p = store.get("absorption-probe", [train.x, train.y, test.x, test.y, self.config.random_seed], make)
-    return p["w"],p["b"],p["f1"]
 
+    def hot(w):
+        return F.one_hot(w.y, 26)
+
+    def make():
+        w, b = fit_probe(train.x, hot(train), seed=self.config.random_seed)
+        return dict(w=w, b=b, f1=f1(test.x @ w.T + b, hot(test)))
+
+    p = store.get("absorption-probe", [train.x, train.y, test.x, test.y, self.config.random_seed], make)
+    return p["w"], p["b"], p["f1"]
+
+# %% ../../nbs/evals/absorption.ipynb #abs-data-acts-at
 @patch
-def acts_at(self:Absorption, lm, hook, w, store, desc=""):
+def acts_at(self: Absorption, lm, hook, w, store, desc=""):
     "Activations at the words."
-    return store.get("absorption-words", [lm, hook, w.tokens, w.docs, w.at], lambda: dict(x=at_tokens(lm, hook, w.tokens, w.docs, w.at, self.config.llm_batch_size, desc=desc)))["x"]
+    return store.get(
+        "absorption-words",
+        [lm, hook, w.tokens, w.docs, w.at],
+        lambda: dict(x=at_tokens(lm, hook, w.tokens, w.docs, w.at, self.config.llm_batch_size, desc=desc)),
+    )["x"]
 
 # %% ../../nbs/evals/absorption.ipynb #abs-data-get
 @patch
-def kept_prompts(self:Absorption, lm, store)->dict:
+def kept_prompts(self: Absorption, lm, store) -> dict:
     "`prompts`, made once."
-    c,fields,sets = self.config,("i", "y", "tokens", "docs", "at"),("train", "test", "again")
+    c = self.config
+    fields = ("i", "y", "tokens", "docs", "at")
+    sets = ("train", "test", "again")
+
     def make():
         o = self.prompts(lm)
-        return {f"{k}.{f}": getattr(o[k], f) for k in sets for f in fields} | dict(dropped=torch.tensor(o["dropped"]))
-    t = store.get("absorption-prompts", [lm, c.random_seed, c.prompt_template, c.prompt_token_pos, c.examples, c.train_share, c.n_words], make)
+        return {f"{k}.{f}": getattr(o[k], f) for k in sets for f in fields} | dict(
+            dropped=torch.tensor(o["dropped"])
+        )
+
+    t = store.get(
+        "absorption-prompts",
+        [lm, c.random_seed, c.prompt_template, c.prompt_token_pos, c.examples, c.train_share, c.n_words],
+        make,
+    )
     return {k: Words(*(t[f"{k}.{f}"] for f in fields)) for k in sets} | dict(dropped=int(t["dropped"]))
 
+# %% ../../nbs/evals/absorption.ipynb #abs-data-get-data
 @patch
-def data(self:Absorption, lm, hook, store, quiet=True)->Letters:
+def data(self: Absorption, lm, hook, store, quiet=True) -> Letters:
     "Words, activations and probes, or `NoScore`."
-    c,say = self.config,(lambda o: "" if quiet else o)
+    c, say = self.config, (lambda o: "" if quiet else o)
     if not re.search(r"resid_(pre|post)$", hook):
-        raise NoScore(f"{hook} is not a residual stream: the probe would be for what one layer adds, and SAEBench reads blocks.L.hook_resid_post")
-    sets = self.kept_prompts(lm, store); known = dict(n_words=len(sets["train"]) + len(sets["test"]), n_words_left_out=sets["dropped"])
+        raise NoScore(
+            f"{hook} is not a residual stream: the probe would be for what one layer adds, and SAEBench reads blocks.L.hook_resid_post"
+        )
+    sets = self.kept_prompts(lm, store)
+    known = dict(n_words=len(sets["train"]) + len(sets["test"]), n_words_left_out=sets["dropped"])
     test = sets["test"]
     if c.min_spelling_accuracy:
-        ask_it = lambda: dict(accuracy=spelling_accuracy(lm, test, c.spelling_prompts, c.llm_batch_size))
-        acc = known["spelling_accuracy"] = store.get("absorption-spelling", [lm, test.tokens, c.spelling_prompts], ask_it)["accuracy"]
+
+        def ask_it():
+            return dict(accuracy=spelling_accuracy(lm, test, c.spelling_prompts, c.llm_batch_size))
+
+        acc = known["spelling_accuracy"] = store.get(
+            "absorption-spelling", [lm, test.tokens, c.spelling_prompts], ask_it
+        )["accuracy"]
         if acc < c.min_spelling_accuracy:
-            raise NoScore(f"the model names {acc:.0%} of first letters, fewer than min_spelling_accuracy = {c.min_spelling_accuracy}: it cannot spell", **known)
-    for k in ("train", "test", "again"): sets[k].x = self.acts_at(lm, hook, sets[k], store, say(f"{k} words"))
-    w,b,s = self.probed(sets["train"], test, store)
-    n = int((s > c.min_GT_probe_f1).sum()); known.update(n_letters=n, probe_f1=s.mean().item())
+            raise NoScore(
+                f"the model names {acc:.0%} of first letters, fewer than min_spelling_accuracy = {c.min_spelling_accuracy}: it cannot spell",
+                **known,
+            )
+    for k in ("train", "test", "again"):
+        sets[k].x = self.acts_at(lm, hook, sets[k], store, say(f"{k} words"))
+    w, b, s = self.probed(sets["train"], test, store)
+    n = int((s > c.min_GT_probe_f1).sum())
+    known.update(n_letters=n, probe_f1=s.mean().item())
     if n < c.min_feats_for_eval:
-        raise NoScore(f"a linear probe at {hook} tells only {n} letters with an F1 above {c.min_GT_probe_f1}, and min_feats_for_eval asks for {c.min_feats_for_eval}: "
-                      "the letters are not there as directions", **known)
+        raise NoScore(
+            f"a linear probe at {hook} tells only {n} letters with an F1 above {c.min_GT_probe_f1}, and min_feats_for_eval asks for {c.min_feats_for_eval}: "
+            "the letters are not there as directions",
+            **known,
+        )
     text = drill = None
     if c.n_text_docs and getattr(lm, "name", "") == "world":
-        text,drill = world_text(c.n_text_docs, test.i)
+        text, drill = world_text(c.n_text_docs, test.i)
         text.x = self.acts_at(lm, hook, text, store, say("text"))
     return Letters(sets["train"], test, sets["again"], w, b, s, known, text, drill)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-codes
 @patch
-def codes(self:Absorption, sae, lm, hook, w:Words): # Function from indices to latents [m, d_sae], float32
+def codes(self: Absorption, sae, lm, hook, w: Words):  # Function from indices to latents [m, d_sae], float32
     "Latents at the words."
-    each = lambda i: latents_of(sae, w.x[i]).float()
-    if getattr(sae, "sequential", False): return at_tokens(lm, hook, w.tokens, w.docs, w.at, self.config.llm_batch_size, sae).__getitem__
-    if not self.config.precalc_k_sparse_probe_sae_acts: return each
-    return torch.cat([each(i) for i in torch.arange(len(w)).split(4096)] or [torch.zeros(0, sae.d_sae)]).__getitem__
 
+    def each(i):
+        return latents_of(sae, w.x[i]).float()
+
+    if getattr(sae, "sequential", False):
+        return at_tokens(lm, hook, w.tokens, w.docs, w.at, self.config.llm_batch_size, sae).__getitem__
+    if not self.config.precalc_k_sparse_probe_sae_acts:
+        return each
+    return torch.cat(
+        [each(i) for i in torch.arange(len(w)).split(4096)] or [torch.zeros(0, sae.d_sae)]
+    ).__getitem__
+
+# %% ../../nbs/evals/absorption.ipynb #abs-codes-columns
 def columns(
-    take,       # Function from indices to latents
-    n:int,      # Words
-    cols:Tensor,# Which latents
-)->Tensor:      # [n, len(cols)], on the CPU
+    take,  # Function from indices to latents
+    n: int,  # Words
+    cols: Tensor,  # Which latents
+) -> Tensor:  # [n, len(cols)], on the CPU
     "Some latents of all words."
-    return torch.cat([take(i)[:, cols].cpu() for i in torch.arange(n).split(1024)] or [torch.zeros(0, len(cols))])
+    return torch.cat(
+        [take(i)[:, cols].cpu() for i in torch.arange(n).split(1024)] or [torch.zeros(0, len(cols))]
+    )
 
 # %% ../../nbs/evals/absorption.ipynb #abs-main
 @patch
-def main_latents(self:Absorption, train, test, y_train, y_test, desc="")->list: # letter -> dict(main, k1_f1, main_f1)
+def main_latents(
+    self: Absorption, train, test, y_train, y_test, desc=""
+) -> list:  # letter -> dict(main, k1_f1, main_f1)
     "The latents of each letter, and how well they tell it."
-    c,n,m = self.config,len(y_train),len(y_test)
-    w,_ = fit_probe(train, F.one_hot(y_train, 26), c.k_sparse_probe_num_epochs, c.k_sparse_probe_batch_size, weight_decay=1e-6, l1=c.k_sparse_probe_l1_decay, seed=c.random_seed)
+    c = self.config
+    n = len(y_train)
+    m = len(y_test)
+    w, _ = fit_probe(
+        train,
+        F.one_hot(y_train, 26),
+        c.k_sparse_probe_num_epochs,
+        c.k_sparse_probe_batch_size,
+        weight_decay=1e-6,
+        l1=c.k_sparse_probe_l1_decay,
+        seed=c.random_seed,
+    )
     rank = w.topk(min(c.max_k_value, w.shape[1])).indices.cpu()
-    cols,where = rank.unique(return_inverse=True)
-    a,b,out = columns(train, n, cols),columns(test, m, cols),[]
+    cols, where = rank.unique(return_inverse=True)
+    a = columns(train, n, cols)
+    b = columns(test, m, cols)
+    out = []
     for l in tqdm(range(26), desc=desc, disable=not desc, leave=False, ncols=80):
         best = k_sparse(a[:, where[l]], y_train == l, b[:, where[l]], y_test == l, c.f1_jump_threshold)
-        out.append(dict(main=rank[l][:len(best)].tolist(), k1_f1=best[0], main_f1=best[-1]))
+        out.append(dict(main=rank[l][: len(best)].tolist(), k1_f1=best[0], main_f1=best[-1]))
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-letter
 @torch.no_grad()
 def word_scores(
-    z:Tensor,         # Latents, [n, d_sae]
-    x:Tensor,         # Activations, [n, d_in]
-    W_dec:Tensor,     # [d_sae, d_in]
-    direction:Tensor, # [d_in]
-    main:list,        # Main latents
-)->dict:              # Sums over words
+    z: Tensor,  # Latents, [n, d_sae]
+    x: Tensor,  # Activations, [n, d_in]
+    W_dec: Tensor,  # [d_sae, d_in]
+    direction: Tensor,  # [d_in]
+    main: list,  # Main latents
+) -> dict:  # Sums over words
     "The scores of a letter's words, added up."
-    x,out = x.to(z.device),{}
+    x, out = x.to(z.device), {}
     p = x.float() @ unit(direction[None])[0].to(z.device)
-    for tag,flag in (("", False), ("_saebench", True)):
-        s,c = contributions(z, W_dec, direction, flag)
-        out.update({f"full{tag}": full_absorption(z, s, c, p, main).sum().item(), f"fraction{tag}": absorption_fraction(s, c, p, main).sum().item()})
-        if not flag: out["full_single"] = full_absorption(z, s, c, p, main[:1]).sum().item()
+    for tag, flag in (("", False), ("_saebench", True)):
+        s, c = contributions(z, W_dec, direction, flag)
+        out.update(
+            {
+                f"full{tag}": full_absorption(z, s, c, p, main).sum().item(),
+                f"fraction{tag}": absorption_fraction(s, c, p, main).sum().item(),
+            }
+        )
+        if not flag:
+            out["full_single"] = full_absorption(z, s, c, p, main[:1]).sum().item()
     return out | dict(fraction_2025=absorption_fraction_2025(s, p, main).sum().item())
 
+# %% ../../nbs/evals/absorption.ipynb #abs-letter-judge
 @patch
 @torch.no_grad()
-def judge(self:Absorption, sae, D:Letters, mains, again, text=None)->list: # One dict per letter
+def judge(self: Absorption, sae, D: Letters, mains, again, text=None) -> list:  # One dict per letter
     "Counts for each letter."
-    out,y = [],D.again.y
-    cols = torch.tensor(sorted({i for m in mains for i in m["main"]})); at = {int(c): j for j,c in enumerate(cols)}
+    out, y = [], D.again.y
+    cols = torch.tensor(sorted({i for m in mains for i in m["main"]}))
+    at = {int(c): j for j, c in enumerate(cols)}
     said = columns(again, len(y), cols) >= 1e-8
     seen = None if text is None else columns(text, len(D.text.y), cols) >= 1e-8
-    for l,m in enumerate(mains):
-        sure,j = D.sure(l),[at[i] for i in m["main"]]
-        row = dict(letter=alphabet[l], probe_f1=float(D.f1[l]), n=len(sure), **m, n_prompts=int((y == l).sum()), silent_prompts=int((~said[y == l][:, j].any(1)).sum()))
-        row.update(word_scores(again(torch.tensor(sure)), D.again.x[sure], sae.W_dec.detach(), D.w[l], m["main"]) if sure else {})
+    for l, m in enumerate(mains):
+        sure, j = D.sure(l), [at[i] for i in m["main"]]
+        row = dict(
+            letter=alphabet[l],
+            probe_f1=float(D.f1[l]),
+            n=len(sure),
+            **m,
+            n_prompts=int((y == l).sum()),
+            silent_prompts=int((~said[y == l][:, j].any(1)).sum()),
+        )
+        row.update(
+            word_scores(again(torch.tensor(sure)), D.again.x[sure], sae.W_dec.detach(), D.w[l], m["main"])
+            if sure
+            else {}
+        )
         if seen is not None:
-            is_l,quiet = D.text.y == l,~seen[:, j].any(1)
-            sets = dict(n_text=is_l, silent_text=is_l & quiet, n_drill=is_l & D.drill, silent_drill=is_l & quiet & D.drill, n_other=~is_l, fires_other=~is_l & ~quiet)
-            row.update({k: int(v.sum()) for k,v in sets.items()})
+            is_l, quiet = D.text.y == l, ~seen[:, j].any(1)
+            sets = dict(
+                n_text=is_l,
+                silent_text=is_l & quiet,
+                n_drill=is_l & D.drill,
+                silent_drill=is_l & quiet & D.drill,
+                n_other=~is_l,
+                fires_other=~is_l & ~quiet,
+            )
+            row.update({k: int(v.sum()) for k, v in sets.items()})
         out.append(row)
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-run
 @patch
-def measured(self:Absorption, sae, lm, hook, D:Letters, kept, made, what="", quiet=True)->list:
+def measured(self: Absorption, sae, lm, hook, D: Letters, kept, made, what="", quiet=True) -> list:
     "Counts for each letter, from the store `kept` if they are there; `made` holds this SAE's latents."
-    c,say = self.config,(lambda o: "" if quiet else f"{what} {o}".strip())
-    def take(k):
-        if k not in made: made[k] = self.codes(sae, lm, hook, getattr(D, k))
-        return made[k]
-    options = [c.random_seed, c.max_k_value, c.f1_jump_threshold, c.k_sparse_probe_l1_decay, c.k_sparse_probe_batch_size, c.k_sparse_probe_num_epochs]
-    key = [sae, lm, hook, D.train.x, D.train.y, D.test.x, D.test.y, options]
-    mains = kept.get("absorption-main", key, lambda: self.main_latents(take("train"), take("test"), D.train.y, D.test.y, say("main latents")))
-    text = [] if D.text is None else [D.text.x, D.text.y]
-    return kept.get("absorption-letters", [key, mains, D.w, D.b, D.again.x, text], lambda: self.judge(sae, D, mains, take("again"), None if D.text is None else take("text")))
+    c = self.config
 
+    def say(o):
+        return "" if quiet else f"{what} {o}".strip()
+
+    def take(k):
+        if k not in made:
+            made[k] = self.codes(sae, lm, hook, getattr(D, k))
+        return made[k]
+
+    options = [
+        c.random_seed,
+        c.max_k_value,
+        c.f1_jump_threshold,
+        c.k_sparse_probe_l1_decay,
+        c.k_sparse_probe_batch_size,
+        c.k_sparse_probe_num_epochs,
+    ]
+    key = [sae, lm, hook, D.train.x, D.train.y, D.test.x, D.test.y, options]
+    mains = kept.get(
+        "absorption-main",
+        key,
+        lambda: self.main_latents(take("train"), take("test"), D.train.y, D.test.y, say("main latents")),
+    )
+    text = [] if D.text is None else [D.text.x, D.text.y]
+    return kept.get(
+        "absorption-letters",
+        [key, mains, D.w, D.b, D.again.x, text],
+        lambda: self.judge(sae, D, mains, take("again"), None if D.text is None else take("text")),
+    )
+
+# %% ../../nbs/evals/absorption.ipynb #abs-run-dealt
 @patch
-def dealt(self:Absorption, D:Letters, store)->Letters:
+def dealt(self: Absorption, D: Letters, store) -> Letters:
     "The same words with letters dealt out at random."
     gen = torch.Generator().manual_seed(self.config.random_seed + 1)
-    y = torch.cat([D.train.y, D.test.y]); y = y[torch.randperm(len(y), generator=gen)]
-    a,b = y[:len(D.train.y)],y[len(D.train.y):]
-    swap = lambda w,y: Words(w.i, y, w.tokens, w.docs, w.at, w.x)
-    train,test = swap(D.train, a),swap(D.test, b)
-    w,b_,s = self.probed(train, test, store)
+    y = torch.cat([D.train.y, D.test.y])
+    y = y[torch.randperm(len(y), generator=gen)]
+    a, b = y[: len(D.train.y)], y[len(D.train.y) :]
+
+    def swap(w, y):
+        return Words(w.i, y, w.tokens, w.docs, w.at, w.x)
+
+    train, test = swap(D.train, a), swap(D.test, b)
+    w, b_, s = self.probed(train, test, store)
     return Letters(train, test, swap(D.again, b), w, b_, s, D.known)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-summary
-def _rate(rows, top, bottom): return [r[top]/r[bottom] for r in rows if r.get(bottom) and top in r]
-def _mean(v): return sum(v)/len(v) if v else None
-def _sd(v): return torch.tensor(v, dtype=torch.float64).std().item() if len(v) > 1 else None
+def _rate(rows, top, bottom):
+    return [r[top] / r[bottom] for r in rows if r.get(bottom) and top in r]
 
+
+def _mean(v):
+    return sum(v) / len(v) if v else None
+
+
+def _sd(v):
+    return torch.tensor(v, dtype=torch.float64).std().item() if len(v) > 1 else None
+
+# %% ../../nbs/evals/absorption.ipynb #abs-summary-summary
 @patch
-def summary(self:Absorption, rows:list, guard:bool=True)->tuple: # metrics, extra, values per letter for intervals
+def summary(
+    self: Absorption, rows: list, guard: bool = True
+) -> tuple:  # metrics, extra, values per letter for intervals
     "Means over letters."
     c = self.config
     use = [r for r in rows if r["n"] and (not guard or r["probe_f1"] > c.min_GT_probe_f1)]
     own = [r for r in use if r["main_f1"] >= c.min_main_f1]
-    full,frac,split = _rate(use, "full", "n"),_rate(use, "fraction", "n"),[len(r["main"]) for r in use]
-    m = dict(mean_absorption_fraction_score=_mean(frac), mean_full_absorption_score=_mean(full), mean_num_split_features=_mean(split),
-             std_dev_absorption_fraction_score=_sd(frac), std_dev_full_absorption_score=_sd(full), std_dev_num_split_features=_sd(split))
-    per = dict(mean_full_absorption_score=full, mean_absorption_fraction_score=frac, mean_full_absorption_score_single=_rate(use, "full_single", "n"),
-               main_f1=[r["main_f1"] for r in use], k1_f1=[r["k1_f1"] for r in use], truth_silent_prompts=_rate(use, "silent_prompts", "n_prompts"),
-               truth_silent_text=_rate(use, "silent_text", "n_text"), truth_silent_spelling=_rate(use, "silent_drill", "n_drill"), truth_fires_elsewhere=_rate(use, "fires_other", "n_other"))
-    both = [(r["full"]/r["n"], r["silent_text"]/r["n_text"]) for r in use if r.get("n_text")]
-    extra = {k: _mean(v) for k,v in per.items() if k not in m}
-    extra.update(share_with_main=len(own)/len(use) if use else None, mean_full_absorption_score_main=_mean(_rate(own, "full", "n")),
-                 mean_full_absorption_score_saebench=_mean(_rate(use, "full_saebench", "n")), mean_absorption_fraction_score_saebench=_mean(_rate(use, "fraction_saebench", "n")),
-                 mean_absorption_fraction_score_2025=_mean(_rate([r for r in rows if r["n"]], "fraction_2025", "n")), proxy_truth_correlation=_spearman(*zip(*both)) if both else None)
-    return m,extra,per
+    full = _rate(use, "full", "n")
+    frac = _rate(use, "fraction", "n")
+    split = [len(r["main"]) for r in use]
+    m = dict(
+        mean_absorption_fraction_score=_mean(frac),
+        mean_full_absorption_score=_mean(full),
+        mean_num_split_features=_mean(split),
+        std_dev_absorption_fraction_score=_sd(frac),
+        std_dev_full_absorption_score=_sd(full),
+        std_dev_num_split_features=_sd(split),
+    )
+    per = dict(
+        mean_full_absorption_score=full,
+        mean_absorption_fraction_score=frac,
+        mean_full_absorption_score_single=_rate(use, "full_single", "n"),
+        main_f1=[r["main_f1"] for r in use],
+        k1_f1=[r["k1_f1"] for r in use],
+        truth_silent_prompts=_rate(use, "silent_prompts", "n_prompts"),
+        truth_silent_text=_rate(use, "silent_text", "n_text"),
+        truth_silent_spelling=_rate(use, "silent_drill", "n_drill"),
+        truth_fires_elsewhere=_rate(use, "fires_other", "n_other"),
+    )
+    both = [(r["full"] / r["n"], r["silent_text"] / r["n_text"]) for r in use if r.get("n_text")]
+    extra = {k: _mean(v) for k, v in per.items() if k not in m}
+    extra.update(
+        share_with_main=len(own) / len(use) if use else None,
+        mean_full_absorption_score_main=_mean(_rate(own, "full", "n")),
+        mean_full_absorption_score_saebench=_mean(_rate(use, "full_saebench", "n")),
+        mean_absorption_fraction_score_saebench=_mean(_rate(use, "fraction_saebench", "n")),
+        mean_absorption_fraction_score_2025=_mean(_rate([r for r in rows if r["n"]], "fraction_2025", "n")),
+        proxy_truth_correlation=_spearman(*zip(*both)) if both else None,
+    )
+    return m, extra, per
 
+# %% ../../nbs/evals/absorption.ipynb #abs-summary-spearman
 def _spearman(a, b):
     from scipy.stats import rankdata
-    a,b = [torch.as_tensor(rankdata(v)) for v in (a, b)]
-    return None if len(a) < 3 or a.std() == 0 or b.std() == 0 else torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+    a, b = [torch.as_tensor(rankdata(v)) for v in (a, b)]
+    return (
+        None
+        if len(a) < 3 or a.std() == 0 or b.std() == 0
+        else torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+    )
 
 # %% ../../nbs/evals/absorption.ipynb #abs-call
-_names = [f"{a}_{b}" for a in ("mean", "std_dev") for b in ("absorption_fraction_score", "full_absorption_score", "num_split_features")]
+_names = [
+    f"{a}_{b}"
+    for a in ("mean", "std_dev")
+    for b in ("absorption_fraction_score", "full_absorption_score", "num_split_features")
+]
 
+# %% ../../nbs/evals/absorption.ipynb #abs-call-warned
 @patch
-def warned(self:Absorption, sae, lm, extra)->list:
+def warned(self: Absorption, sae, lm, extra) -> list:
     "What a reader should know before believing the score."
     n = sum(p.numel() for p in lm.model.parameters()) if hasattr(lm, "model") else None
     share = extra.get("share_with_main")
-    steps = self.config.k_sparse_probe_num_epochs * math.ceil(extra["n_train"] / self.config.k_sparse_probe_batch_size) if "n_train" in extra else 10**9
-    said = [(sae.d_sae < 16384, f"the SAE has {sae.d_sae} latents; SAEBench advises at least 16384"),
-            (n is not None and n < 10**9, f"the model has {n} parameters; SAEBench advises at least a billion"),
-            (steps < 300, f"the probe that ranks latents makes {steps} steps in all and may still be where it started; lower k_sparse_probe_batch_size"),
-            (share is not None and share < .5, f"{1 - (share or 0):.0%} of the letters have no latent of their own (F1 below {self.config.min_main_f1}); a low score then says little")]
-    return [t for bad,t in said if bad]
+    steps = (
+        self.config.k_sparse_probe_num_epochs
+        * math.ceil(extra["n_train"] / self.config.k_sparse_probe_batch_size)
+        if "n_train" in extra
+        else 10**9
+    )
+    said = [
+        (sae.d_sae < 16384, f"the SAE has {sae.d_sae} latents; SAEBench advises at least 16384"),
+        (n is not None and n < 10**9, f"the model has {n} parameters; SAEBench advises at least a billion"),
+        (
+            steps < 300,
+            f"the probe that ranks latents makes {steps} steps in all and may still be where it started; lower k_sparse_probe_batch_size",
+        ),
+        (
+            share is not None and share < 0.5,
+            f"{1 - (share or 0):.0%} of the letters have no latent of their own (F1 below {self.config.min_main_f1}); a low score then says little",
+        ),
+    ]
+    return [t for bad, t in said if bad]
 
+# %% ../../nbs/evals/absorption.ipynb #abs-call-call
 @patch
-def __call__(self:Absorption,
-    sae,             # Any SAE
-    lm,              # Language model
-    hook:str=None,   # Residual stream; None: the model's default
-    store=None,      # `Store` for what the model and the null SAEs give
-    parts=None,      # `Store` for the pieces of this SAE
-    nulls:dict=None, # name -> SAE
-    name:str="",     # What to call the SAE
-    quiet:bool=True, # No progress bars
-)->dict:             # SAEBench's envelope
+def __call__(
+    self: Absorption,
+    sae,  # Any SAE
+    lm,  # Language model
+    hook: str = None,  # Residual stream; None: the model's default
+    store=None,  # `Store` for what the model and the null SAEs give
+    parts=None,  # `Store` for the pieces of this SAE
+    nulls: dict = None,  # name -> SAE
+    name: str = "",  # What to call the SAE
+    quiet: bool = True,  # No progress bars
+) -> dict:  # SAEBench's envelope
     "Evaluate one SAE."
-    if lm is None: raise InputError("absorption needs a language model; hand over lm, for example load_lm('world')")
-    c,hook,store,parts = self.config,hook or lm.default_hook,store or Store(),parts or Store()
-    said = replace(c, model_name=getattr(lm, "name", ""), llm_dtype=str(getattr(lm, "dtype", "")).removeprefix("torch."))
-    try: D = self.data(lm, hook, store, quiet)
+    if lm is None:
+        raise InputError("absorption needs a language model; hand over lm, for example load_lm('world')")
+    c = self.config
+    hook = hook or lm.default_hook
+    store = store or Store()
+    parts = parts or Store()
+    said = replace(
+        c, model_name=getattr(lm, "name", ""), llm_dtype=str(getattr(lm, "dtype", "")).removeprefix("torch.")
+    )
+    try:
+        D = self.data(lm, hook, store, quiet)
     except NoScore as e:
-        u = dict(undefined=dict.fromkeys(_names, e.why), nulls={}, intervals={}, extra=e.known, warnings=self.warned(sae, lm, {}))
+        u = dict(
+            undefined=dict.fromkeys(_names, e.why),
+            nulls={},
+            intervals={},
+            extra=e.known,
+            warnings=self.warned(sae, lm, {}),
+        )
         return envelope("absorption_first_letter", said, sae, dict(mean=dict.fromkeys(_names)), [], u, name)
     made = {}
     rows = self.measured(sae, lm, hook, D, parts, made, "", quiet)
-    return self.report(sae, lm, D, rows, self.beside(sae, lm, hook, D, store, parts, made, nulls or {}, quiet), name, said)
+    return self.report(
+        sae, lm, D, rows, self.beside(sae, lm, hook, D, store, parts, made, nulls or {}, quiet), name, said
+    )
 
 # %% ../../nbs/evals/absorption.ipynb #abs-beside
 @patch
-def beside(self:Absorption, sae, lm, hook, D, store, parts, made, nulls, quiet)->dict: # row -> (letters, guard)
+def beside(
+    self: Absorption, sae, lm, hook, D, store, parts, made, nulls, quiet
+) -> dict:  # row -> (letters, guard)
     "The same measurement where the answer is known."
-    c,out = self.config,{}
-    if c.shuffled: out["shuffled"] = self.measured(sae, lm, hook, self.dealt(D, store), parts, made, "shuffled", quiet),False
-    if c.dictionary: out["dictionary"] = self.measured(dictionary_sae(D.w, 26), lm, hook, D, store, {}, "dictionary", quiet),True
-    for n,s in nulls.items(): out[n] = self.measured(s, lm, hook, D, store, {}, n, quiet),True
+    c, out = self.config, {}
+    if c.shuffled:
+        out["shuffled"] = (
+            self.measured(sae, lm, hook, self.dealt(D, store), parts, made, "shuffled", quiet),
+            False,
+        )
+    if c.dictionary:
+        out["dictionary"] = (
+            self.measured(dictionary_sae(D.w, 26), lm, hook, D, store, {}, "dictionary", quiet),
+            True,
+        )
+    for n, s in nulls.items():
+        out[n] = self.measured(s, lm, hook, D, store, {}, n, quiet), True
     return out
 
+# %% ../../nbs/evals/absorption.ipynb #abs-beside-report
 @patch
-def report(self:Absorption, sae, lm, D, rows, beside, name, said)->dict:
+def report(self: Absorption, sae, lm, D, rows, beside, name, said) -> dict:
     "Numbers, reasons, nulls and what the figure needs."
-    c,why = self.config,{}
-    m,extra,per = self.summary(rows)
-    reasons = {k: "only the embedded world has labelled text" for k in ("truth_silent_text", "truth_silent_spelling", "truth_fires_elsewhere", "proxy_truth_correlation") if D.text is None}
-    reasons = dict(mean_full_absorption_score_main=f"no letter has main latents with an F1 of {c.min_main_f1}", proxy_truth_correlation="proxy or truth is the same for all letters") | reasons
-    why.update({k: "not measurable, because " + t for k,t in reasons.items() if extra[k] is None})
+    c, why = self.config, {}
+    m, extra, per = self.summary(rows)
+    reasons = {
+        k: "only the embedded world has labelled text"
+        for k in (
+            "truth_silent_text",
+            "truth_silent_spelling",
+            "truth_fires_elsewhere",
+            "proxy_truth_correlation",
+        )
+        if D.text is None
+    }
+    reasons = (
+        dict(
+            mean_full_absorption_score_main=f"no letter has main latents with an F1 of {c.min_main_f1}",
+            proxy_truth_correlation="proxy or truth is the same for all letters",
+        )
+        | reasons
+    )
+    why.update({k: "not measurable, because " + t for k, t in reasons.items() if extra[k] is None})
     used = [r for r in rows if r["n"] and r["probe_f1"] > c.min_GT_probe_f1]
-    details = [dict(first_letter=r["letter"].lower(), mean_absorption_fraction=r["fraction"]/r["n"], full_absorption_rate=r["full"]/r["n"], num_full_absorption=r["full"],
-                    num_probe_true_positives=r["n"], num_split_features=len(r["main"])) for r in used]
-    table = [dict({k: v for k,v in r.items() if k != "main"}, **dict(zip(("low", "high"), wilson(r["full"], r["n"])))) for r in used]
-    nulls = {n: self.null_row(rs, guard) for n,(rs,guard) in beside.items()}
-    u = dict(undefined=why, nulls=nulls, intervals={k: bootstrap(v, seed=c.random_seed) for k,v in per.items() if len(v) > 1}, extra=settle({**D.known, **extra}, why),
-             warnings=self.warned(sae, lm, extra | dict(n_train=len(D.train))), letters=table, main_latents={r["letter"]: r["main"] for r in rows},
-             null_letters={n: {r["letter"]: r["full"]/r["n"] for r in rs if r["n"]} for n,(rs,_) in beside.items()})
+    details = [
+        dict(
+            first_letter=r["letter"].lower(),
+            mean_absorption_fraction=r["fraction"] / r["n"],
+            full_absorption_rate=r["full"] / r["n"],
+            num_full_absorption=r["full"],
+            num_probe_true_positives=r["n"],
+            num_split_features=len(r["main"]),
+        )
+        for r in used
+    ]
+    table = [
+        dict(
+            {k: v for k, v in r.items() if k != "main"},
+            **dict(zip(("low", "high"), wilson(r["full"], r["n"]))),
+        )
+        for r in used
+    ]
+    nulls = {n: self.null_row(rs, guard) for n, (rs, guard) in beside.items()}
+    u = dict(
+        undefined=why,
+        nulls=nulls,
+        intervals={k: bootstrap(v, seed=c.random_seed) for k, v in per.items() if len(v) > 1},
+        extra=settle({**D.known, **extra}, why),
+        warnings=self.warned(sae, lm, extra | dict(n_train=len(D.train))),
+        letters=table,
+        main_latents={r["letter"]: r["main"] for r in rows},
+        null_letters={
+            n: {r["letter"]: r["full"] / r["n"] for r in rs if r["n"]} for n, (rs, _) in beside.items()
+        },
+    )
     return envelope("absorption_first_letter", said, sae, dict(mean=settle(m, why)), details, u, name)
 
+# %% ../../nbs/evals/absorption.ipynb #abs-beside-null-row
 @patch
-def null_row(self:Absorption, rows, guard)->dict:
+def null_row(self: Absorption, rows, guard) -> dict:
     "The numbers of a row beside the SAE."
-    m,x,_ = self.summary(rows, guard)
-    keys = ("mean_full_absorption_score_single", "main_f1", "k1_f1", "share_with_main", "truth_silent_prompts", "truth_silent_text")
-    return settle({k: m[k] for k in _names[:3]} | {k: x[k] for k in keys} | dict(probe_f1=sum(r["probe_f1"] for r in rows)/26), {})
+    m, x, _ = self.summary(rows, guard)
+    keys = (
+        "mean_full_absorption_score_single",
+        "main_f1",
+        "k1_f1",
+        "share_with_main",
+        "truth_silent_prompts",
+        "truth_silent_text",
+    )
+    return settle(
+        {k: m[k] for k in _names[:3]}
+        | {k: x[k] for k in keys}
+        | dict(probe_f1=sum(r["probe_f1"] for r in rows) / 26),
+        {},
+    )
 
 # %% ../../nbs/evals/absorption.ipynb #abs-plot
 @patch
-def plot(self:Absorption,
-    envs:dict, # name -> envelope
-):             # The figure
+def plot(
+    self: Absorption,
+    envs: dict,  # name -> envelope
+):  # The figure
     "Letters of every SAE, with what the random one scores."
-    envs = {k: v for k,v in envs.items() if v["eval_result_unstructured"].get("letters")}
-    if not envs: raise InputError("no envelope has a score to draw; their reasons are in eval_result_unstructured['undefined']")
-    fig,axes = plt.subplots(len(envs), 2, figsize=(9.5, .5 + 1.75*len(envs)), width_ratios=[4, 1], squeeze=False, layout="constrained", sharex="col")
-    for (ax,bx),(name,e) in zip(axes, envs.items()):
-        u,rows = e["eval_result_unstructured"],e["eval_result_unstructured"]["letters"]
-        text = "n_text" in rows[0]; top,bottom = ("silent_text", "n_text") if text else ("silent_prompts", "n_prompts")
-        ix = [alphabet.index(r["letter"]) for r in rows]; y = [r["full"]/r["n"] for r in rows]; t = [r[top]/r[bottom] if r[bottom] else math.nan for r in rows]
-        ax.bar(ix, [r["main_f1"] for r in rows], color=".9", width=.8, label="F1 of the main latents")
-        ax.errorbar(ix, y, [[v - r["low"] for v,r in zip(y, rows)], [r["high"] - v for v,r in zip(y, rows)]], fmt="C0.", ms=6, lw=1, label="full absorption")
-        ax.plot(ix, t, "o", mec="C3", mfc="none", ms=5, label="truth: silent" + (" in text" if text else " in prompts"))
+    envs = {k: v for k, v in envs.items() if v["eval_result_unstructured"].get("letters")}
+    if not envs:
+        raise InputError(
+            "no envelope has a score to draw; their reasons are in eval_result_unstructured['undefined']"
+        )
+    fig, axes = plt.subplots(
+        len(envs),
+        2,
+        figsize=(9.5, 0.5 + 1.75 * len(envs)),
+        width_ratios=[4, 1],
+        squeeze=False,
+        layout="constrained",
+        sharex="col",
+    )
+    for (ax, bx), (name, e) in zip(axes, envs.items()):
+        u = e["eval_result_unstructured"]
+        rows = e["eval_result_unstructured"]["letters"]
+        text = "n_text" in rows[0]
+        top, bottom = ("silent_text", "n_text") if text else ("silent_prompts", "n_prompts")
+        ix = [alphabet.index(r["letter"]) for r in rows]
+        y = [r["full"] / r["n"] for r in rows]
+        t = [r[top] / r[bottom] if r[bottom] else math.nan for r in rows]
+        ax.bar(ix, [r["main_f1"] for r in rows], color=".9", width=0.8, label="F1 of the main latents")
+        ax.errorbar(
+            ix,
+            y,
+            [[v - r["low"] for v, r in zip(y, rows)], [r["high"] - v for v, r in zip(y, rows)]],
+            fmt="C0.",
+            ms=6,
+            lw=1,
+            label="full absorption",
+        )
+        ax.plot(
+            ix,
+            t,
+            "o",
+            mec="C3",
+            mfc="none",
+            ms=5,
+            label="truth: silent" + (" in text" if text else " in prompts"),
+        )
         rand = u["null_letters"].get("random", {})
-        ax.plot([alphabet.index(l) for l in rand], list(rand.values()), "_", color=".35", ms=8, label="full absorption, random SAE" if rand else "")
-        bx.plot(t, y, "C0.", ms=5); bx.plot([0, 1], [0, 1], "k:", lw=1); bx.set(xlim=(-.05, 1.05), ylim=(-.05, 1.05))
-        ax.set(ylim=(-.05, 1.05), xlim=(-.8, 25.8), xticks=range(26), xticklabels=list(alphabet), ylabel=name)
-        for o in (ax, bx): o.spines[["top", "right"]].set_visible(False)
-    axes[-1][1].set_xlabel("truth"); axes[0][1].set_title("full absorption\nagainst truth", fontsize=8)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+        ax.plot(
+            [alphabet.index(l) for l in rand],
+            list(rand.values()),
+            "_",
+            color=".35",
+            ms=8,
+            label="full absorption, random SAE" if rand else "",
+        )
+        bx.plot(t, y, "C0.", ms=5)
+        bx.plot([0, 1], [0, 1], "k:", lw=1)
+        bx.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+        ax.set(
+            ylim=(-0.05, 1.05), xlim=(-0.8, 25.8), xticks=range(26), xticklabels=list(alphabet), ylabel=name
+        )
+        for o in (ax, bx):
+            o.spines[["top", "right"]].set_visible(False)
+    axes[-1][1].set_xlabel("truth")
+    axes[0][1].set_title("full absorption\nagainst truth", fontsize=8)
+    fig.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=8
+    )
     plt.close(fig)
     return fig

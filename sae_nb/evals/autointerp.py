@@ -9,735 +9,1386 @@ __all__ = ['no_judge', 'no_labels', 'AutoInterpConfig', 'AutoInterp', 'checked',
            'read_explanation', 'read_numbers', 'rating', 'detection_metrics', 'label_judge']
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-imports
-import math, re
+import math
+import re
 from dataclasses import dataclass, field, replace
 from itertools import islice
+
 import torch
-from torch import Tensor
 from fastcore.basics import patch
-from ..core import InputError, counted, one_of, register
+from torch import Tensor
+
+from .. import world as W
 from ..acts import count_mask, pack
 from ..codes import bootstrap, latents_of, wilson
+from ..core import InputError, counted, register
 from ..envelope import configure, envelope, settle
 from ..judge import Judge, LocalJudge, judge_from_env
 from ..store import Store, blocks, digest
 from ..texts import records
-from .. import world as W
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-config
 @dataclass
 class AutoInterpConfig:
     "SAEBench's options, then ours."
-    model_name:str = ""                     # Filled in from the model
-    n_latents:int = 1000                    # Living latents to look at; None: those of override_latents
-    override_latents:list = None            # These latents, alive or not
-    dead_latent_threshold:float = 15        # A latent lives if it fires on more than so many of total_tokens
-    random_seed:int = 42                    # Which texts of the world, latents, windows and halves
-    dataset_name:str = "monology/pile-uncopyrighted" # "world", a data set with a text column, or a file
-    llm_context_size:int = 128              # Tokens per row
-    llm_batch_size:int = 128                # For the record
-    llm_dtype:str = ""                      # Filled in from the model
-    buffer:int = 10                         # Tokens on either side of a window's centre
-    no_overlap:bool = True                  # No strongest window has its centre within another
-    act_threshold_frac:float = .01          # A token is active above this share of the largest value in the strongest windows
-    total_tokens:int = 2_000_000            # Tokens of text, counted as rows times llm_context_size
-    scoring:bool = True                     # False: descriptions only
-    max_tokens_in_explanation:int = 30      # Longest description
-    use_demos_in_explanation:bool = True    # Examples of descriptions in the question
-    n_top_ex_for_generation:int = 10        # Strongest windows to describe from
-    n_iw_sampled_ex_for_generation:int = 5  # Windows drawn in proportion to the squared activation to describe from
-    n_top_ex_for_scoring:int = 2            # The same to recognise
-    n_random_ex_for_scoring:int = 10        # Random windows among which to recognise them
-    n_iw_sampled_ex_for_scoring:int = 2
-    data_dir:str = ""                       # Folder that mirrors the hub, see `texts.records`
-    compatible:bool = True                  # Also SAEBench's own random windows, unchecked: up to one question more per latent
-    judge_nulls:bool = False                # Also ask about the null SAEs and about swapped descriptions: four times the cost
-    judge_url:str = ""                      # Else SAE_NB_JUDGE_URL; the key comes from the environment only
-    judge_model:str = ""                    # Else SAE_NB_JUDGE_MODEL
-    judge_temperature:float = 0.
-    judge_concurrent:int = 8                # Requests at a time
-    judge_per_minute:float = 0.             # Requests per minute; 0: no limit
-    judge_timeout:float = 60.               # Seconds per request
-    judge_price_in:float = None             # Dollars per million tokens
-    judge_price_out:float = None
-    judge_max_cost:float = None             # Dollars; needs the prices
-    judge_max_requests:int = 5000           # Most questions for one SAE
-    label_min_tokens:int = 10               # A label counts as a description if it holds on so many tokens of the first half
-    label_levels:tuple = (0., .2, .4, .6, .8, .9) # Thresholds tried, as quantiles of a latent's activations; 0: any firing
 
+    model_name: str = ""  # Filled in from the model
+    n_latents: int = 1000  # Living latents to look at; None: those of override_latents
+    override_latents: list = None  # These latents, alive or not
+    dead_latent_threshold: float = 15  # A latent lives if it fires on more than so many of total_tokens
+    random_seed: int = 42  # Which texts of the world, latents, windows and halves
+    dataset_name: str = "monology/pile-uncopyrighted"  # "world", a data set with a text column, or a file
+    llm_context_size: int = 128  # Tokens per row
+    llm_batch_size: int = 128  # For the record
+    llm_dtype: str = ""  # Filled in from the model
+    buffer: int = 10  # Tokens on either side of a window's centre
+    no_overlap: bool = True  # No strongest window has its centre within another
+    act_threshold_frac: float = (
+        0.01  # A token is active above this share of the largest value in the strongest windows
+    )
+    total_tokens: int = 2_000_000  # Tokens of text, counted as rows times llm_context_size
+    scoring: bool = True  # False: descriptions only
+    max_tokens_in_explanation: int = 30  # Longest description
+    use_demos_in_explanation: bool = True  # Examples of descriptions in the question
+    n_top_ex_for_generation: int = 10  # Strongest windows to describe from
+    n_iw_sampled_ex_for_generation: int = (
+        5  # Windows drawn in proportion to the squared activation to describe from
+    )
+    n_top_ex_for_scoring: int = 2  # The same to recognise
+    n_random_ex_for_scoring: int = 10  # Random windows among which to recognise them
+    n_iw_sampled_ex_for_scoring: int = 2
+    data_dir: str = ""  # Folder that mirrors the hub, see `texts.records`
+    compatible: bool = (
+        True  # Also SAEBench's own random windows, unchecked: up to one question more per latent
+    )
+    judge_nulls: bool = (
+        False  # Also ask about the null SAEs and about swapped descriptions: four times the cost
+    )
+    judge_url: str = ""  # Else SAE_NB_JUDGE_URL; the key comes from the environment only
+    judge_model: str = ""  # Else SAE_NB_JUDGE_MODEL
+    judge_temperature: float = 0.0
+    judge_concurrent: int = 8  # Requests at a time
+    judge_per_minute: float = 0.0  # Requests per minute; 0: no limit
+    judge_timeout: float = 60.0  # Seconds per request
+    judge_price_in: float = None  # Dollars per million tokens
+    judge_price_out: float = None
+    judge_max_cost: float = None  # Dollars; needs the prices
+    judge_max_requests: int = 5000  # Most questions for one SAE
+    label_min_tokens: int = (
+        10  # A label counts as a description if it holds on so many tokens of the first half
+    )
+    label_levels: tuple = (
+        0.0,
+        0.2,
+        0.4,
+        0.6,
+        0.8,
+        0.9,
+    )  # Thresholds tried, as quantiles of a latent's activations; 0: any firing
+
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-config-autointerp
 @register("evals", "autointerp")
 class AutoInterp:
     "Can latents be described, and recognised by their descriptions?"
+
     world = dict(dataset_name="world", total_tokens=65_536)
     fast = dict(total_tokens=12_288, n_latents=64)
     headline = dict(autointerp_score=1, label_f1=1, label_coverage=1)
-    def __init__(self,
-        judge="environment", # A `Judge`; None: nobody; "environment": whom the config or the environment names, if anybody
-        **config             # Options
-    ): self.config,self.judge = checked(configure(AutoInterpConfig, **config)),judge
+
+    def __init__(
+        self,
+        judge="environment",  # A `Judge`; None: nobody; "environment": whom the config or the environment names, if anybody
+        **config,  # Options
+    ):
+        self.config = checked(configure(AutoInterpConfig, **config))
+        self.judge = judge
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-checked
 def checked(
-    c:AutoInterpConfig, # As given
-)->AutoInterpConfig:    # The same, if it makes sense
+    c: AutoInterpConfig,  # As given
+) -> AutoInterpConfig:  # The same, if it makes sense
     "Options that cannot work are told in a line."
-    if (c.n_latents is None) == (c.override_latents is None): raise InputError(f"n_latents = {c.n_latents} and override_latents = {c.override_latents}: give one of them and set the other to None")
-    n = dict(n_latents=c.n_latents if c.override_latents is None else len(c.override_latents), buffer=c.buffer, total_tokens=c.total_tokens, n_top_ex_for_generation=c.n_top_ex_for_generation,
-             n_top_ex_for_scoring=c.n_top_ex_for_scoring, n_random_ex_for_scoring=c.n_random_ex_for_scoring, label_min_tokens=c.label_min_tokens)
-    for k,v in n.items():
-        if v < 1: raise InputError(f"{k} = {v} is too small; give at least 1")
-    if min(c.n_iw_sampled_ex_for_generation, c.n_iw_sampled_ex_for_scoring) < 0: raise InputError("n_iw_sampled_ex_for_generation and n_iw_sampled_ex_for_scoring cannot be negative")
-    if not 0 <= c.act_threshold_frac < 1: raise InputError(f"act_threshold_frac = {c.act_threshold_frac} is not a share of the maximum; give at least 0 and less than 1")
-    if c.llm_context_size < 2*c.buffer + 1: raise InputError(f"a window of 2 * {c.buffer} + 1 tokens does not fit in a row of {c.llm_context_size}; lower buffer or raise llm_context_size")
+    if (c.n_latents is None) == (c.override_latents is None):
+        raise InputError(
+            f"n_latents = {c.n_latents} and override_latents = {c.override_latents}: give one of them and set the other to None"
+        )
+    n = dict(
+        n_latents=c.n_latents if c.override_latents is None else len(c.override_latents),
+        buffer=c.buffer,
+        total_tokens=c.total_tokens,
+        n_top_ex_for_generation=c.n_top_ex_for_generation,
+        n_top_ex_for_scoring=c.n_top_ex_for_scoring,
+        n_random_ex_for_scoring=c.n_random_ex_for_scoring,
+        label_min_tokens=c.label_min_tokens,
+    )
+    for k, v in n.items():
+        if v < 1:
+            raise InputError(f"{k} = {v} is too small; give at least 1")
+    if min(c.n_iw_sampled_ex_for_generation, c.n_iw_sampled_ex_for_scoring) < 0:
+        raise InputError("n_iw_sampled_ex_for_generation and n_iw_sampled_ex_for_scoring cannot be negative")
+    if not 0 <= c.act_threshold_frac < 1:
+        raise InputError(
+            f"act_threshold_frac = {c.act_threshold_frac} is not a share of the maximum; give at least 0 and less than 1"
+        )
+    if c.llm_context_size < 2 * c.buffer + 1:
+        raise InputError(
+            f"a window of 2 * {c.buffer} + 1 tokens does not fit in a row of {c.llm_context_size}; lower buffer or raise llm_context_size"
+        )
     lv = tuple(c.label_levels)
-    if not lv or lv[0] != 0 or sorted(set(lv)) != list(lv) or lv[-1] >= 1: raise InputError(f"label_levels = {c.label_levels} must begin with 0, rise, and stay below 1")
+    if not lv or lv[0] != 0 or sorted(set(lv)) != list(lv) or lv[-1] >= 1:
+        raise InputError(f"label_levels = {c.label_levels} must begin with 0, rise, and stay below 1")
     return c
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-text
 @dataclass
 class Rows:
     "The text of an evaluation."
-    tokens:Tensor     # [R, T]
-    docs:Tensor       # Document numbers, 0 on padding, [R, T]
-    mask:Tensor       # The same, 0 also on special tokens, [R, T]
-    source:list=None  # The world's documents, one per row; None on other text
-    pieces:dict=field(default_factory=dict) # Row -> its tokens as strings, filled when needed
 
+    tokens: Tensor  # [R, T]
+    docs: Tensor  # Document numbers, 0 on padding, [R, T]
+    mask: Tensor  # The same, 0 also on special tokens, [R, T]
+    source: list = None  # The world's documents, one per row; None on other text
+    pieces: dict = field(default_factory=dict)  # Row -> its tokens as strings, filled when needed
+
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-text-packed
 def _packed(c, lm, n):
     "`n` rows of a data set."
+
     def docs():
         for r in records(c.dataset_name, "train", data_dir=c.data_dir):
-            if "text" not in r: raise InputError(f"data set {c.dataset_name!r} has no column 'text'; it has: {', '.join(r)}")
-            if len(r["text"]) > 100: yield lm.tokenizer(r["text"], add_special_tokens=False)["input_ids"]
+            if "text" not in r:
+                raise InputError(f"data set {c.dataset_name!r} has no column 'text'; it has: {', '.join(r)}")
+            if len(r["text"]) > 100:
+                yield lm.tokenizer(r["text"], add_special_tokens=False)["input_ids"]
+
     rows = list(islice(pack(docs(), c.llm_context_size, lm.bos, lm.pad or 0), n))
-    if len(rows) < n: raise InputError(f"data set {c.dataset_name!r} fills {len(rows):,} rows of {c.llm_context_size} tokens and total_tokens = {c.total_tokens:,} needs {n:,}; lower total_tokens or give more text")
+    if len(rows) < n:
+        raise InputError(
+            f"data set {c.dataset_name!r} fills {len(rows):,} rows of {c.llm_context_size} tokens and total_tokens = {c.total_tokens:,} needs {n:,}; lower total_tokens or give more text"
+        )
     return tuple(torch.tensor(t) for t in zip(*rows))
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-text-text
 @patch
-def text(self:AutoInterp,
-    lm, # Language model
-)->Rows:
+def text(
+    self: AutoInterp,
+    lm,  # Language model
+) -> Rows:
     "The rows everything is measured on."
-    c = self.config; n,docs = math.ceil(c.total_tokens / c.llm_context_size),None
+    c = self.config
+    n, docs = math.ceil(c.total_tokens / c.llm_context_size), None
     if c.dataset_name == "world":
-        if getattr(lm, "name", "") != "world": raise InputError(f"dataset_name 'world' is written in the vocabulary of the world's model, not of {lm.name or 'this one'}; name a data set or a file")
+        if getattr(lm, "name", "") != "world":
+            raise InputError(
+                f"dataset_name 'world' is written in the vocabulary of the world's model, not of {lm.name or 'this one'}; name a data set or a file"
+            )
         docs = W.documents(700_000 + c.random_seed, 0, n)
-        tokens,d = W.encode(docs, c.llm_context_size)
-    else: tokens,d = _packed(c, lm, n)
+        tokens, d = W.encode(docs, c.llm_context_size)
+    else:
+        tokens, d = _packed(c, lm, n)
     return Rows(tokens, d, count_mask(tokens, d, lm.special_ids), docs)
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-fired
 class Fired:
     "Activations above zero of some latents, sorted by latent."
-    def __init__(self,
-        latent:Tensor, # Which of the latents read, [n_entries]
-        place:Tensor,  # Row * T + position, [n_entries]
-        value:Tensor,  # Above 0, float32, [n_entries]
-        n:int,         # Latents read
+
+    def __init__(
+        self,
+        latent: Tensor,  # Which of the latents read, [n_entries]
+        place: Tensor,  # Row * T + position, [n_entries]
+        value: Tensor,  # Above 0, float32, [n_entries]
+        n: int,  # Latents read
     ):
         o = latent.long().argsort(stable=True)
-        self.latent,self.place,self.value,self.n = latent[o].long(),place[o].long(),value[o].float(),n
+        self.latent = latent[o].long()
+        self.place = place[o].long()
+        self.value = value[o].float()
+        self.n = n
         self.count = torch.bincount(self.latent, minlength=n)
         self.end = self.count.cumsum(0)
-    def of(self, i): # Places and values of latent `i`
-        s = slice(int(self.end[i] - self.count[i]), int(self.end[i])); return self.place[s],self.value[s]
-    def only(self, idx): # The latents `idx`, renumbered in this order
-        new = torch.full((self.n,), -1); new[idx] = torch.arange(len(idx))
+
+    def of(self, i):  # Places and values of latent `i`
+        s = slice(int(self.end[i] - self.count[i]), int(self.end[i]))
+        return self.place[s], self.value[s]
+
+    def only(self, idx):  # The latents `idx`, renumbered in this order
+        new = torch.full((self.n,), -1)
+        new[idx] = torch.arange(len(idx))
         k = new[self.latent] >= 0
         return Fired(new[self.latent[k]], self.place[k], self.value[k], len(idx))
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-fired-fired
 def fired(
-    read,          # Function of (x [B, T, d_in], mask [B, T]) to latents [B, T, n], 0 where a token does not count
-    key,           # What `read` depends on, for the store
-    n:int,         # Latents it gives
-    lm, hook:str, data:Rows, # Model, hook point and text
-    store:Store,   # Keeps activations
-    parts:Store,   # Keeps what was read
-    desc:str="",   # Words before a progress bar
-    width:int=0,   # Latents made on the way; 0: as many as it gives
-)->Fired:
+    read,  # Function of (x [B, T, d_in], mask [B, T]) to latents [B, T, n], 0 where a token does not count
+    key,  # What `read` depends on, for the store
+    n: int,  # Latents it gives
+    lm,
+    hook: str,
+    data: Rows,  # Model, hook point and text
+    store: Store,  # Keeps activations
+    parts: Store,  # Keeps what was read
+    desc: str = "",  # Words before a progress bar
+    width: int = 0,  # Latents made on the way; 0: as many as it gives
+) -> Fired:
     "Read the text in blocks."
-    out,T = [],data.tokens.shape[1]
-    rows = max(1, min(128, 2**28 // (T*(width or n))))
+    out, T = [], data.tokens.shape[1]
+    rows = max(1, min(128, 2**28 // (T * (width or n))))
+
     def cut(x, m):
-        f = read(x, m); r,t,l = (f > 0).nonzero(as_tuple=True)
-        return dict(latent=l.int().cpu(), place=(r*T + t).int().cpu(), value=f[r, t, l].float().cpu())
-    for s,x,m in blocks(store, lm, hook, data.tokens, data.docs, rows, desc):
+        f = read(x, m)
+        r, t, l = (f > 0).nonzero(as_tuple=True)
+        return dict(latent=l.int().cpu(), place=(r * T + t).int().cpu(), value=f[r, t, l].float().cpu())
+
+    for s, x, m in blocks(store, lm, hook, data.tokens, data.docs, rows, desc):
         b = parts.get("fired", [key, lm, hook, data.tokens[s], data.docs[s]], lambda: cut(x, m))
-        out.append((b["latent"], b["place"].long() + s.start*T, b["value"]))
+        out.append((b["latent"], b["place"].long() + s.start * T, b["value"]))
     return Fired(*(torch.cat(o) for o in zip(*out)), n)
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-choose
 @patch
-def chosen(self:AutoInterp, sae, name, lm, hook, data, store, parts, desc=""):
+def chosen(self: AutoInterp, sae, name, lm, hook, data, store, parts, desc=""):
     "Latents to look at (in the SAE's numbering), where they fire, and the share found living."
     c = self.config
-    def read(idx): return fired(lambda x, m: latents_of(sae, x, m)[..., idx.to(sae.W_dec.device)], [name, idx], len(idx), lm, hook, data, store, parts, desc, sae.d_sae)
+
+    def read(idx):
+        return fired(
+            lambda x, m: latents_of(sae, x, m)[..., idx.to(sae.W_dec.device)],
+            [name, idx],
+            len(idx),
+            lm,
+            hook,
+            data,
+            store,
+            parts,
+            desc,
+            sae.d_sae,
+        )
+
     if c.override_latents is not None:
         idx = torch.tensor(c.override_latents)
-        if idx.min() < 0 or idx.max() >= sae.d_sae: raise InputError(f"override_latents names latent {int(idx.max() if idx.max() >= sae.d_sae else idx.min())}; this SAE has 0 to {sae.d_sae - 1}")
-        return idx,read(idx),None
+        if idx.min() < 0 or idx.max() >= sae.d_sae:
+            raise InputError(
+                f"override_latents names latent {int(idx.max() if idx.max() >= sae.d_sae else idx.min())}; this SAE has 0 to {sae.d_sae - 1}"
+            )
+        return idx, read(idx), None
     order = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(c.random_seed))
-    got,fs,seen,lived,n = [],[],0,0,int((data.mask > 0).sum())
-    for idx in order.split(max(2*c.n_latents, 2000)):
-        f = read(idx); alive = (f.count / n * c.total_tokens > c.dead_latent_threshold).nonzero()[:, 0]
-        seen,lived,take = seen + len(idx),lived + len(alive),alive[:c.n_latents - sum(map(len, got))]
-        got.append(idx[take]); fs.append(f.only(take))
-        if sum(map(len, got)) == c.n_latents: break
+    got = []
+    fs = []
+    seen = 0
+    lived = 0
+    n = int((data.mask > 0).sum())
+    for idx in order.split(max(2 * c.n_latents, 2000)):
+        f = read(idx)
+        alive = (f.count / n * c.total_tokens > c.dead_latent_threshold).nonzero()[:, 0]
+        seen = seen + len(idx)
+        lived = lived + len(alive)
+        take = alive[: c.n_latents - sum(map(len, got))]
+        got.append(idx[take])
+        fs.append(f.only(take))
+        if sum(map(len, got)) == c.n_latents:
+            break
     off = [0, *torch.tensor([o.n for o in fs]).cumsum(0).tolist()]
-    return torch.cat(got),Fired(*(torch.cat([getattr(o, k) + (off[i] if k == "latent" else 0) for i,o in enumerate(fs)]) for k in ("latent", "place", "value")), off[-1]),lived/seen
+    return (
+        torch.cat(got),
+        Fired(
+            *(
+                torch.cat([getattr(o, k) + (off[i] if k == "latent" else 0) for i, o in enumerate(fs)])
+                for k in ("latent", "place", "value")
+            ),
+            off[-1],
+        ),
+        lived / seen,
+    )
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-labels
 @dataclass
 class Labels:
     "Descriptions of tokens, by family."
-    codes:list # Per family [R, T] int64: 0, or 1 + the number of the description within the family
-    names:list # Per family its descriptions, e.g. ["class is noun", ...]
-    @property
-    def all(self): return [n for f in self.names for n in f]
 
+    codes: list  # Per family [R, T] int64: 0, or 1 + the number of the description within the family
+    names: list  # Per family its descriptions, e.g. ["class is noun", ...]
+
+    @property
+    def all(self):
+        return [n for f in self.names for n in f]
+
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-labels-frequent
 def _frequent(codes, names, keep, least):
     "Drop descriptions that hold on fewer than `least` of the tokens `keep`."
-    n = torch.bincount(codes[keep], minlength=len(names) + 1); n[0] = 0
+    n = torch.bincount(codes[keep], minlength=len(names) + 1)
+    n[0] = 0
     ok = (n >= least).nonzero()[:, 0]
-    new = torch.zeros(len(n), dtype=torch.long); new[ok] = torch.arange(len(ok)) + 1
-    return new[codes],[names[i - 1] for i in ok.tolist()]
+    new = torch.zeros(len(n), dtype=torch.long)
+    new[ok] = torch.arange(len(ok)) + 1
+    return new[codes], [names[i - 1] for i in ok.tolist()]
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-labels-world-labels
 def world_labels(
-    data:Rows,       # Text of the world
-    first:Tensor,    # Rows of the first half, bool [R]
-    least:int=10,    # Tokens of the first half a description must hold on
-)->Labels:
+    data: Rows,  # Text of the world
+    first: Tensor,  # Rows of the first half, bool [R]
+    least: int = 10,  # Tokens of the first half a description must hold on
+) -> Labels:
     "Every value of every label of the world, the word itself, and the neighbours' words and classes."
-    rows,T = [d.token_labels for d in data.source],data.tokens.shape[1]
+    rows = [d.token_labels for d in data.source]
+    T = data.tokens.shape[1]
+
     def coded(name):
-        vals = sorted({v for r in rows for v in r[name] if v not in ("", 0) or (v == 0 and name not in ("in_quote", "is_answer"))}, key=str)
-        code,out = {v: i + 1 for i,v in enumerate(vals)},torch.zeros(len(rows), T, dtype=torch.long)
-        for o,r in zip(out, rows): o[1:len(r[name]) + 1] = torch.tensor([code.get(v, 0) for v in r[name]])
-        return out,[str(v) for v in vals]
-    fam = {n: coded(n) for n in W.TOKEN_LABELS} | dict(word=(data.tokens*(data.mask > 0) + (data.mask > 0), [f"'{w}'" for w in W.VOCAB]))
-    right = lambda o: torch.nn.functional.pad(o, (1, -1))
-    left = lambda o: torch.nn.functional.pad(o, (-1, 1))
-    fam |= {f"previous {n}": (right(fam[n][0]), fam[n][1]) for n in ("word", "class", "role")} | {"next class": (left(fam["class"][0]), fam["class"][1])}
+        vals = sorted(
+            {
+                v
+                for r in rows
+                for v in r[name]
+                if v not in ("", 0) or (v == 0 and name not in ("in_quote", "is_answer"))
+            },
+            key=str,
+        )
+        code = {v: i + 1 for i, v in enumerate(vals)}
+        out = torch.zeros(len(rows), T, dtype=torch.long)
+        for o, r in zip(out, rows):
+            o[1 : len(r[name]) + 1] = torch.tensor([code.get(v, 0) for v in r[name]])
+        return out, [str(v) for v in vals]
+
+    fam = {n: coded(n) for n in W.TOKEN_LABELS} | dict(
+        word=(data.tokens * (data.mask > 0) + (data.mask > 0), [f"'{w}'" for w in W.VOCAB])
+    )
+
+    def right(o):
+        return torch.nn.functional.pad(o, (1, -1))
+
+    def left(o):
+        return torch.nn.functional.pad(o, (-1, 1))
+
+    fam |= {f"previous {n}": (right(fam[n][0]), fam[n][1]) for n in ("word", "class", "role")} | {
+        "next class": (left(fam["class"][0]), fam["class"][1])
+    }
     keep = (data.mask > 0) & first[:, None]
-    out = [_frequent(c*(data.mask > 0), [f"{n} is {v}" for v in vs], keep, least) for n,(c,vs) in fam.items()]
+    out = [
+        _frequent(c * (data.mask > 0), [f"{n} is {v}" for v in vs], keep, least) for n, (c, vs) in fam.items()
+    ]
     return Labels([o[0] for o in out if o[1]], [o[1] for o in out if o[1]])
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-halves
 def halves(
-    n_rows:int, # Rows
-    seed:int,   # Any integer
-)->Tensor:      # True: first half, where descriptions are found; False: second, where they are tested; [n_rows]
+    n_rows: int,  # Rows
+    seed: int,  # Any integer
+) -> Tensor:  # True: first half, where descriptions are found; False: second, where they are tested; [n_rows]
     "Split the rows at random."
     out = torch.zeros(n_rows, dtype=torch.bool)
-    out[torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))[:(n_rows + 1)//2]] = True
+    out[torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))[: (n_rows + 1) // 2]] = True
     return out
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-thresholds
 def thresholds(
-    f:Fired,      # Where latents fire
-    keep:Tensor,  # Entries of the first half, bool [n_entries]
-    levels:tuple, # Quantiles, the first of them 0
-)->Tensor:        # [n_latents, n_levels]; the first is 0, a latent silent here has inf after it
+    f: Fired,  # Where latents fire
+    keep: Tensor,  # Entries of the first half, bool [n_entries]
+    levels: tuple,  # Quantiles, the first of them 0
+) -> Tensor:  # [n_latents, n_levels]; the first is 0, a latent silent here has inf after it
     "Values a latent must reach."
-    l,v = f.latent[keep],f.value[keep]
-    o = v.argsort(stable=True); o = o[l[o].argsort(stable=True)]
-    n = torch.bincount(l, minlength=f.n); start = n.cumsum(0) - n
-    at = start[:, None] + (torch.tensor(levels, dtype=torch.float64)*n[:, None]).long()
-    thr = torch.where(n[:, None] > 0, v[o][at.clamp(max=max(len(v) - 1, 0))] if len(v) else torch.zeros(()), math.inf)
-    thr[:, 0] = 0.
+    l, v = f.latent[keep], f.value[keep]
+    o = v.argsort(stable=True)
+    o = o[l[o].argsort(stable=True)]
+    n = torch.bincount(l, minlength=f.n)
+    start = n.cumsum(0) - n
+    at = start[:, None] + (torch.tensor(levels, dtype=torch.float64) * n[:, None]).long()
+    thr = torch.where(
+        n[:, None] > 0, v[o][at.clamp(max=max(len(v) - 1, 0))] if len(v) else torch.zeros(()), math.inf
+    )
+    thr[:, 0] = 0.0
     return thr
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-thresholds-overlaps
 def overlaps(
-    f:Fired, thr:Tensor, labels:Labels, # Latents, their thresholds, descriptions
-    rows:Tensor,  # Which rows count, bool [R]
-)->tuple:         # h [n_latents, n_levels, n_desc], a [n_latents, n_levels], b [n_desc]: tokens, float32
+    f: Fired,
+    thr: Tensor,
+    labels: Labels,  # Latents, their thresholds, descriptions
+    rows: Tensor,  # Which rows count, bool [R]
+) -> tuple:  # h [n_latents, n_levels, n_desc], a [n_latents, n_levels], b [n_desc]: tokens, float32
     "Tokens on which a latent at a threshold and a description hold together, and each by itself."
-    T,L = labels.codes[0].shape[1],thr.shape[1]
-    k = rows[f.place // T]; place = f.place[k]
-    cell = f.latent[k]*L + (f.value[k][:, None] >= thr[f.latent[k]]).sum(1) - 1
-    up = lambda o: o.flip(1).cumsum(1).flip(1).float()
-    a = up(torch.bincount(cell, minlength=f.n*L).view(f.n, L))
-    h,b = [],[]
-    for codes,names in zip(labels.codes, labels.names):
+    T, L = labels.codes[0].shape[1], thr.shape[1]
+    k = rows[f.place // T]
+    place = f.place[k]
+    cell = f.latent[k] * L + (f.value[k][:, None] >= thr[f.latent[k]]).sum(1) - 1
+
+    def up(o):
+        return o.flip(1).cumsum(1).flip(1).float()
+
+    a = up(torch.bincount(cell, minlength=f.n * L).view(f.n, L))
+    h, b = [], []
+    for codes, names in zip(labels.codes, labels.names):
         K = len(names) + 1
-        h.append(up(torch.bincount(cell*K + codes.flatten()[place], minlength=f.n*L*K).view(f.n, L, K))[..., 1:])
+        h.append(
+            up(torch.bincount(cell * K + codes.flatten()[place], minlength=f.n * L * K).view(f.n, L, K))[
+                ..., 1:
+            ]
+        )
         b.append(torch.bincount(codes[rows].flatten(), minlength=K)[1:].float())
-    return torch.cat(h, -1),a,torch.cat(b)
+    return torch.cat(h, -1), a, torch.cat(b)
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-f1
-def f1_of(h, a, b): # Tokens both, latent, description; NaN where neither holds anywhere
-    return 2*h / (a + b)
+def f1_of(h, a, b):  # Tokens both, latent, description; NaN where neither holds anywhere
+    return 2 * h / (a + b)
+
 
 def kappa_of(
-    h, a, b, # Tokens both, latent, description
-    n,       # Tokens
-):           # 1 perfect, 0 as independent
+    h,
+    a,
+    b,  # Tokens both, latent, description
+    n,  # Tokens
+):  # 1 perfect, 0 as independent
     "Cohen's kappa of two yes-or-no answers."
-    return 2*(n*h - a*b) / (n*(a + b) - 2*a*b)
+    return 2 * (n * h - a * b) / (n * (a + b) - 2 * a * b)
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-describe
 def describe_latents(
-    f:Fired,        # Where latents fire
-    labels:Labels,  # Descriptions
-    first:Tensor,   # Rows to find on; the others test, bool [R]
-    n_find:int,     # Tokens that count on them
-    n_test:int,     # Tokens that count on the others
-    levels:tuple,   # Thresholds as quantiles
-    seed:int=0,     # Seeds the swap of descriptions
-)->dict:            # per latent: description, threshold, f1_found, f1, kappa, f1_swapped; per description: f1_cover
+    f: Fired,  # Where latents fire
+    labels: Labels,  # Descriptions
+    first: Tensor,  # Rows to find on; the others test, bool [R]
+    n_find: int,  # Tokens that count on them
+    n_test: int,  # Tokens that count on the others
+    levels: tuple,  # Thresholds as quantiles
+    seed: int = 0,  # Seeds the swap of descriptions
+) -> dict:  # per latent: description, threshold, f1_found, f1, kappa, f1_swapped; per description: f1_cover
     "Find each latent's description on one half and test it on the other."
     T = labels.codes[0].shape[1]
-    thr = thresholds(f, first[f.place // T], levels); L,i = thr.shape[1],torch.arange(f.n)
-    h,a,b = overlaps(f, thr, labels, first)
+    thr = thresholds(f, first[f.place // T], levels)
+    L, i = thr.shape[1], torch.arange(f.n)
+    h, a, b = overlaps(f, thr, labels, first)
     s = kappa_of(h, a[..., None], b, n_find)
-    s = s.nan_to_num(-1.); at = s.flatten(1).argmax(1); q,d = at // len(b),at % len(b)
+    s = s.nan_to_num(-1.0)
+    at = s.flatten(1).argmax(1)
+    q, d = at // len(b), at % len(b)
     found = f1_of(h[i, q, d], a[i, q], b[d])
-    cover = s.flatten(0, 1).argmax(0); cl,cq,cd = cover // L,cover % L,torch.arange(len(b))
-    h,a,b = overlaps(f, thr, labels, ~first)
-    p = torch.randperm(f.n, generator=torch.Generator().manual_seed(seed)); other = torch.empty_like(d); other[p] = d[p.roll(1)]
-    return dict(description=d, threshold=thr[i, q], f1_found=found, f1=f1_of(h[i, q, d], a[i, q], b[d]), kappa=kappa_of(h[i, q, d], a[i, q], b[d], n_test),
-                f1_swapped=f1_of(h[i, q, other], a[i, q], b[other]), f1_cover=f1_of(h[cl, cq, cd], a[cl, cq], b[cd]))
+    cover = s.flatten(0, 1).argmax(0)
+    cl = cover // L
+    cq = cover % L
+    cd = torch.arange(len(b))
+    h, a, b = overlaps(f, thr, labels, ~first)
+    p = torch.randperm(f.n, generator=torch.Generator().manual_seed(seed))
+    other = torch.empty_like(d)
+    other[p] = d[p.roll(1)]
+    return dict(
+        description=d,
+        threshold=thr[i, q],
+        f1_found=found,
+        f1=f1_of(h[i, q, d], a[i, q], b[d]),
+        kappa=kappa_of(h[i, q, d], a[i, q], b[d], n_test),
+        f1_swapped=f1_of(h[i, q, other], a[i, q], b[other]),
+        f1_cover=f1_of(h[cl, cq, cd], a[cl, cq], b[cd]),
+    )
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-describe-summary
 def summary(
-    o:dict, # From `describe_latents`
-)->dict:    # Our numbers
+    o: dict,  # From `describe_latents`
+) -> dict:  # Our numbers
     "Means over latents, and the share of descriptions covered; what cannot be tested on the second half is left out."
-    f,k,c = (o[n][o[n].isfinite()] for n in ("f1", "kappa", "f1_cover"))
-    return dict(label_f1=f.mean(), label_f1_std_dev=f.std() if len(f) > 1 else None, share_described=(f > .5).float().mean(),
-                label_f1_found=o["f1_found"].mean(), label_kappa=k.mean(), label_coverage=(c > .5).float().mean())
+    f, k, c = (o[n][o[n].isfinite()] for n in ("f1", "kappa", "f1_cover"))
+    return dict(
+        label_f1=f.mean(),
+        label_f1_std_dev=f.std() if len(f) > 1 else None,
+        share_described=(f > 0.5).float().mean(),
+        label_f1_found=o["f1_found"].mean(),
+        label_kappa=k.mean(),
+        label_coverage=(c > 0.5).float().mean(),
+    )
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-permuted
 def permuted(
-    labels:Labels, # Descriptions
-    mask:Tensor,   # 0 where a token does not count, [R, T]
-    seed:int,      # Any integer
-)->Labels:         # Those of other documents, position by position
+    labels: Labels,  # Descriptions
+    mask: Tensor,  # 0 where a token does not count, [R, T]
+    seed: int,  # Any integer
+) -> Labels:  # Those of other documents, position by position
     "Labels of the wrong document."
-    p = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed)); r = torch.empty_like(p); r[p] = p.roll(1)
-    return Labels([c[r]*(mask > 0) for c in labels.codes], labels.names)
+    p = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
+    r = torch.empty_like(p)
+    r[p] = p.roll(1)
+    return Labels([c[r] * (mask > 0) for c in labels.codes], labels.names)
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-permuted-probes
 def probes(
-    x:Tensor,      # Activations of the tokens that count, [n_tokens, d_in]
-    labels:Labels, # Descriptions
-    mask:Tensor,   # [R, T]
-    first:Tensor,  # Rows to fit on, bool [R]
-)->Tensor:         # F1 on the other rows, [n_desc]
+    x: Tensor,  # Activations of the tokens that count, [n_tokens, d_in]
+    labels: Labels,  # Descriptions
+    mask: Tensor,  # [R, T]
+    first: Tensor,  # Rows to fit on, bool [R]
+) -> Tensor:  # F1 on the other rows, [n_desc]
     "A ridge probe with a threshold for every description."
     a = first[:, None].expand_as(mask)[mask > 0].to(x.device)
-    x = x.double(); mu = x[a].mean(0); x = torch.cat([x - mu, torch.ones_like(x[:, :1])], 1)
-    G = x[a].T @ x[a]; G = G + 1e-4*G.diagonal()[:-1].mean()*torch.eye(len(G), dtype=G.dtype, device=G.device)
+    x = x.double()
+    mu = x[a].mean(0)
+    x = torch.cat([x - mu, torch.ones_like(x[:, :1])], 1)
+    G = x[a].T @ x[a]
+    G = G + 1e-4 * G.diagonal()[:-1].mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
     out = []
-    for c,names in zip(labels.codes, labels.names):
+    for c, names in zip(labels.codes, labels.names):
         y = c[mask > 0].to(x.device)
-        XY = torch.zeros(len(names) + 1, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, y[a], x[a])[1:].T
+        XY = (
+            torch.zeros(len(names) + 1, x.shape[1], dtype=x.dtype, device=x.device)
+            .index_add_(0, y[a], x[a])[1:]
+            .T
+        )
         w = torch.linalg.solve(G, XY).float()
         for j in range(0, len(names), 128):
-            s = x.float() @ w[:, j:j+128]; t = y[:, None] == torch.arange(j + 1, j + 1 + s.shape[1], device=x.device)
-            lo,hi = s[a].amin(0),s[a].amax(0)
-            q = ((s - lo) / (hi - lo).clamp(min=1e-12) * 1023).clamp(0, 1023).long()      # a thousand thresholds to choose from
-            up = lambda w: torch.zeros(1024, s.shape[1], device=x.device).scatter_add_(0, q[a], w).flip(0).cumsum(0).flip(0)
-            n,hit = up(torch.ones_like(s[a])),up(t[a].float())
-            on,tt = q[~a] >= f1_of(hit, n, hit[0]).argmax(0),t[~a]
+            s = x.float() @ w[:, j : j + 128]
+            t = y[:, None] == torch.arange(j + 1, j + 1 + s.shape[1], device=x.device)
+            lo, hi = s[a].amin(0), s[a].amax(0)
+            q = (
+                ((s - lo) / (hi - lo).clamp(min=1e-12) * 1023).clamp(0, 1023).long()
+            )  # a thousand thresholds to choose from
+
+            def up(w):
+                return (
+                    torch.zeros(1024, s.shape[1], device=x.device)
+                    .scatter_add_(0, q[a], w)
+                    .flip(0)
+                    .cumsum(0)
+                    .flip(0)
+                )
+
+            n, hit = up(torch.ones_like(s[a])), up(t[a].float())
+            on, tt = q[~a] >= f1_of(hit, n, hit[0]).argmax(0), t[~a]
             out.append(f1_of((on & tt).sum(0).float(), on.sum(0).float(), tt.sum(0).float()))
     return torch.cat(out).cpu()
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-centres
 def centres(
-    mask:Tensor, # Document numbers of the tokens that count, [R, T]
-    buffer:int,  # Tokens on either side
-)->Tensor:       # bool [R, T]
+    mask: Tensor,  # Document numbers of the tokens that count, [R, T]
+    buffer: int,  # Tokens on either side
+) -> Tensor:  # bool [R, T]
     "Where a whole window of one document fits."
-    w = mask.unfold(1, 2*buffer + 1, 1)
+    w = mask.unfold(1, 2 * buffer + 1, 1)
     out = torch.zeros_like(mask, dtype=torch.bool)
-    out[:, buffer:mask.shape[1] - buffer] = (w > 0).all(-1) & (w == w[..., :1]).all(-1)
+    out[:, buffer : mask.shape[1] - buffer] = (w > 0).all(-1) & (w == w[..., :1]).all(-1)
     return out
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-centres-case
 @dataclass
 class Case:
     "One latent's windows; a window is the place of its centre."
-    latent:int
-    explain:list  # To describe from, strongest first
-    marks:list    # Per such window: which of its tokens are active
-    score:list    # To sort, shuffled
-    active:list   # Which of them are
-    drawn:list    # The same with random windows as they came
-    declared:list # Which of those SAEBench takes for active
+
+    latent: int
+    explain: list  # To describe from, strongest first
+    marks: list  # Per such window: which of its tokens are active
+    score: list  # To sort, shuffled
+    active: list  # Which of them are
+    drawn: list  # The same with random windows as they came
+    declared: list  # Which of those SAEBench takes for active
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-case
 def case_of(
-    c:AutoInterpConfig, # Options
-    f:Fired, i:int,     # Where latents fire; which
-    latent:int,         # Its number in the SAE
-    ok:Tensor,          # Possible centres, bool [R, T]
-    where:Tensor=None,  # Their places; None: found here
-):                      # A Case, or why there is none: "no_windows" or "dense"
+    c: AutoInterpConfig,  # Options
+    f: Fired,
+    i: int,  # Where latents fire; which
+    latent: int,  # Its number in the SAE
+    ok: Tensor,  # Possible centres, bool [R, T]
+    where: Tensor = None,  # Their places; None: found here
+):  # A Case, or why there is none: "no_windows" or "dense"
     "Choose one latent's windows."
-    g,b = torch.Generator().manual_seed(c.random_seed*1_000_003 + latent),torch.arange(-c.buffer, c.buffer + 1)
-    p,v = f.of(i); z = torch.zeros(ok.numel()); z[p] = v
-    k = ok.flatten()[p]; p,v = p[k],v[k]
-    free,top = torch.ones(len(p), dtype=torch.bool),[]
+    g = torch.Generator().manual_seed(c.random_seed * 1_000_003 + latent)
+    b = torch.arange(-c.buffer, c.buffer + 1)
+    p, v = f.of(i)
+    z = torch.zeros(ok.numel())
+    z[p] = v
+    k = ok.flatten()[p]
+    p, v = p[k], v[k]
+    free, top = torch.ones(len(p), dtype=torch.bool), []
     for _ in range(c.n_top_ex_for_generation + c.n_top_ex_for_scoring):
-        if not free.any(): return "no_windows"
-        e = v.masked_fill(~free, -1.).argmax(); top.append(int(e))
+        if not free.any():
+            return "no_windows"
+        e = v.masked_fill(~free, -1.0).argmax()
+        top.append(int(e))
         free &= (p - p[e]).abs() > (c.buffer if c.no_overlap else 0)
     thr = c.act_threshold_frac * z[p[top][:, None] + b].max()
-    weak = v[top].min(); n_iw = c.n_iw_sampled_ex_for_generation + c.n_iw_sampled_ex_for_scoring
+    weak = v[top].min()
+    n_iw = c.n_iw_sampled_ex_for_generation + c.n_iw_sampled_ex_for_scoring
     cand = (((v < weak) | ((v == weak) & free)) & (v > thr)).nonzero()[:, 0]
-    if len(cand) < n_iw: return "no_windows"
-    iw = p[cand[torch.multinomial((v[cand] / v.max()).double().square(), n_iw, generator=g)]] if n_iw else p[:0]
-    return _case(c, g, latent, z, thr, b, p[top], iw, ok.flatten().nonzero()[:, 0] if where is None else where)
+    if len(cand) < n_iw:
+        return "no_windows"
+    iw = (
+        p[cand[torch.multinomial((v[cand] / v.max()).double().square(), n_iw, generator=g)]]
+        if n_iw
+        else p[:0]
+    )
+    return _case(
+        c, g, latent, z, thr, b, p[top], iw, ok.flatten().nonzero()[:, 0] if where is None else where
+    )
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-case-case
 def _case(c, g, latent, z, thr, b, top, iw, where):
     "Random windows, the split, and the shuffle."
-    n,active = c.n_random_ex_for_scoring,lambda q: (z[q[:, None] + b] > thr).any(1)
-    draw = lambda m: where[torch.randint(len(where), (m,), generator=g)]
-    drawn,more = draw(n),draw(50*n); more = more[~active(more)]
-    hit = active(drawn); quiet = drawn.clone()
-    if len(more) < hit.sum(): return "dense"
-    quiet[hit] = more[:int(hit.sum())]
-    a,e = torch.randperm(len(top), generator=g),torch.randperm(len(iw), generator=g)
-    ga,gi = c.n_top_ex_for_generation,c.n_iw_sampled_ex_for_generation
-    ex = torch.cat([top[a[:ga]], iw[e[:gi]]]); ex = ex[z[ex[:, None] + b].amax(1).argsort(descending=True, stable=True)]
-    pos = torch.cat([top[a[ga:]], iw[e[gi:]]]); mix = torch.randperm(len(pos) + n, generator=g)
+    n = c.n_random_ex_for_scoring
+
+    def active(q):
+        return (z[q[:, None] + b] > thr).any(1)
+
+    def draw(m):
+        return where[torch.randint(len(where), (m,), generator=g)]
+
+    drawn, more = draw(n), draw(50 * n)
+    more = more[~active(more)]
+    hit = active(drawn)
+    quiet = drawn.clone()
+    if len(more) < hit.sum():
+        return "dense"
+    quiet[hit] = more[: int(hit.sum())]
+    a = torch.randperm(len(top), generator=g)
+    e = torch.randperm(len(iw), generator=g)
+    ga = c.n_top_ex_for_generation
+    gi = c.n_iw_sampled_ex_for_generation
+    ex = torch.cat([top[a[:ga]], iw[e[:gi]]])
+    ex = ex[z[ex[:, None] + b].amax(1).argsort(descending=True, stable=True)]
+    pos = torch.cat([top[a[ga:]], iw[e[gi:]]])
+    mix = torch.randperm(len(pos) + n, generator=g)
     yes = mix < len(pos)
-    return Case(latent, ex.tolist(), (z[ex[:, None] + b] > thr).tolist(), torch.cat([pos, quiet])[mix].tolist(), yes.tolist(), torch.cat([pos, drawn])[mix].tolist(), yes.tolist())
+    return Case(
+        latent,
+        ex.tolist(),
+        (z[ex[:, None] + b] > thr).tolist(),
+        torch.cat([pos, quiet])[mix].tolist(),
+        yes.tolist(),
+        torch.cat([pos, drawn])[mix].tolist(),
+        yes.tolist(),
+    )
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-lines
 def line(
-    pieces:list,     # Tokens of a window as strings
-    marks:list=None, # Which of them are active; None: show none
-)->str:
+    pieces: list,  # Tokens of a window as strings
+    marks: list = None,  # Which of them are active; None: show none
+) -> str:
     "A window as text; active tokens in << >>."
+
     def show(w, on):
         bare = w.lstrip(" ")
-        return f"{w[:len(w) - len(bare)]}<<{bare}>>" if on and bare else f"<<{w}>>" if on else w
-    return "".join(show(w, m) for w,m in zip(pieces, marks or [False]*len(pieces))).replace("\ufffd", "").replace("\n", "↵").strip()
+        return f"{w[: len(w) - len(bare)]}<<{bare}>>" if on and bare else f"<<{w}>>" if on else w
 
+    return (
+        "".join(show(w, m) for w, m in zip(pieces, marks or [False] * len(pieces)))
+        .replace("\ufffd", "")
+        .replace("\n", "↵")
+        .strip()
+    )
+
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-lines-window
 @patch
-def window(self:Rows, lm, place:int, buffer:int)->list: # Tokens around `place` as strings
-    r,t = divmod(place, self.tokens.shape[1])
-    if r not in self.pieces: self.pieces[r] = lm.words(self.tokens[r])
-    return self.pieces[r][t - buffer:t + buffer + 1]
+def window(self: Rows, lm, place: int, buffer: int) -> list:  # Tokens around `place` as strings
+    r, t = divmod(place, self.tokens.shape[1])
+    if r not in self.pieces:
+        self.pieces[r] = lm.words(self.tokens[r])
+    return self.pieces[r][t - buffer : t + buffer + 1]
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-questions
 _demos = " Examples of good answers: This unit is active on the word 'because'; This unit is active on numbers in dates; This unit is active on the first word of a question; This unit is active on texts about cooking."
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-questions-explain-prompt
 def explain_prompt(
-    lines:list,       # Windows with marks, strongest first
-    demos:bool=True,  # Show examples of answers
-)->list:              # Messages
+    lines: list,  # Windows with marks, strongest first
+    demos: bool = True,  # Show examples of answers
+) -> list:  # Messages
     "Ask what a latent is active on."
-    system = ("A unit inside a neural network that reads text is active on some tokens and silent on all others. You will see excerpts in which it is active, the strongest first; each token it is active on stands between << and >>. "
+    system = (
+        "A unit inside a neural network that reads text is active on some tokens and silent on all others. You will see excerpts in which it is active, the strongest first; each token it is active on stands between << and >>. "
         "Find what the marked tokens, or the texts around them, have in common, and say it in at most 20 plain words. It may be a word or part of a word, a grammatical role, a position, a topic or a kind of text. Cover most of the marked tokens, "
-        "be no narrower than they require, mind spelling and capitals where they matter, and do not list many words. Answer in one line that begins: This unit is active on")
-    return [dict(role="system", content=system + (_demos if demos else "")), dict(role="user", content="\n".join(f"{i}. {l}" for i,l in enumerate(lines, 1)))]
+        "be no narrower than they require, mind spelling and capitals where they matter, and do not list many words. Answer in one line that begins: This unit is active on"
+    )
+    return [
+        dict(role="system", content=system + (_demos if demos else "")),
+        dict(role="user", content="\n".join(f"{i}. {l}" for i, l in enumerate(lines, 1))),
+    ]
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-questions-score-prompt
 def score_prompt(
-    explanation:str, # What the latent is said to be active on
-    lines:list,      # Windows without marks
-    example:list,    # Numbers to show how an answer looks
-)->list:             # Messages
+    explanation: str,  # What the latent is said to be active on
+    lines: list,  # Windows without marks
+    example: list,  # Numbers to show how an answer looks
+) -> list:  # Messages
     "Ask in which windows it should be active."
-    system = (f"A unit inside a neural network that reads text is active on some tokens and silent on all others. You get a description of the tokens it is active on and {len(lines)} numbered excerpts. Decide which excerpts contain at least one such token. "
-        f"Answer with their numbers only, separated by commas, for example: {', '.join(map(str, example))}. If there is none, answer: None.")
-    return [dict(role="system", content=system), dict(role="user", content=f"The unit is active on {explanation}\n\n" + "\n".join(f"{i}. {l}" for i,l in enumerate(lines, 1)))]
+    system = (
+        f"A unit inside a neural network that reads text is active on some tokens and silent on all others. You get a description of the tokens it is active on and {len(lines)} numbered excerpts. Decide which excerpts contain at least one such token. "
+        f"Answer with their numbers only, separated by commas, for example: {', '.join(map(str, example))}. If there is none, answer: None."
+    )
+    return [
+        dict(role="system", content=system),
+        dict(
+            role="user",
+            content=f"The unit is active on {explanation}\n\n"
+            + "\n".join(f"{i}. {l}" for i, l in enumerate(lines, 1)),
+        ),
+    ]
 
-def read_explanation(text): # What follows "active on"; empty if there is nothing
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-questions-read-explanation
+def read_explanation(text):  # What follows "active on"; empty if there is nothing
     return " ".join(re.split(r"\bactive on\b", text, maxsplit=1)[-1].split()).strip(" .:")
 
+
 def read_numbers(
-    text:str, # The judge's answer
-    n:int,    # Numbers go from 1 to n
-)->list:      # Numbers in order; None if this is no answer
+    text: str,  # The judge's answer
+    n: int,  # Numbers go from 1 to n
+) -> list:  # Numbers in order; None if this is no answer
     "A list of numbers, or the word none."
     t = re.sub(r"\band\b", ",", text.strip().lower()).strip(" .[]()")
-    if t == "none": return []
+    if t == "none":
+        return []
     items = [o for o in re.split(r"[,;\s]+", t) if o]
-    if not items or not all(o.isdecimal() and 1 <= int(o) <= n for o in items): return None
+    if not items or not all(o.isdecimal() and 1 <= int(o) <= n for o in items):
+        return None
     return sorted({int(o) for o in items})
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-rating
 def rating(
-    said:list,   # Numbers named by the judge, from 1
-    active:list, # What each window is
-)->dict:         # score, balanced, kappa
+    said: list,  # Numbers named by the judge, from 1
+    active: list,  # What each window is
+) -> dict:  # score, balanced, kappa
     "How right an answer is."
-    y = torch.tensor(active); s = torch.zeros(len(y), dtype=torch.bool); s[[i - 1 for i in said]] = True
+    y = torch.tensor(active)
+    s = torch.zeros(len(y), dtype=torch.bool)
+    s[[i - 1 for i in said]] = True
     bal = torch.stack([(s[y == v] == v).float().mean() for v in (True, False) if (y == v).any()]).mean()
-    return dict(score=(s == y).float().mean().item(), balanced=bal.item(), kappa=float(kappa_of((s & y).sum().float(), s.sum().float(), y.sum().float(), len(y))))
+    return dict(
+        score=(s == y).float().mean().item(),
+        balanced=bal.item(),
+        kappa=float(kappa_of((s & y).sum().float(), s.sum().float(), y.sum().float(), len(y))),
+    )
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-plan
 @patch
-def prompts(self:AutoInterp, cases, lm, data):
+def prompts(self: AutoInterp, cases, lm, data):
     "Both rounds as functions: descriptions, and lists given the descriptions."
-    c = self.config; show = lambda q, m=None: line(data.window(lm, q, c.buffer), m)
-    n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
-    def example(o): return sorted((torch.randperm(len(o.score), generator=torch.Generator().manual_seed(o.latent))[:n_yes] + 1).tolist())
-    ask = [explain_prompt([show(q, m) for q,m in zip(o.explain, o.marks)], c.use_demos_in_explanation) for o in cases]
-    lines = {q: show(q) for o in cases for q in o.score + o.drawn}
-    score = lambda o, text, which: score_prompt(text, [lines[q] for q in getattr(o, which)], example(o))
-    return ask,score
+    c = self.config
 
+    def show(q, m=None):
+        return line(data.window(lm, q, c.buffer), m)
+
+    n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
+
+    def example(o):
+        return sorted(
+            (
+                torch.randperm(len(o.score), generator=torch.Generator().manual_seed(o.latent))[:n_yes] + 1
+            ).tolist()
+        )
+
+    ask = [
+        explain_prompt([show(q, m) for q, m in zip(o.explain, o.marks)], c.use_demos_in_explanation)
+        for o in cases
+    ]
+    lines = {q: show(q) for o in cases for q in o.score + o.drawn}
+
+    def score(o, text, which):
+        return score_prompt(text, [lines[q] for q in getattr(o, which)], example(o))
+
+    return ask, score
+
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-plan-rounds
 @patch
-def rounds(self:AutoInterp, cases):
+def rounds(self: AutoInterp, cases):
     "(case, which windows, whose description) of every list that will be asked for."
     c = self.config
-    if not c.scoring: return []
+    if not c.scoring:
+        return []
     out = [(i, "score", i) for i in range(len(cases))]
-    if c.compatible: out += [(i, "drawn", i) for i,o in enumerate(cases) if o.drawn != o.score]
-    if c.judge_nulls and len(cases) > 1: out += [(i, "score", (i + 1) % len(cases)) for i in range(len(cases))]
+    if c.compatible:
+        out += [(i, "drawn", i) for i, o in enumerate(cases) if o.drawn != o.score]
+    if c.judge_nulls and len(cases) > 1:
+        out += [(i, "score", (i + 1) % len(cases)) for i in range(len(cases))]
     return out
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-judged
 @patch
-def judged(self:AutoInterp, judge, cases, lm, data, keep, quiet=True):
+def judged(self: AutoInterp, judge, cases, lm, data, keep, quiet=True):
     "Answers per case: explanation, said, said_drawn, said_swapped, dropped."
-    c = self.config; ask,score = self.prompts(cases, lm, data)
-    e_max,s_max = c.max_tokens_in_explanation,2*(c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring + c.n_random_ex_for_scoring) + 5
-    plan,text = self.rounds(cases),[a and read_explanation(a["text"]) for a in judge.known(ask, e_max, keep)]
-    todo = [(s, s_max) for i,w,k in plan for s in [score(cases[i], text[k] if text[k] is not None else "x"*3*e_max, w)] if text[k] is None or judge.known([s], s_max, keep) == [None]]
-    need = judge.total(judge.estimate([p for p,t in zip(ask, text) if t is None], e_max), judge.estimate([s for s,_ in todo], s_max))
+    c = self.config
+    ask, score = self.prompts(cases, lm, data)
+    e_max = c.max_tokens_in_explanation
+    s_max = 2 * (c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring + c.n_random_ex_for_scoring) + 5
+    plan = self.rounds(cases)
+    text = [a and read_explanation(a["text"]) for a in judge.known(ask, e_max, keep)]
+    todo = [
+        (s, s_max)
+        for i, w, k in plan
+        for s in [score(cases[i], text[k] if text[k] is not None else "x" * 3 * e_max, w)]
+        if text[k] is None or judge.known([s], s_max, keep) == [None]
+    ]
+    need = judge.total(
+        judge.estimate([p for p, t in zip(ask, text) if t is None], e_max),
+        judge.estimate([s for s, _ in todo], s_max),
+    )
     says = judge.allow(need)
-    if not quiet and need["requests"]: print(f"  {says}")
-    bar = lambda w: "" if quiet else f"judge, {w}"
-    got = judge.ask(ask, e_max, keep, bar("descriptions")); out = []
+    if not quiet and need["requests"]:
+        print(f"  {says}")
+
+    def bar(w):
+        return "" if quiet else f"judge, {w}"
+
+    got = judge.ask(ask, e_max, keep, bar("descriptions"))
+    out = []
     for a in got:
         t = read_explanation(a.get("text", ""))
-        out.append(dict(explanation=t, dropped="failed" if "error" in a else "" if t else "no_explanation", error=a.get("error", "")))
-    plan = [(i, w, k) for i,w,k in plan if out[i]["explanation"] and out[k]["explanation"]]
-    lists = judge.ask([score(cases[i], out[k]["explanation"], w) for i,w,k in plan], s_max, keep, bar("lists"))
-    for (i,w,k),a in zip(plan, lists):
+        out.append(
+            dict(
+                explanation=t,
+                dropped="failed" if "error" in a else "" if t else "no_explanation",
+                error=a.get("error", ""),
+            )
+        )
+    plan = [(i, w, k) for i, w, k in plan if out[i]["explanation"] and out[k]["explanation"]]
+    lists = judge.ask(
+        [score(cases[i], out[k]["explanation"], w) for i, w, k in plan], s_max, keep, bar("lists")
+    )
+    for (i, w, k), a in zip(plan, lists):
         said = None if a.get("finish") == "length" else read_numbers(a.get("text", ""), len(cases[i].score))
         out[i]["said_swapped" if k != i else "said_drawn" if w == "drawn" else "said"] = said
-        if k == i and w == "score" and said is None: out[i].update(dropped="failed" if "error" in a else "unparsable", error=a.get("error", a.get("text", ""))[:80])
+        if k == i and w == "score" and said is None:
+            out[i].update(
+                dropped="failed" if "error" in a else "unparsable",
+                error=a.get("error", a.get("text", ""))[:80],
+            )
         out[i]["model"] = a.get("model", "")
     used = got + lists
-    return out,dict(judge_requests=len(used), judge_tokens_in=sum(a.get("tokens_in", 0) for a in used), judge_tokens_out=sum(a.get("tokens_out", 0) for a in used))
+    return out, dict(
+        judge_requests=len(used),
+        judge_tokens_in=sum(a.get("tokens_in", 0) for a in used),
+        judge_tokens_out=sum(a.get("tokens_out", 0) for a in used),
+    )
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-detection
 @patch
-def detection(self:AutoInterp, judge, latents, f, lm, data, keep, quiet=True):
+def detection(self: AutoInterp, judge, latents, f, lm, data, keep, quiet=True):
     "Numbers of the judge, and one record per latent that was tried."
-    c = self.config; ok = centres(data.mask, c.buffer); where = ok.flatten().nonzero()[:, 0]
-    tried = [case_of(c, f, i, l, ok, where) for i,l in enumerate(latents.tolist())]
+    c = self.config
+    ok = centres(data.mask, c.buffer)
+    where = ok.flatten().nonzero()[:, 0]
+    tried = [case_of(c, f, i, l, ok, where) for i, l in enumerate(latents.tolist())]
     cases = [o for o in tried if isinstance(o, Case)]
-    if not cases: raise InputError("no latent has enough windows to be described and recognised; give more total_tokens")
-    ans,used = self.judged(judge, cases, lm, data, keep, quiet)
-    recs = {l: dict(dropped=o) for l,o in zip(latents.tolist(), tried) if isinstance(o, str)}
-    for o,a in zip(cases, ans):
-        r = recs[o.latent] = dict(explanation=a["explanation"], dropped=a["dropped"], error=a["error"], active=", ".join(str(i) for i,y in enumerate(o.active, 1) if y))
-        if a.get("said") is None: continue
+    if not cases:
+        raise InputError(
+            "no latent has enough windows to be described and recognised; give more total_tokens"
+        )
+    ans, used = self.judged(judge, cases, lm, data, keep, quiet)
+    recs = {l: dict(dropped=o) for l, o in zip(latents.tolist(), tried) if isinstance(o, str)}
+    for o, a in zip(cases, ans):
+        r = recs[o.latent] = dict(
+            explanation=a["explanation"],
+            dropped=a["dropped"],
+            error=a["error"],
+            active=", ".join(str(i) for i, y in enumerate(o.active, 1) if y),
+        )
+        if a.get("said") is None:
+            continue
         r.update(rating(a["said"], o.active), predictions=", ".join(map(str, a["said"])) or "None")
-        r["score_saebench"] = r["score"] if o.drawn == o.score else rating(a["said_drawn"], o.declared)["score"] if a.get("said_drawn") is not None else None
-        r["score_swapped"] = None if a.get("said_swapped") is None else rating(a["said_swapped"], o.active)["score"]
+        r["score_saebench"] = (
+            r["score"]
+            if o.drawn == o.score
+            else rating(a["said_drawn"], o.declared)["score"]
+            if a.get("said_drawn") is not None
+            else None
+        )
+        r["score_swapped"] = (
+            None if a.get("said_swapped") is None else rating(a["said_swapped"], o.active)["score"]
+        )
     models = sorted({a["model"] for a in ans if a.get("model")})
-    return recs,used | {f"latents_{w}": sum(r.get("dropped") == w for r in recs.values()) for w in ("no_windows", "dense", "no_explanation", "unparsable", "failed")},models
+    return (
+        recs,
+        used
+        | {
+            f"latents_{w}": sum(r.get("dropped") == w for r in recs.values())
+            for w in ("no_windows", "dense", "no_explanation", "unparsable", "failed")
+        },
+        models,
+    )
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-detection-detection-metrics
 def detection_metrics(recs, n_yes=4, n=14):
     "Means over latents."
-    def mean(k): v = [r[k] for r in recs.values() if r.get(k) is not None]; return sum(v)/len(v) if v else None
-    s = torch.tensor([r["score"] for r in recs.values() if "score" in r]); floor = 1 - n_yes/n
-    return dict(autointerp_score=mean("score"), autointerp_std_dev=s.std().item() if len(s) > 1 else None, autointerp_balanced_accuracy=mean("balanced"), autointerp_kappa=mean("kappa"), autointerp_above_floor=None if mean("score") is None else (mean("score") - floor)/(1 - floor),
-                autointerp_score_saebench=mean("score_saebench"), autointerp_score_swapped=mean("score_swapped"), latents_scored=len(s))
+
+    def mean(k):
+        v = [r[k] for r in recs.values() if r.get(k) is not None]
+        return sum(v) / len(v) if v else None
+
+    s = torch.tensor([r["score"] for r in recs.values() if "score" in r])
+    floor = 1 - n_yes / n
+    return dict(
+        autointerp_score=mean("score"),
+        autointerp_std_dev=s.std().item() if len(s) > 1 else None,
+        autointerp_balanced_accuracy=mean("balanced"),
+        autointerp_kappa=mean("kappa"),
+        autointerp_above_floor=None if mean("score") is None else (mean("score") - floor) / (1 - floor),
+        autointerp_score_saebench=mean("score_saebench"),
+        autointerp_score_swapped=mean("score_swapped"),
+        latents_scored=len(s),
+    )
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-labeljudge
 def label_judge(
-    data:Rows, labels:Labels, # Text of the world and its descriptions
-    lm,            # Language model, for the tokens as strings
-    buffer:int=10, # Tokens on either side
-)->LocalJudge:     # Answers both kinds of question
+    data: Rows,
+    labels: Labels,  # Text of the world and its descriptions
+    lm,  # Language model, for the tokens as strings
+    buffer: int = 10,  # Tokens on either side
+) -> LocalJudge:  # Answers both kinds of question
     "A judge that describes by labels."
     where = {}
-    for q in centres(data.mask, buffer).flatten().nonzero()[:, 0].tolist(): where.setdefault(line(data.window(lm, q, buffer)), q)
-    off,ids = 0,[]
-    for c,n in zip(labels.codes, labels.names): ids.append(torch.where(c > 0, c + off, 0).flatten()); off += len(n)
-    ids,names,number = torch.stack(ids),labels.all,{n: i + 1 for i,n in enumerate(labels.all)}
-    span = lambda q: ids[:, q - buffer:q + buffer + 1]
-    held = lambda spans: torch.bincount(torch.cat([o.unique() for o in spans]), minlength=off + 1)[1:] / len(spans)  # share of windows in which each holds somewhere
-    common = held([span(q) for q in list(where.values())[::max(1, len(where)//1000)]])
-    def marks(text, q): # Which tokens of the window are marked
+    for q in centres(data.mask, buffer).flatten().nonzero()[:, 0].tolist():
+        where.setdefault(line(data.window(lm, q, buffer)), q)
+    off, ids = 0, []
+    for c, n in zip(labels.codes, labels.names):
+        ids.append(torch.where(c > 0, c + off, 0).flatten())
+        off += len(n)
+    ids = torch.stack(ids)
+    names = labels.all
+    number = {n: i + 1 for i, n in enumerate(labels.all)}
+
+    def span(q):
+        return ids[:, q - buffer : q + buffer + 1]
+
+    def held(spans):
+        return torch.bincount(torch.cat([o.unique() for o in spans]), minlength=off + 1)[1:] / len(
+            spans
+        )  # share of windows in which each holds somewhere
+
+    common = held([span(q) for q in list(where.values())[:: max(1, len(where) // 1000)]])
+
+    def marks(text, q):  # Which tokens of the window are marked
         out = []
         for w in data.window(lm, q, buffer):
-            text = text.removeprefix(" "); w = w.strip(); on = text.startswith(f"<<{w}>>"); out.append(on); text = text[len(w) + 4*on:]
+            text = text.removeprefix(" ")
+            w = w.strip()
+            on = text.startswith(f"<<{w}>>")
+            out.append(on)
+            text = text[len(w) + 4 * on :]
         return torch.tensor(out)
+
     def answer(messages):
-        head,*_ = messages[-1]["content"].split("\n\n"); texts = re.findall(r"(?m)^\d+\. (.*)$", messages[-1]["content"])
+        head, *_ = messages[-1]["content"].split("\n\n")
+        texts = re.findall(r"(?m)^\d+\. (.*)$", messages[-1]["content"])
         if head.startswith("The unit is active on"):
             d = number[head.split(" whose ", 1)[1]]
-            return ", ".join(str(i) for i,t in enumerate(texts, 1) if (span(where[t]) == d).any()) or "None"
+            return ", ".join(str(i) for i, t in enumerate(texts, 1) if (span(where[t]) == d).any()) or "None"
         at = [where[t.replace("<<", "").replace(">>", "")] for t in texts]
-        hit = held([span(q)[:, marks(t, q)] for t,q in zip(texts, at)])
+        hit = held([span(q)[:, marks(t, q)] for t, q in zip(texts, at)])
         return f"This unit is active on tokens whose {names[int((hit - common).argmax())]}"
+
     return LocalJudge(answer, f"labels-{digest(data.tokens, names, buffer)}")
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-nojudge
 no_judge = "no judge is configured (set SAE_NB_JUDGE_URL, SAE_NB_JUDGE_MODEL and SAE_NB_JUDGE_KEY: any OpenAI-compatible address)"
 no_labels = "labels of tokens exist only in the embedded world (dataset_name world)"
-_label_names = ("label_f1", "label_f1_std_dev", "share_described", "label_f1_found", "label_kappa", "label_coverage")
-_judge_names = ("autointerp_score", "autointerp_std_dev", "autointerp_balanced_accuracy", "autointerp_kappa", "autointerp_above_floor", "autointerp_score_saebench", "autointerp_score_swapped", "latents_scored")
+_label_names = (
+    "label_f1",
+    "label_f1_std_dev",
+    "share_described",
+    "label_f1_found",
+    "label_kappa",
+    "label_coverage",
+)
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-nojudge-more
+_judge_names = (
+    "autointerp_score",
+    "autointerp_std_dev",
+    "autointerp_balanced_accuracy",
+    "autointerp_kappa",
+    "autointerp_above_floor",
+    "autointerp_score_saebench",
+    "autointerp_score_swapped",
+    "latents_scored",
+)
+
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-nojudge-who
 @patch
-def who(self:AutoInterp):
+def who(self: AutoInterp):
     "The judge to ask, or None."
     c = self.config
-    if self.judge != "environment": return self.judge
-    return judge_from_env(c.judge_url, c.judge_model, temperature=c.judge_temperature, concurrent=c.judge_concurrent, per_minute=c.judge_per_minute, timeout=c.judge_timeout,
-                          price_in=c.judge_price_in, price_out=c.judge_price_out, max_cost=c.judge_max_cost, max_requests=c.judge_max_requests)
+    if self.judge != "environment":
+        return self.judge
+    return judge_from_env(
+        c.judge_url,
+        c.judge_model,
+        temperature=c.judge_temperature,
+        concurrent=c.judge_concurrent,
+        per_minute=c.judge_per_minute,
+        timeout=c.judge_timeout,
+        price_in=c.judge_price_in,
+        price_out=c.judge_price_out,
+        max_cost=c.judge_max_cost,
+        max_requests=c.judge_max_requests,
+    )
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-labelled
 @patch
-def described(self:AutoInterp, f, labels, first, data, keep, key):
+def described(self: AutoInterp, f, labels, first, data, keep, key):
     "`describe_latents`, kept."
-    c = self.config; n = [int((data.mask[o] > 0).sum()) for o in (first, ~first)]
-    return keep.get("described", [key, data.tokens, labels.names, labels.codes, first, list(c.label_levels)],
-                    lambda: describe_latents(f() if callable(f) else f, labels, first, *n, tuple(c.label_levels), c.random_seed))
+    c = self.config
+    n = [int((data.mask[o] > 0).sum()) for o in (first, ~first)]
+    return keep.get(
+        "described",
+        [key, data.tokens, labels.names, labels.codes, first, list(c.label_levels)],
+        lambda: describe_latents(
+            f() if callable(f) else f, labels, first, *n, tuple(c.label_levels), c.random_seed
+        ),
+    )
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-labelled-label-rows
 @patch
-def label_rows(self:AutoInterp, o, f, key, labels, first, lm, hook, data, store, parts, d_in):
+def label_rows(self: AutoInterp, o, f, key, labels, first, lm, hook, data, store, parts, d_in):
     "Rows beside the SAE that need no other SAE."
-    c = self.config; x = lambda: torch.cat([counted(x, m).float() for _,x,m in blocks(store, lm, hook, data.tokens, data.docs)])
+    c = self.config
+
+    def x():
+        return torch.cat(
+            [counted(x, m).float() for _, x, m in blocks(store, lm, hook, data.tokens, data.docs)]
+        )
+
     mean = store.get("mean", [lm, hook, data.tokens], lambda: dict(mean=x().mean(0).cpu()))["mean"]
     pm = self.described(f, permuted(labels, data.mask, c.random_seed), first, data, parts, [key, "permuted"])
     some = torch.randperm(d_in, generator=torch.Generator().manual_seed(c.random_seed))[:64]
-    def signed(x, m): y = (x.float() - mean.to(x.device))[..., some.to(x.device)]; return torch.cat([y.relu(), (-y).relu()], -1)*(m > 0)[..., None]
-    res = self.described(lambda: fired(signed, "channels", 2*len(some), lm, hook, data, store, Store()), labels, first, data, store, ["channels", lm, hook])
-    pr = store.get("probes", [lm, hook, data.tokens, labels.codes, first], lambda: dict(f1=probes(x(), labels, data.mask, first)))["f1"]
-    return dict(permuted_documents=pm, residual=res), dict(other_description=dict(label_f1=o["f1_swapped"].nanmean()), probe=dict(label_f1=pr[o["description"]].nanmean(), label_coverage=(pr[pr.isfinite()] > .5).float().mean()))
+
+    def signed(x, m):
+        y = (x.float() - mean.to(x.device))[..., some.to(x.device)]
+        return torch.cat([y.relu(), (-y).relu()], -1) * (m > 0)[..., None]
+
+    res = self.described(
+        lambda: fired(signed, "channels", 2 * len(some), lm, hook, data, store, Store()),
+        labels,
+        first,
+        data,
+        store,
+        ["channels", lm, hook],
+    )
+    pr = store.get(
+        "probes",
+        [lm, hook, data.tokens, labels.codes, first],
+        lambda: dict(f1=probes(x(), labels, data.mask, first)),
+    )["f1"]
+    return dict(permuted_documents=pm, residual=res), dict(
+        other_description=dict(label_f1=o["f1_swapped"].nanmean()),
+        probe=dict(
+            label_f1=pr[o["description"]].nanmean(), label_coverage=(pr[pr.isfinite()] > 0.5).float().mean()
+        ),
+    )
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-call
-def _curve(v): # 41 quantiles, for the plot
-    v = v[v.isfinite()]; return [round(q, 4) for q in v.float().quantile(torch.linspace(0, 1, 41)).tolist()] if len(v) else []
+def _curve(v):  # 41 quantiles, for the plot
+    v = v[v.isfinite()]
+    return [round(q, 4) for q in v.float().quantile(torch.linspace(0, 1, 41)).tolist()] if len(v) else []
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-call-one
 @patch
-def one(self:AutoInterp, sae, judge, labels, first, lm, hook, data, store, keep, quiet=True, desc=""):
+def one(self: AutoInterp, sae, judge, labels, first, lm, hook, data, store, keep, quiet=True, desc=""):
     "Everything about one dictionary: its numbers, why some are missing, one record per latent, a curve, and where it fires."
-    key = digest(sae); idx,f,alive = self.chosen(sae, key, lm, hook, data, store, keep, "" if quiet else desc)
-    out,why,recs,curve,o = dict.fromkeys(_label_names + _judge_names),{},{l: {} for l in idx.tolist()},[],None
+    key = digest(sae)
+    idx, f, alive = self.chosen(sae, key, lm, hook, data, store, keep, "" if quiet else desc)
+    out = dict.fromkeys(_label_names + _judge_names)
+    why = {}
+    recs = {l: {} for l in idx.tolist()}
+    curve = []
+    o = None
     density = f.count / max(int((data.mask > 0).sum()), 1)
-    for l,d in zip(idx.tolist(), density.tolist()): recs[l]["density"] = d
-    if not len(idx): return out,dict.fromkeys(out, "no latent fires often enough (dead_latent_threshold)"),recs,[],None,f,key
+    for l, d in zip(idx.tolist(), density.tolist()):
+        recs[l]["density"] = d
+    if not len(idx):
+        return (
+            out,
+            dict.fromkeys(out, "no latent fires often enough (dead_latent_threshold)"),
+            recs,
+            [],
+            None,
+            f,
+            key,
+        )
     if labels is not None:
-        o = self.described(f, labels, first, data, keep, [key, idx]); out.update(summary(o)); curve = _curve(o["f1"]); names = labels.all; why["label_f1"] = "no description found on the first half occurs on the second"
-        for j,l in enumerate(idx.tolist()): recs[l].update(description=names[int(o["description"][j])], **{k: round(o[n][j].item(), 4) for k,n in dict(threshold="threshold", label_f1="f1", label_f1_found="f1_found", label_kappa="kappa").items() if o[n][j].isfinite()})
-    else: why.update(dict.fromkeys(_label_names, no_labels))
-    why.update(dict.fromkeys(_judge_names, no_judge)); info = dict(latents=len(idx), share_alive=alive)
+        o = self.described(f, labels, first, data, keep, [key, idx])
+        out.update(summary(o))
+        curve = _curve(o["f1"])
+        names = labels.all
+        why["label_f1"] = "no description found on the first half occurs on the second"
+        for j, l in enumerate(idx.tolist()):
+            recs[l].update(
+                description=names[int(o["description"][j])],
+                **{
+                    k: round(o[n][j].item(), 4)
+                    for k, n in dict(
+                        threshold="threshold", label_f1="f1", label_f1_found="f1_found", label_kappa="kappa"
+                    ).items()
+                    if o[n][j].isfinite()
+                },
+            )
+    else:
+        why.update(dict.fromkeys(_label_names, no_labels))
+    why.update(dict.fromkeys(_judge_names, no_judge))
+    info = dict(latents=len(idx), share_alive=alive)
     if judge is not None:
-        c = self.config; n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
+        c = self.config
+        n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
         try:
-            rs,used,models = self.detection(judge, idx, f, lm, data, keep, quiet)
-            for l,r in rs.items(): recs[l].update(r)
-            out.update(detection_metrics(rs, n_yes, n_yes + c.n_random_ex_for_scoring)); info.update(used, judge_models=models)
-            why.update(dict.fromkeys(_judge_names, "scoring is off" if not c.scoring else "no answer of the judge could be used"))
-            for k,on in dict(autointerp_score_swapped=c.judge_nulls, autointerp_score_saebench=c.compatible).items():
-                if not on: why[k] = f"{dict(autointerp_score_swapped='judge_nulls', autointerp_score_saebench='compatible')[k]} is off"
-        except InputError as e: why.update(dict.fromkeys(_judge_names, str(e) if "run again" in str(e) else f"{e}; then run again"))
-    return out,why,recs,curve,(o,info),f,key
+            rs, used, models = self.detection(judge, idx, f, lm, data, keep, quiet)
+            for l, r in rs.items():
+                recs[l].update(r)
+            out.update(detection_metrics(rs, n_yes, n_yes + c.n_random_ex_for_scoring))
+            info.update(used, judge_models=models)
+            why.update(
+                dict.fromkeys(
+                    _judge_names,
+                    "scoring is off" if not c.scoring else "no answer of the judge could be used",
+                )
+            )
+            for k, on in dict(
+                autointerp_score_swapped=c.judge_nulls, autointerp_score_saebench=c.compatible
+            ).items():
+                if not on:
+                    why[k] = (
+                        f"{dict(autointerp_score_swapped='judge_nulls', autointerp_score_saebench='compatible')[k]} is off"
+                    )
+        except InputError as e:
+            why.update(
+                dict.fromkeys(_judge_names, str(e) if "run again" in str(e) else f"{e}; then run again")
+            )
+    return out, why, recs, curve, (o, info), f, key
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-main
 @patch
-def __call__(self:AutoInterp,
-    sae,          # Any SAE on raw activations
-    lm,           # Language model
-    hook=None,    # Hook point; None: the model's default
-    store=None,   # Shared by all SAEs: activations, labels, null SAEs
-    parts=None,   # This SAE's pieces, the judge's answers among them
-    nulls=None,   # name -> SAE to hold it against
-    name:str="",  # What to call it
-    quiet=True,   # False: bars, and what the judge will cost
-)->dict:          # The envelope
+def __call__(
+    self: AutoInterp,
+    sae,  # Any SAE on raw activations
+    lm,  # Language model
+    hook=None,  # Hook point; None: the model's default
+    store=None,  # Shared by all SAEs: activations, labels, null SAEs
+    parts=None,  # This SAE's pieces, the judge's answers among them
+    nulls=None,  # name -> SAE to hold it against
+    name: str = "",  # What to call it
+    quiet=True,  # False: bars, and what the judge will cost
+) -> dict:  # The envelope
     "Describe latents, with a judge if there is one and with the world's labels if there are any."
-    if lm is None: raise InputError("autointerp needs a language model; hand over lm")
-    c,hook,store,parts = self.config,hook or lm.default_hook,store or Store(),parts or Store()
-    judge,world = self.who(),c.dataset_name == "world"
-    c = replace(c, model_name=getattr(lm, "name", ""), llm_dtype=str(getattr(lm, "dtype", "")).removeprefix("torch."), judge_url=getattr(judge, "host", ""), judge_model=getattr(judge, "model", ""), judge_temperature=getattr(judge, "temperature", c.judge_temperature), label_levels=list(c.label_levels))
+    if lm is None:
+        raise InputError("autointerp needs a language model; hand over lm")
+    c = self.config
+    hook = hook or lm.default_hook
+    store = store or Store()
+    parts = parts or Store()
+    judge, world = self.who(), c.dataset_name == "world"
+    c = replace(
+        c,
+        model_name=getattr(lm, "name", ""),
+        llm_dtype=str(getattr(lm, "dtype", "")).removeprefix("torch."),
+        judge_url=getattr(judge, "host", ""),
+        judge_model=getattr(judge, "model", ""),
+        judge_temperature=getattr(judge, "temperature", c.judge_temperature),
+        label_levels=list(c.label_levels),
+    )
     if judge is None and not world:
-        und = {k: f"not measurable, because {no_judge if k in _judge_names else no_labels}" for k in _judge_names + _label_names}
-        return envelope("autointerp", c, sae, _categories(dict.fromkeys(und)), [], dict(undefined=und, nulls={}, intervals={}, extra={}), name)
-    data = self.text(lm); acts = store if data.tokens.numel()*sae.d_in < 2**29 else Store(limit_mb=64)   # more than 2 GB are read again, not kept
-    first = halves(len(data.tokens), c.random_seed); labels = world_labels(data, first, c.label_min_tokens) if world else None
-    out,why,recs,curve,more,f,key = self.one(sae, judge, labels, first, lm, hook, data, acts, parts, quiet, "SAE")
-    rows,curves = {},dict(sae=curve)
-    for n,s in (nulls or {}).items():
-        r,_,_,cv,*_ = self.one(s, judge if c.judge_nulls else None, labels, first, lm, hook, data, acts, store, quiet, n)
-        rows[n],curves[n] = {k: v for k,v in r.items() if v is not None},cv
+        und = {
+            k: f"not measurable, because {no_judge if k in _judge_names else no_labels}"
+            for k in _judge_names + _label_names
+        }
+        return envelope(
+            "autointerp",
+            c,
+            sae,
+            _categories(dict.fromkeys(und)),
+            [],
+            dict(undefined=und, nulls={}, intervals={}, extra={}),
+            name,
+        )
+    data = self.text(lm)
+    acts = (
+        store if data.tokens.numel() * sae.d_in < 2**29 else Store(limit_mb=64)
+    )  # more than 2 GB are read again, not kept
+    first = halves(len(data.tokens), c.random_seed)
+    labels = world_labels(data, first, c.label_min_tokens) if world else None
+    out, why, recs, curve, more, f, key = self.one(
+        sae, judge, labels, first, lm, hook, data, acts, parts, quiet, "SAE"
+    )
+    rows, curves = {}, dict(sae=curve)
+    for n, s in (nulls or {}).items():
+        r, _, _, cv, *_ = self.one(
+            s, judge if c.judge_nulls else None, labels, first, lm, hook, data, acts, store, quiet, n
+        )
+        rows[n] = {k: v for k, v in r.items() if v is not None}
+        curves[n] = cv
     if more and labels is not None:
-        full,part = self.label_rows(more[0], f, [key, c.n_latents, c.override_latents, c.dead_latent_threshold], labels, first, lm, hook, data, store, parts, sae.d_in)
-        for n,o in full.items(): rows[n],curves[n] = summary(o),_curve(o["f1"])
+        full, part = self.label_rows(
+            more[0],
+            f,
+            [key, c.n_latents, c.override_latents, c.dead_latent_threshold],
+            labels,
+            first,
+            lm,
+            hook,
+            data,
+            store,
+            parts,
+            sae.d_in,
+        )
+        for n, o in full.items():
+            rows[n] = summary(o)
+            curves[n] = _curve(o["f1"])
         rows.update(part)
     return self.report(c, sae, name, out, why, recs, more, rows, curves, labels, data, judge)
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-report
 def _categories(v):
-    return dict(autointerp={k: v[k] for k in _judge_names[:2]}, label_detection={k: v[k] for k in _label_names})
+    return dict(
+        autointerp={k: v[k] for k in _judge_names[:2]}, label_detection={k: v[k] for k in _label_names}
+    )
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-report-report
 @patch
-def report(self:AutoInterp, c, sae, name, out, why, recs, more, rows, curves, labels, data, judge):
+def report(self: AutoInterp, c, sae, name, out, why, recs, more, rows, curves, labels, data, judge):
     "The envelope."
-    und,u = {},dict(intervals={}, nulls={})
+    und, u = {}, dict(intervals={}, nulls={})
     out = settle(out, und, "")
     und = {k: f"not measurable, because {why.get(k) or 'not finite'}" for k in und}
     info = dict(more[1]) if more else {}
-    n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring; n = n_yes + c.n_random_ex_for_scoring
+    n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
+    n = n_yes + c.n_random_ex_for_scoring
     if out["autointerp_score"] is not None:
-        rows = rows | dict(says_none=dict(autointerp_score=1 - n_yes/n, autointerp_balanced_accuracy=.5, autointerp_kappa=0.))
-        if out["autointerp_score_swapped"] is not None: rows["other_description"] = rows.get("other_description", {}) | dict(autointerp_score=out["autointerp_score_swapped"])
-    per = lambda k: [r[k] for r in recs.values() if r.get(k) is not None]
-    for k,v in dict(autointerp_score=per("score"), label_f1=per("label_f1"), label_kappa=per("label_kappa")).items():
-        if len(v) > 1: u["intervals"][k] = list(bootstrap(v, seed=c.random_seed))
-    if per("label_f1"): u["intervals"]["share_described"] = list(wilson(sum(v > .5 for v in per("label_f1")), len(per("label_f1"))))
-    for r,m in rows.items(): u["nulls"][r] = {k: v for k,v in settle(m, {}).items() if v is not None}
-    extra = {k: out[k] for k in _judge_names[2:]} | info | dict(tokens=int((data.mask > 0).sum()), descriptions=len(labels.all) if labels else None)
-    who = None if judge is None else dict(model=judge.model, address=judge.host, temperature=judge.temperature, answered_as=extra.pop("judge_models", []))
-    if who and judge.price(0, 0) is not None: extra["judge_cost_dollars"] = judge.price(info.get("judge_tokens_in", 0), info.get("judge_tokens_out", 0))
-    u.update(undefined=und, extra={k: v for k,v in extra.items() if v is not None}, curves=curves, judge=who)
-    details = [dict(index=l, **{k: v for k,v in r.items() if v not in ("", None)}) for l,r in sorted(recs.items())]
+        rows = rows | dict(
+            says_none=dict(
+                autointerp_score=1 - n_yes / n, autointerp_balanced_accuracy=0.5, autointerp_kappa=0.0
+            )
+        )
+        if out["autointerp_score_swapped"] is not None:
+            rows["other_description"] = rows.get("other_description", {}) | dict(
+                autointerp_score=out["autointerp_score_swapped"]
+            )
+
+    def per(k):
+        return [r[k] for r in recs.values() if r.get(k) is not None]
+
+    for k, v in dict(
+        autointerp_score=per("score"), label_f1=per("label_f1"), label_kappa=per("label_kappa")
+    ).items():
+        if len(v) > 1:
+            u["intervals"][k] = list(bootstrap(v, seed=c.random_seed))
+    if per("label_f1"):
+        u["intervals"]["share_described"] = list(
+            wilson(sum(v > 0.5 for v in per("label_f1")), len(per("label_f1")))
+        )
+    for r, m in rows.items():
+        u["nulls"][r] = {k: v for k, v in settle(m, {}).items() if v is not None}
+    extra = (
+        {k: out[k] for k in _judge_names[2:]}
+        | info
+        | dict(tokens=int((data.mask > 0).sum()), descriptions=len(labels.all) if labels else None)
+    )
+    who = (
+        None
+        if judge is None
+        else dict(
+            model=judge.model,
+            address=judge.host,
+            temperature=judge.temperature,
+            answered_as=extra.pop("judge_models", []),
+        )
+    )
+    if who and judge.price(0, 0) is not None:
+        extra["judge_cost_dollars"] = judge.price(
+            info.get("judge_tokens_in", 0), info.get("judge_tokens_out", 0)
+        )
+    u.update(undefined=und, extra={k: v for k, v in extra.items() if v is not None}, curves=curves, judge=who)
+    details = [
+        dict(index=l, **{k: v for k, v in r.items() if v not in ("", None)}) for l, r in sorted(recs.items())
+    ]
     return envelope("autointerp", c, sae, _categories(out), details, u, name)
 
 # %% ../../nbs/evals/autointerp.ipynb #autointerp-plot
 @patch
-def plot(self:AutoInterp,
-    envs:dict, # name of SAE -> envelope
-):             # The figure
+def plot(
+    self: AutoInterp,
+    envs: dict,  # name of SAE -> envelope
+):  # The figure
     "How well latents are described, beside what describes itself as well by chance."
     import matplotlib.pyplot as plt
-    us = {n: e["eval_result_unstructured"] for n,e in envs.items()}
+
+    us = {n: e["eval_result_unstructured"] for n, e in envs.items()}
     judged = any(_flat(e).get("autointerp_score") is not None for e in envs.values())
     labelled = any(u.get("curves", {}).get("sae") for u in us.values())
-    n = 3*labelled + judged
+    n = 3 * labelled + judged
     if not n:
-        fig,ax = plt.subplots(figsize=(6, .8)); ax.axis("off"); ax.text(0, .5, next(iter(us.values()))["undefined"]["autointerp_score"].replace(" (", "\n("), va="center"); return fig
-    fig,axes = plt.subplots(1, n, figsize=(3.4*n, .6 + max(2.6, .24*(len(envs) + 7))), layout="constrained", squeeze=False); axes = list(axes[0])
-    if labelled: _plot_curves(axes.pop(0), us); _plot_dots(axes.pop(0), envs, "label_f1", "mean F1 of the best label", ("probe", "frozen", "random", "residual", "permuted_documents", "other_description")); _plot_dots(axes.pop(0), envs, "label_coverage", "share of labels covered", ("probe", "frozen", "random", "residual", "permuted_documents"))
-    if judged: _plot_dots(axes.pop(0), envs, "autointerp_score", "share of windows judged rightly", ("frozen", "random", "other_description", "says_none"))
-    for ax in fig.axes: ax.spines[["top", "right"]].set_visible(False)
+        fig, ax = plt.subplots(figsize=(6, 0.8))
+        ax.axis("off")
+        ax.text(
+            0, 0.5, next(iter(us.values()))["undefined"]["autointerp_score"].replace(" (", "\n("), va="center"
+        )
+        return fig
+    fig, axes = plt.subplots(
+        1, n, figsize=(3.4 * n, 0.6 + max(2.6, 0.24 * (len(envs) + 7))), layout="constrained", squeeze=False
+    )
+    axes = list(axes[0])
+    if labelled:
+        _plot_curves(axes.pop(0), us)
+        _plot_dots(
+            axes.pop(0),
+            envs,
+            "label_f1",
+            "mean F1 of the best label",
+            ("probe", "frozen", "random", "residual", "permuted_documents", "other_description"),
+        )
+        _plot_dots(
+            axes.pop(0),
+            envs,
+            "label_coverage",
+            "share of labels covered",
+            ("probe", "frozen", "random", "residual", "permuted_documents"),
+        )
+    if judged:
+        _plot_dots(
+            axes.pop(0),
+            envs,
+            "autointerp_score",
+            "share of windows judged rightly",
+            ("frozen", "random", "other_description", "says_none"),
+        )
+    for ax in fig.axes:
+        ax.spines[["top", "right"]].set_visible(False)
     return fig
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-plot-flat
 _short = dict(permuted_documents="wrong labels", other_description="swapped", says_none='says "none"')
-def _flat(e): return {k: v for m in e["eval_result_metrics"].values() for k,v in m.items()}
 
+
+def _flat(e):
+    return {k: v for m in e["eval_result_metrics"].values() for k, v in m.items()}
+
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-plot-plot-curves
 def _plot_curves(ax, us):
     q = torch.linspace(1, 0, 41).tolist()
-    for i,(n,u) in enumerate(us.items()):
-        if u.get("curves", {}).get("sae"): ax.plot(u["curves"]["sae"], q, color=f"C{i}")     # named by the dots beside
-    for n,ls in (("frozen", "--"), ("random", "-."), ("residual", ":"), ("permuted_documents", (0, (1, 3)))):
+    for i, (n, u) in enumerate(us.items()):
+        if u.get("curves", {}).get("sae"):  # named by the dots beside
+            ax.plot(u["curves"]["sae"], q, color=f"C{i}")
+    for n, ls in (("frozen", "--"), ("random", "-."), ("residual", ":"), ("permuted_documents", (0, (1, 3)))):
         cv = next((u["curves"][n] for u in us.values() if u.get("curves", {}).get(n)), None)
-        if cv: ax.plot(cv, q, color="grey", ls=ls, lw=1.2, label=_short.get(n, n))
-    ax.set(xlabel="F1 of a latent's best label", ylabel="share of latents above it", xlim=(0, 1), ylim=(0, 1.02)); ax.legend(frameon=False, fontsize=8, loc="upper right")
+        if cv:
+            ax.plot(cv, q, color="grey", ls=ls, lw=1.2, label=_short.get(n, n))
+    ax.set(
+        xlabel="F1 of a latent's best label", ylabel="share of latents above it", xlim=(0, 1), ylim=(0, 1.02)
+    )
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
 
+# %% ../../nbs/evals/autointerp.ipynb #autointerp-plot-plot-dots
 def _plot_dots(ax, envs, metric, label, rows):
     "One line per SAE with its interval, then one per null: a dot for each SAE's."
-    y,ticks = 0,[]
-    for i,(n,e) in enumerate(envs.items()):
-        v,iv = _flat(e).get(metric),e["eval_result_unstructured"].get("intervals", {}).get(metric)
-        if v is None: continue
-        if iv and iv[0] is not None: ax.plot(iv, [y, y], color=f"C{i}", lw=2)
-        ax.plot(v, y, "o", color=f"C{i}"); ticks.append(n); y -= 1
+    y, ticks = 0, []
+    for i, (n, e) in enumerate(envs.items()):
+        v = _flat(e).get(metric)
+        iv = e["eval_result_unstructured"].get("intervals", {}).get(metric)
+        if v is None:
+            continue
+        if iv and iv[0] is not None:
+            ax.plot(iv, [y, y], color=f"C{i}", lw=2)
+        ax.plot(v, y, "o", color=f"C{i}")
+        ticks.append(n)
+        y -= 1
     for r in rows:
-        vs = [(i, e["eval_result_unstructured"]["nulls"][r][metric]) for i,e in enumerate(envs.values()) if metric in e["eval_result_unstructured"].get("nulls", {}).get(r, {})]
-        if not vs: continue
-        same = len({round(v, 6) for _,v in vs}) == 1
-        for i,v in vs[:1] if same else vs: ax.plot(v, y, "D", ms=4, color="grey" if same else f"C{i}", mfc="none")
-        ticks.append(_short.get(r, r)); y -= 1
-    ax.set(yticks=range(0, y, -1), yticklabels=ticks, xlabel=label, ylim=(y + .5, .5)); ax.grid(axis="x", alpha=.3)
-    for t,n in zip(ax.get_yticklabels(), ticks): t.set_color(f"C{list(envs).index(n)}" if n in envs else "black")
+        vs = [
+            (i, e["eval_result_unstructured"]["nulls"][r][metric])
+            for i, e in enumerate(envs.values())
+            if metric in e["eval_result_unstructured"].get("nulls", {}).get(r, {})
+        ]
+        if not vs:
+            continue
+        same = len({round(v, 6) for _, v in vs}) == 1
+        for i, v in vs[:1] if same else vs:
+            ax.plot(v, y, "D", ms=4, color="grey" if same else f"C{i}", mfc="none")
+        ticks.append(_short.get(r, r))
+        y -= 1
+    ax.set(yticks=range(0, y, -1), yticklabels=ticks, xlabel=label, ylim=(y + 0.5, 0.5))
+    ax.grid(axis="x", alpha=0.3)
+    for t, n in zip(ax.get_yticklabels(), ticks):
+        t.set_color(f"C{list(envs).index(n)}" if n in envs else "black")

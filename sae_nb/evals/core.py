@@ -10,448 +10,686 @@ __all__ = ['no_lm', 'no_harm', 'flags', 'CoreConfig', 'Core', 'Item', 'read', 'r
 import math
 from dataclasses import dataclass
 from itertools import chain, islice
-from tqdm import tqdm
+
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from fastcore.basics import patch
+from tqdm import tqdm
+
 from ..core import Batch, InputError, counted, register
+from ..envelope import configure, envelope, settle
+from ..lm import next_in_doc
 from ..metrics import Running, loss_recovered, nearest_cos, random_like, ratio_se, unit
 from ..sae import SAE
-from ..lm import next_in_doc
-from ..envelope import configure, envelope, settle
 from ..store import Store
 
 # %% ../../nbs/evals/core.ipynb #core-eval-config
 @dataclass
 class CoreConfig:
     "SAEBench's options, and ours for the rows beside the SAE."
-    model_name:str = ""                               # Filled in from the model
-    llm_dtype:str = "float32"                         # For the record; the model comes loaded
-    batch_size_prompts:int = 16                       # For the record; batches come made
-    n_eval_reconstruction_batches:int = 200           # Batches on which the language model runs
-    n_eval_sparsity_variance_batches:int = 2000       # Batches on which activations are compared
-    dataset:str = ""                                  # For the record, e.g. "world"
-    context_size:int = 128                            # For the record; rows come cut
-    compute_kl:bool = True                            # Each flag that is off leaves its numbers null
-    compute_ce_loss:bool = True
-    compute_l2_norms:bool = True
-    compute_sparsity_metrics:bool = True
-    compute_variance_metrics:bool = True
-    compute_featurewise_density_statistics:bool = True
-    compute_featurewise_weight_based_metrics:bool = True
-    exclude_special_tokens_from_reconstruction:bool = True # Tokens that do not count keep their activation in the SAE pass
-    verbose:bool = False                              # Kept for the record
-    null_batches:int = 8                              # Batches on which the rows beside the SAE are measured; 0: none
-    seed:int = 0                                      # Seeds the random dictionary
-    calibration_tokens:int = 16384                    # At most so many tokens set the mean and the scale of those rows
-    piece:int = 25                                    # Batches to a piece: what an interruption may cost
 
+    model_name: str = ""  # Filled in from the model
+    llm_dtype: str = "float32"  # For the record; the model comes loaded
+    batch_size_prompts: int = 16  # For the record; batches come made
+    n_eval_reconstruction_batches: int = 200  # Batches on which the language model runs
+    n_eval_sparsity_variance_batches: int = 2000  # Batches on which activations are compared
+    dataset: str = ""  # For the record, e.g. "world"
+    context_size: int = 128  # For the record; rows come cut
+    compute_kl: bool = True  # Each flag that is off leaves its numbers null
+    compute_ce_loss: bool = True
+    compute_l2_norms: bool = True
+    compute_sparsity_metrics: bool = True
+    compute_variance_metrics: bool = True
+    compute_featurewise_density_statistics: bool = True
+    compute_featurewise_weight_based_metrics: bool = True
+    exclude_special_tokens_from_reconstruction: bool = (
+        True  # Tokens that do not count keep their activation in the SAE pass
+    )
+    verbose: bool = False  # Kept for the record
+    null_batches: int = 8  # Batches on which the rows beside the SAE are measured; 0: none
+    seed: int = 0  # Seeds the random dictionary
+    calibration_tokens: int = 16384  # At most so many tokens set the mean and the scale of those rows
+    piece: int = 25  # Batches to a piece: what an interruption may cost
+
+# %% ../../nbs/evals/core.ipynb #core-eval-config-core
 @register("evals", "core")
 class Core:
     "Reconstruction, sparsity and what the language model loses."
+
     headline = dict(explained_variance=+1, ce_loss_score=+1, kl_div_score=+1, l0=0, frac_alive=+1)
-    def __init__(self, **config): self.config = configure(CoreConfig, **config)
+
+    def __init__(self, **config):
+        self.config = configure(CoreConfig, **config)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-read
 @dataclass
 class Item:
     "A batch with its activations."
-    x:Tensor           # [B, T, d_in] or [N, d_in], in the SAE's dtype and place
-    mask:Tensor        # Same leading shape, > 0 where a token counts
-    tokens:Tensor=None # [B, T], None on toy data
-    docs:Tensor=None   # [B, T]
 
+    x: Tensor  # [B, T, d_in] or [N, d_in], in the SAE's dtype and place
+    mask: Tensor  # Same leading shape, > 0 where a token counts
+    tokens: Tensor = None  # [B, T], None on toy data
+    docs: Tensor = None  # [B, T]
+
+# %% ../../nbs/evals/core.ipynb #core-eval-read-read
 def read(
     batch,  # (tokens, docs, mask), or a Batch of activations when `lm` is None
-    sae,    # Decides dtype and device
-    lm=None,# Language model
-    hook="",# Where to read it
-)->Item:
+    sae,  # Decides dtype and device
+    lm=None,  # Language model
+    hook="",  # Where to read it
+) -> Item:
     "Activations of a batch."
     to = dict(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
     if lm is None:
-        if not isinstance(batch, Batch): raise InputError(f"without a language model batches must be core.Batch of activations, not {type(batch).__name__}; hand over lm and hook, or activations")
+        if not isinstance(batch, Batch):
+            raise InputError(
+                f"without a language model batches must be core.Batch of activations, not {type(batch).__name__}; hand over lm and hook, or activations"
+            )
         x = batch.x.to(**to)
         mask = torch.ones(x.shape[:-1], dtype=torch.int64) if batch.mask is None else batch.mask
         return Item(x, mask.to(x.device))
-    tokens,docs,mask = batch
+    tokens, docs, mask = batch
     return Item(lm.acts(tokens, hook, docs=docs).to(**to), mask.to(to["device"]), tokens, docs)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-row-losses
 def row_losses(
-    logits:Tensor,  # Of the edited model, [B, T, vocab]
-    tokens:Tensor,  # [B, T]
-    keep_ce:Tensor, # Predictions that count, [B, T-1]
-    keep_kl:Tensor, # Positions that count, [B, T]
-    base:Tensor=None, # Logits of the untouched model; None: no KL
-)->tuple:           # Cross-entropy and KL, nats summed over each row, [B] float64 on the CPU
+    logits: Tensor,  # Of the edited model, [B, T, vocab]
+    tokens: Tensor,  # [B, T]
+    keep_ce: Tensor,  # Predictions that count, [B, T-1]
+    keep_kl: Tensor,  # Positions that count, [B, T]
+    base: Tensor = None,  # Logits of the untouched model; None: no KL
+) -> tuple:  # Cross-entropy and KL, nats summed over each row, [B] float64 on the CPU
     "Loss and divergence of each row."
-    ce,kl = [],[]
+    ce, kl = [], []
     for b in range(len(tokens)):
         q = logits[b].float().log_softmax(-1)
         t = tokens[b].to(q.device)
         nll = -q[:-1].gather(-1, t[1:, None])[:, 0]
         ce.append(nll[keep_ce[b].to(q.device)].sum(dtype=torch.float64))
-        if base is None: kl.append(torch.zeros(())); continue
+        if base is None:
+            kl.append(torch.zeros(()))
+            continue
         p = base[b].float().log_softmax(-1)
-        d = torch.where(p > -math.inf, p.exp()*(p - q), 0.).sum(-1)
+        d = torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1)
         kl.append(d[keep_kl[b].to(q.device)].sum(dtype=torch.float64))
     return torch.stack(ce).cpu(), torch.stack(kl).double().cpu()
 
 # %% ../../nbs/evals/core.ipynb #core-eval-row
 class Row:
     "Something that reconstructs, with its sums."
-    def __init__(self, fn): self.fn,self.run,self.ce,self.kl,self.seq,self.rows_fired = fn,Running(),[],[],[],0
 
+    def __init__(self, fn):
+        self.fn = fn
+        self.run = Running()
+        self.ce = []
+        self.kl = []
+        self.seq = []
+        self.rows_fired = 0
+
+# %% ../../nbs/evals/core.ipynb #core-eval-row-by-row
 def by_row(
-    x:Tensor,    # [B, T, d], or [N, d]
-    keep:Tensor, # Same leading shape, bool
-    block:int=64,# Tokens to a row where there are no sequences
-)->tuple:        # [rows, length, d], [rows, length]
+    x: Tensor,  # [B, T, d], or [N, d]
+    keep: Tensor,  # Same leading shape, bool
+    block: int = 64,  # Tokens to a row where there are no sequences
+) -> tuple:  # [rows, length, d], [rows, length]
     "Sequences as they are; independent tokens in blocks."
-    if x.ndim == 3: return x,keep
+    if x.ndim == 3:
+        return x, keep
     n = -len(x) % block
     return F.pad(x, (0, 0, 0, n)).view(-1, block, x.shape[-1]), F.pad(keep, (0, n)).view(-1, block)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-row-take
 @patch
-def take(self:Row,
-    it:Item,      # The batch
-    x_hat:Tensor, # Reconstruction, shape of `it.x`
-    f:Tensor,     # Latents [..., d_sae] or None
+def take(
+    self: Row,
+    it: Item,  # The batch
+    x_hat: Tensor,  # Reconstruction, shape of `it.x`
+    f: Tensor,  # Latents [..., d_sae] or None
 ):
     "Count one batch."
     keep = it.mask > 0
-    if not keep.any(): return
+    if not keep.any():
+        return
     self.run.update(it.x[keep], x_hat[keep], None if f is None else f[keep])
-    x,k = by_row(it.x, keep); e = by_row(it.x.float() - x_hat.float(), keep)[0]
-    zero = lambda o: o.float().masked_fill(~k[..., None], 0.)
-    x,e = zero(x),zero(e)
-    self.seq.append((k.sum(1).double().cpu(), e.square().sum((1, 2)).double().cpu(), x.square().sum((1, 2)).double().cpu(), x.sum(1).double().cpu()))
-    if f is not None and f.ndim == 3: self.rows_fired = self.rows_fired + ((f > 0) & keep[..., None]).any(1).sum(0)
+    x, k = by_row(it.x, keep)
+    e = by_row(it.x.float() - x_hat.float(), keep)[0]
 
+    def zero(o):
+        return o.float().masked_fill(~k[..., None], 0.0)
+
+    x, e = zero(x), zero(e)
+    self.seq.append(
+        (
+            k.sum(1).double().cpu(),
+            e.square().sum((1, 2)).double().cpu(),
+            x.square().sum((1, 2)).double().cpu(),
+            x.sum(1).double().cpu(),
+        )
+    )
+    if f is not None and f.ndim == 3:
+        self.rows_fired = self.rows_fired + ((f > 0) & keep[..., None]).any(1).sum(0)
+
+# %% ../../nbs/evals/core.ipynb #core-eval-row-take-ev-se
 @patch
-def ev_se(self:Row)->float: # None with fewer than two rows
+def ev_se(self: Row) -> float:  # None with fewer than two rows
     "Standard error of explained variance over sequences."
-    n,err,sq,s = map(torch.cat, zip(*self.seq))
+    n, err, sq, s = map(torch.cat, zip(*self.seq))
     mean = s.sum(0) / n.sum()
-    return ratio_se(err, sq - 2*(s @ mean) + n*mean.square().sum())
+    return ratio_se(err, sq - 2 * (s @ mean) + n * mean.square().sum())
 
 # %% ../../nbs/evals/core.ipynb #core-eval-random
 def random_sae(
-    x:Tensor,    # Activations to calibrate on, [n_tokens, d_in]
-    d_sae:int,   # Latents
-    l0:float,    # Latents per token to match
-    mean:Tensor, # Centre, [d_in]
-    seed:int=0,  # Any integer
-)->tuple:        # Function of (x, mask), and {"k", "scale"}
+    x: Tensor,  # Activations to calibrate on, [n_tokens, d_in]
+    d_sae: int,  # Latents
+    l0: float,  # Latents per token to match
+    mean: Tensor,  # Centre, [d_in]
+    seed: int = 0,  # Any integer
+) -> tuple:  # Function of (x, mask), and {"k", "scale"}
     "A random dictionary used as well as it can be at a given L0."
     W = random_like(torch.empty(d_sae, x.shape[-1]), seed).to(x)
     k = min(max(round(l0), 1), d_sae)
+
     def encode(x):
-        v,i = ((x - mean) @ W.T).topk(k, dim=-1)
+        v, i = ((x - mean) @ W.T).topk(k, dim=-1)
         return torch.zeros(*x.shape[:-1], d_sae, dtype=x.dtype, device=x.device).scatter(-1, i, v.relu())
+
     y = (encode(x) @ W).float()
     s = (((x - mean).float() * y).sum() / y.square().sum().clamp(min=1e-12)).item()
-    def fn(x, mask=None): f = encode(x) * s; return mean + f @ W, f
+
+    def fn(x, mask=None):
+        f = encode(x) * s
+        return mean + f @ W, f
+
     return fn, dict(k=k, scale=s)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-rows
 def through(
-    sae, # Any SAE
-):       # Function (x, mask) -> (x_hat, f)
+    sae,  # Any SAE
+):  # Function (x, mask) -> (x_hat, f)
     "An SAE as a reconstruction; one that overrides `forward` is asked for its own."
     own = type(sae).forward is not SAE.forward
-    def fn(x, mask): f = sae.encode(x, mask=mask); return (sae(x, mask=mask) if own else sae.rebuild(f, x)), f
+
+    def fn(x, mask):
+        f = sae.encode(x, mask=mask)
+        return (sae(x, mask=mask) if own else sae.rebuild(f, x)), f
+
     return fn
 
+# %% ../../nbs/evals/core.ipynb #core-eval-rows-skip-only
 def skip_only(
-    sae, # An SAE with a skip connection
-):       # Function (x, mask) -> (x_hat, None)
+    sae,  # An SAE with a skip connection
+):  # Function (x, mask) -> (x_hat, None)
     "What the skip connection gives without any latent."
-    zero = lambda x: x.new_zeros(*x.shape[:-1], sae.d_sae)
+
+    def zero(x):
+        return x.new_zeros(*x.shape[:-1], sae.d_sae)
+
     return lambda x, mask: (sae.rebuild(zero(x), x), None)
 
+# %% ../../nbs/evals/core.ipynb #core-eval-rows-rows
 @patch
-def rows(self:Core,
-    sae,              # What is evaluated
-    head:list,        # First batches, read
-    mean:Tensor=None, # Mean of the training activations
-    nulls:dict=None,  # name -> SAE that knows nothing
-)->tuple:             # name -> Row, and what is worth knowing of the random one
+def rows(
+    self: Core,
+    sae,  # What is evaluated
+    head: list,  # First batches, read
+    mean: Tensor = None,  # Mean of the training activations
+    nulls: dict = None,  # name -> SAE that knows nothing
+) -> tuple:  # name -> Row, and what is worth knowing of the random one
     "The SAE's row and those beside it."
-    out,c = dict(sae=Row(through(sae)), **{n: Row(through(s)) for n,s in (nulls or {}).items()}),self.config
-    x = torch.cat([counted(it.x, it.mask) for it in head])[:c.calibration_tokens] if head else ()
-    if not len(x): return out,{}
+    out = dict(sae=Row(through(sae)), **{n: Row(through(s)) for n, s in (nulls or {}).items()})
+    c = self.config
+    x = torch.cat([counted(it.x, it.mask) for it in head])[: c.calibration_tokens] if head else ()
+    if not len(x):
+        return out, {}
     mean = (x.float().mean(0) if mean is None else mean).to(x)
     f = torch.cat([counted(sae.encode(it.x, mask=it.mask), it.mask) != 0 for it in head])
-    rand,info = random_sae(x, sae.d_sae, f.sum(-1).double().mean().item(), mean, c.seed)
+    rand, info = random_sae(x, sae.d_sae, f.sum(-1).double().mean().item(), mean, c.seed)
     out = dict(random=Row(rand)) | out
     out.update(mean=Row(lambda x, mask: (mean.expand_as(x), None)), identity=Row(lambda x, mask: (x, None)))
-    if getattr(sae, "skip", 0.): out["skip"] = Row(skip_only(sae))
-    return out,info
+    if getattr(sae, "skip", 0.0):
+        out["skip"] = Row(skip_only(sae))
+    return out, info
 
 # %% ../../nbs/evals/core.ipynb #core-eval-splice
 @patch
-def splice(self:Core,
-    it:Item,    # The batch
-    recs:dict,  # name -> (Row, reconstruction)
-    lm,         # Language model
-    hook:str,   # Where to put it
-    ref:dict,   # Sums of the untouched and zeroed model, extended here
+def splice(
+    self: Core,
+    it: Item,  # The batch
+    recs: dict,  # name -> (Row, reconstruction)
+    lm,  # Language model
+    hook: str,  # Where to put it
+    ref: dict,  # Sums of the untouched and zeroed model, extended here
 ):
     "Run the model as it is, with zeros, and with each reconstruction."
-    c,keep = self.config,it.mask > 0
-    ce = (keep[:, :-1].cpu() & next_in_doc(it.docs).cpu())
-    run = lambda edit, base: row_losses(lm.logits(it.tokens, hook, edit, docs=it.docs), it.tokens, ce, keep, base)
+    c, keep = self.config, it.mask > 0
+    ce = keep[:, :-1].cpu() & next_in_doc(it.docs).cpu()
+
+    def run(edit, base):
+        return row_losses(lm.logits(it.tokens, hook, edit, docs=it.docs), it.tokens, ce, keep, base)
+
     base = lm.logits(it.tokens, docs=it.docs)
-    for k,v in zip(("ce", "_"), row_losses(base, it.tokens, ce, keep)): ref.setdefault(k, []).append(v)
-    for k,v in zip(("ce_zero", "kl_zero"), run(torch.zeros_like, base)): ref.setdefault(k, []).append(v)
-    ref.setdefault("n_ce", []).append(ce.sum(1).double()); ref.setdefault("n_kl", []).append(keep.sum(1).double().cpu())
+    for k, v in zip(("ce", "_"), row_losses(base, it.tokens, ce, keep)):
+        ref.setdefault(k, []).append(v)
+    for k, v in zip(("ce_zero", "kl_zero"), run(torch.zeros_like, base)):
+        ref.setdefault(k, []).append(v)
+    ref.setdefault("n_ce", []).append(ce.sum(1).double())
+    ref.setdefault("n_kl", []).append(keep.sum(1).double().cpu())
+
     def edit(x_hat):
-        if not c.exclude_special_tokens_from_reconstruction: return lambda x: x_hat.to(x)
+        if not c.exclude_special_tokens_from_reconstruction:
+            return lambda x: x_hat.to(x)
         return lambda x: torch.where(keep[..., None].to(x.device), x_hat.to(x), x)
-    for row,x_hat in recs.values():
-        for to,v in zip((row.ce, row.kl), run(edit(x_hat), base)): to.append(v)
+
+    for row, x_hat in recs.values():
+        for to, v in zip((row.ce, row.kl), run(edit(x_hat), base)):
+            to.append(v)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-row-tensors
 @patch
-def tensors(self:Row)->dict: # name -> tensor
+def tensors(self: Row) -> dict:  # name -> tensor
     "Everything the row has summed."
-    out = {f"run.{k}": v for k,v in self.run.tensors().items()} | {k: torch.cat(v) for k,v in (("ce", self.ce), ("kl", self.kl)) if v}
-    if self.seq: out.update({f"seq.{i}": torch.cat(v) for i,v in enumerate(zip(*self.seq))})
+    out = {f"run.{k}": v for k, v in self.run.tensors().items()} | {
+        k: torch.cat(v) for k, v in (("ce", self.ce), ("kl", self.kl)) if v
+    }
+    if self.seq:
+        out.update({f"seq.{i}": torch.cat(v) for i, v in enumerate(zip(*self.seq))})
     return out | ({"rows_fired": self.rows_fired} if isinstance(self.rows_fired, Tensor) else {})
 
+# %% ../../nbs/evals/core.ipynb #core-eval-row-tensors-merge
 @patch
-def merge(self:Row, ts:dict):
+def merge(self: Row, ts: dict):
     "Take in what another row has summed."
-    self.run.merge({k[4:]: v for k,v in ts.items() if k.startswith("run.")})
-    for k,to in (("ce", self.ce), ("kl", self.kl)):
-        if k in ts: to.append(ts[k])
-    if "seq.0" in ts: self.seq.append(tuple(ts[f"seq.{i}"] for i in range(4)))
-    if "rows_fired" in ts: self.rows_fired = self.rows_fired + ts["rows_fired"]
+    self.run.merge({k[4:]: v for k, v in ts.items() if k.startswith("run.")})
+    for k, to in (("ce", self.ce), ("kl", self.kl)):
+        if k in ts:
+            to.append(ts[k])
+    if "seq.0" in ts:
+        self.seq.append(tuple(ts[f"seq.{i}"] for i in range(4)))
+    if "rows_fired" in ts:
+        self.rows_fired = self.rows_fired + ts["rows_fired"]
 
 # %% ../../nbs/evals/core.ipynb #core-eval-piece
 @patch
-def piece(self:Core,
-    sae, rows, lm, hook, # As in `walk`
-    batches:list,  # Of this piece, each with what was read of it already, or None
-    first:int,     # Number of the first of them in the whole
-    bar,           # Progress, told of each batch
-)->dict:           # name -> tensor
+def piece(
+    self: Core,
+    sae,
+    rows,
+    lm,
+    hook,  # As in `walk`
+    batches: list,  # Of this piece, each with what was read of it already, or None
+    first: int,  # Number of the first of them in the whole
+    bar,  # Progress, told of each batch
+) -> dict:  # name -> tensor
     "The sums of some batches."
-    c,ref,out = self.config,{},{n: Row(r.fn) for n,r in rows.items()}
-    for i,(b,it) in enumerate(batches, first):
+    c = self.config
+    ref = {}
+    out = {n: Row(r.fn) for n, r in rows.items()}
+    for i, (b, it) in enumerate(batches, first):
         it = it or read(b, sae, lm, hook)
-        recs = {n: (r, *r.fn(it.x, it.mask)) for n,r in out.items() if n == "sae" or i < c.null_batches}
+        recs = {n: (r, *r.fn(it.x, it.mask)) for n, r in out.items() if n == "sae" or i < c.null_batches}
         if i < c.n_eval_sparsity_variance_batches:
-            for r,x_hat,f in recs.values(): r.take(it, x_hat, f)
+            for r, x_hat, f in recs.values():
+                r.take(it, x_hat, f)
             ref.setdefault("seen_x", []).append(torch.tensor([it.mask.numel()]))
         if lm is not None and i < c.n_eval_reconstruction_batches:
-            self.splice(it, {n: o[:2] for n,o in recs.items()}, lm, hook, ref)
+            self.splice(it, {n: o[:2] for n, o in recs.items()}, lm, hook, ref)
             ref.setdefault("seen_lm", []).append(torch.tensor([it.mask.numel()]))
         bar.update()
-    return {**{f"{n}/{k}": v for n,r in out.items() for k,v in r.tensors().items()}, **{f"ref/{k}": torch.cat(v) for k,v in ref.items()}}
+    return {
+        **{f"{n}/{k}": v for n, r in out.items() for k, v in r.tensors().items()},
+        **{f"ref/{k}": torch.cat(v) for k, v in ref.items()},
+    }
 
 # %% ../../nbs/evals/core.ipynb #core-eval-walk
 @patch
-def walk(self:Core, sae, batches, lm, hook, mean, nulls=None, parts=None, quiet=True):
+def walk(self: Core, sae, batches, lm, hook, mean, nulls=None, parts=None, quiet=True):
     "Go through the batches; returns the rows, the model's sums, what the random row used, and nominal token counts."
-    c,ref,own,j = self.config,{},{k: v for k,v in vars(self.config).items() if k != "verbose"},0
+    c = self.config
+    ref = {}
+    own = {k: v for k, v in vars(self.config).items() if k != "verbose"}
+    j = 0
     n = max(c.n_eval_reconstruction_batches if lm is not None else 0, c.n_eval_sparsity_variance_batches)
     batches = (b if isinstance(b, Batch) else tuple(b) for b in islice(batches, n))
     head = [(b, read(b, sae, lm, hook)) for b in islice(batches, c.null_batches)]
-    rows,info = self.rows(sae, [it for _,it in head], mean, nulls)
+    rows, info = self.rows(sae, [it for _, it in head], mean, nulls)
     stream = chain(head, ((b, None) for b in batches))
     with tqdm(desc="core", unit=" batches", disable=quiet, leave=False, ncols=80) as bar:
         while some := list(islice(stream, c.piece)):
-            make = lambda: self.piece(sae, rows, lm, hook, some, j, bar)
-            ts = make() if parts is None else parts.get("core", [sae, lm, hook, own, mean, nulls or {}, j, [tuple(b) for b,_ in some]], make)
-            for name,r in rows.items(): r.merge({k[len(name) + 1:]: v for k,v in ts.items() if k.startswith(f"{name}/")})
-            for k,v in ts.items():
-                if k.startswith("ref/"): ref.setdefault(k[4:], []).append(v)
+
+            def make():
+                return self.piece(sae, rows, lm, hook, some, j, bar)
+
+            ts = (
+                make()
+                if parts is None
+                else parts.get(
+                    "core", [sae, lm, hook, own, mean, nulls or {}, j, [tuple(b) for b, _ in some]], make
+                )
+            )
+            for name, r in rows.items():
+                r.merge({k[len(name) + 1 :]: v for k, v in ts.items() if k.startswith(f"{name}/")})
+            for k, v in ts.items():
+                if k.startswith("ref/"):
+                    ref.setdefault(k[4:], []).append(v)
             j += len(some)
-    if not rows["sae"].run.n: raise InputError("no token counted: the batches were empty or every mask was 0; hand over held-out batches with counted tokens")
-    seen = dict(total_tokens_eval_reconstruction=sum(int(v.sum()) for v in ref.pop("seen_lm", [])), total_tokens_eval_sparsity_variance=sum(int(v.sum()) for v in ref.pop("seen_x", [])))
-    return rows, {k: torch.cat(v) for k,v in ref.items()}, info, seen
+    if not rows["sae"].run.n:
+        raise InputError(
+            "no token counted: the batches were empty or every mask was 0; hand over held-out batches with counted tokens"
+        )
+    seen = dict(
+        total_tokens_eval_reconstruction=sum(int(v.sum()) for v in ref.pop("seen_lm", [])),
+        total_tokens_eval_sparsity_variance=sum(int(v.sum()) for v in ref.pop("seen_x", [])),
+    )
+    return rows, {k: torch.cat(v) for k, v in ref.items()}, info, seen
 
 # %% ../../nbs/evals/core.ipynb #core-eval-preserved
 no_lm = "no language model: the batches are activations"
 no_harm = "zeroing the hook does not make the model worse, so there is nothing to win back"
 
+# %% ../../nbs/evals/core.ipynb #core-eval-preserved-preserved
 def preserved(
-    row:Row,   # What was put in
-    ref:dict,  # Per-row sums of the untouched and zeroed model
-)->tuple:      # metrics, standard errors, reasons
+    row: Row,  # What was put in
+    ref: dict,  # Per-row sums of the untouched and zeroed model
+) -> tuple:  # metrics, standard errors, reasons
     "What the model keeps with a row's reconstruction in place."
-    names = ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae", "ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae")
-    if not row.ce: return dict.fromkeys(names), {}, dict.fromkeys(names, no_lm)
-    ce,kl = torch.cat(row.ce),torch.cat(row.kl)
-    r = {k: v[:len(ce)] for k,v in ref.items()}
-    n,m = r["n_ce"].sum(),r["n_kl"].sum()
-    zero,sae,lm = ((v.sum()/n).item() for v in (r["ce_zero"], ce, r["ce"]))
-    kz,ks = ((v.sum()/m).item() for v in (r["kl_zero"], kl))
-    out = dict(zip(names, ((kz - ks)/kz if kz > 0 else None, kz, ks, loss_recovered(zero, sae, lm) if zero > lm else None, zero, sae, lm)))
-    se = dict(ce_loss_score=ratio_se(r["ce_zero"] - ce, r["ce_zero"] - r["ce"]) if zero > lm else None,
-              kl_div_score=ratio_se(r["kl_zero"] - kl, r["kl_zero"]) if kz > 0 else None, ce_loss_with_sae=ratio_se(ce, r["n_ce"]))
+    names = (
+        "kl_div_score",
+        "kl_div_with_ablation",
+        "kl_div_with_sae",
+        "ce_loss_score",
+        "ce_loss_with_ablation",
+        "ce_loss_with_sae",
+        "ce_loss_without_sae",
+    )
+    if not row.ce:
+        return dict.fromkeys(names), {}, dict.fromkeys(names, no_lm)
+    ce, kl = torch.cat(row.ce), torch.cat(row.kl)
+    r = {k: v[: len(ce)] for k, v in ref.items()}
+    n, m = r["n_ce"].sum(), r["n_kl"].sum()
+    zero, sae, lm = ((v.sum() / n).item() for v in (r["ce_zero"], ce, r["ce"]))
+    kz, ks = ((v.sum() / m).item() for v in (r["kl_zero"], kl))
+    out = dict(
+        zip(
+            names,
+            (
+                (kz - ks) / kz if kz > 0 else None,
+                kz,
+                ks,
+                loss_recovered(zero, sae, lm) if zero > lm else None,
+                zero,
+                sae,
+                lm,
+            ),
+        )
+    )
+    se = dict(
+        ce_loss_score=ratio_se(r["ce_zero"] - ce, r["ce_zero"] - r["ce"]) if zero > lm else None,
+        kl_div_score=ratio_se(r["kl_zero"] - kl, r["kl_zero"]) if kz > 0 else None,
+        ce_loss_with_sae=ratio_se(ce, r["n_ce"]),
+    )
     return out, se, {k: no_harm for k in ("ce_loss_score", "kl_div_score") if out[k] is None}
 
 # %% ../../nbs/evals/core.ipynb #core-eval-latents
 def latents(
-    sae,     # Any SAE
-    row:Row, # Its sums
-)->tuple:    # name -> Tensor [d_sae] (NaN where undefined), and reasons
+    sae,  # Any SAE
+    row: Row,  # Its sums
+) -> tuple:  # name -> Tensor [d_sae] (NaN where undefined), and reasons
     "What can be said of each latent, under SAEBench's names."
-    n,pos = row.run.n_f,row.run.s["positive"].double().cpu()
+    n, pos = row.run.n_f, row.run.s["positive"].double().cpu()
     fired = torch.as_tensor(row.rows_fired, dtype=torch.float64).cpu()
-    nan,why = torch.full((sae.d_sae,), math.nan, dtype=torch.float64),{}
-    out = dict(feature_density=pos/n, consistent_activation_heuristic=pos/fired if fired.ndim else nan)
-    if not fired.ndim: why["consistent_activation_heuristic"] = "tokens are independent: there are no sequences to fire in"
-    elif (pos == 0).any(): why["consistent_activation_heuristic"] = "null for latents that never fired"
+    nan = torch.full((sae.d_sae,), math.nan, dtype=torch.float64)
+    why = {}
+    out = dict(feature_density=pos / n, consistent_activation_heuristic=pos / fired if fired.ndim else nan)
+    if not fired.ndim:
+        why["consistent_activation_heuristic"] = "tokens are independent: there are no sequences to fire in"
+    elif (pos == 0).any():
+        why["consistent_activation_heuristic"] = "null for latents that never fired"
     D = sae.W_dec.detach().float()
     E = sae.W_enc.detach().float().T if getattr(sae, "W_enc", None) is not None else None
     if E is None or E.shape != D.shape:
-        E,reason = None,"the encoder is not one [d_in, d_sae] matrix"
-        why.update({k: reason for k in ("encoder_norm", "encoder_decoder_cosine_sim", "max_encoder_cosine_sim", "average_max_encoder_cosine_sim")})
+        E, reason = None, "the encoder is not one [d_in, d_sae] matrix"
+        why.update(
+            {
+                k: reason
+                for k in (
+                    "encoder_norm",
+                    "encoder_decoder_cosine_sim",
+                    "max_encoder_cosine_sim",
+                    "average_max_encoder_cosine_sim",
+                )
+            }
+        )
     b = getattr(sae, "b_enc", None)
-    out.update(encoder_bias=torch.zeros(sae.d_sae) if b is None or b.shape != (sae.d_sae,) else b.detach().float(), encoder_norm=nan if E is None else E.norm(dim=1),
-               encoder_decoder_cosine_sim=nan if E is None else (unit(E)*unit(D)).sum(1), max_decoder_cosine_sim=nearest_cos(D) if len(D) > 1 else nan,
-               max_encoder_cosine_sim=nan if E is None or len(E) < 2 else nearest_cos(E))
-    return {k: v.double().cpu() for k,v in out.items()}, why
+    out.update(
+        encoder_bias=torch.zeros(sae.d_sae) if b is None or b.shape != (sae.d_sae,) else b.detach().float(),
+        encoder_norm=nan if E is None else E.norm(dim=1),
+        encoder_decoder_cosine_sim=nan if E is None else (unit(E) * unit(D)).sum(1),
+        max_decoder_cosine_sim=nearest_cos(D) if len(D) > 1 else nan,
+        max_encoder_cosine_sim=nan if E is None or len(E) < 2 else nearest_cos(E),
+    )
+    return {k: v.double().cpu() for k, v in out.items()}, why
 
 # %% ../../nbs/evals/core.ipynb #core-eval-misc
 def misc(
-    per:dict, # From `latents`
-)->dict:      # SAEBench's misc_metrics
+    per: dict,  # From `latents`
+) -> dict:  # SAEBench's misc_metrics
     "Summaries over latents."
-    d,total = per["feature_density"],per["feature_density"].sum()
+    d, total = per["feature_density"], per["feature_density"].sum()
     out = {}
     for pct in (1, 10):
-        hot = d > pct/100
+        hot = d > pct / 100
         out[f"freq_over_{pct}_percent"] = hot.double().mean()
-        out[f"normalized_freq_over_{pct}_percent"] = d[hot].sum()/total
-    for k in ("encoder", "decoder"): out[f"average_max_{k}_cosine_sim"] = per[f"max_{k}_cosine_sim"].mean()
-    order = ("freq_over_1_percent", "freq_over_10_percent", "normalized_freq_over_1_percent", "normalized_freq_over_10_percent",
-             "average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim")
+        out[f"normalized_freq_over_{pct}_percent"] = d[hot].sum() / total
+    for k in ("encoder", "decoder"):
+        out[f"average_max_{k}_cosine_sim"] = per[f"max_{k}_cosine_sim"].mean()
+    order = (
+        "freq_over_1_percent",
+        "freq_over_10_percent",
+        "normalized_freq_over_1_percent",
+        "normalized_freq_over_10_percent",
+        "average_max_encoder_cosine_sim",
+        "average_max_decoder_cosine_sim",
+    )
     return {**{k: out[k] for k in order}, "frac_alive": (d > 0).double().mean()}
 
+# %% ../../nbs/evals/core.ipynb #core-eval-misc-density-counts
 def density_counts(
-    density:Tensor, # [d_sae]
-)->dict:            # Edges (log10) and counts; latents that never fired are apart
+    density: Tensor,  # [d_sae]
+) -> dict:  # Edges (log10) and counts; latents that never fired are apart
     "Histogram of log10 density in steps of a quarter."
-    edges = torch.arange(-6, .25, .25)
+    edges = torch.arange(-6, 0.25, 0.25)
     alive = density[density > 0].log10().clamp(-6, 0).float()
-    return dict(log10_edges=edges.tolist(), counts=torch.histogram(alive.cpu(), edges).hist.int().tolist(), dead=int((density == 0).sum()))
+    return dict(
+        log10_edges=edges.tolist(),
+        counts=torch.histogram(alive.cpu(), edges).hist.int().tolist(),
+        dead=int((density == 0).sum()),
+    )
 
 # %% ../../nbs/evals/core.ipynb #core-eval-categories
 def categories(
-    kept:dict, # From `preserved`
-    r:dict,    # From `Running.result`
-    seen:dict, # Nominal token counts
-    m:dict,    # From `misc`
-)->dict:       # category -> {name: value}, SAEBench's order
+    kept: dict,  # From `preserved`
+    r: dict,  # From `Running.result`
+    seen: dict,  # Nominal token counts
+    m: dict,  # From `misc`
+) -> dict:  # category -> {name: value}, SAEBench's order
     "SAEBench's seven categories."
-    pick = lambda d, *ks: {k: d.get(k) for k in ks}
-    return dict(model_behavior_preservation=pick(kept, "kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"),
-        model_performance_preservation=pick(kept, "ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"),
+
+    def pick(d, *ks):
+        return {k: d.get(k) for k in ks}
+
+    return dict(
+        model_behavior_preservation=pick(kept, "kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"),
+        model_performance_preservation=pick(
+            kept, "ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"
+        ),
         reconstruction_quality=pick(r, "explained_variance", "explained_variance_legacy", "mse", "cossim"),
         shrinkage=pick(r, "l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"),
-        sparsity=pick(r, "l0", "l1"), token_stats=dict(seen), misc_metrics=dict(m))
+        sparsity=pick(r, "l0", "l1"),
+        token_stats=dict(seen),
+        misc_metrics=dict(m),
+    )
 
-flags = dict(compute_kl=("model_behavior_preservation",), compute_ce_loss=("model_performance_preservation",), compute_l2_norms=("shrinkage",),
-             compute_sparsity_metrics=("sparsity",), compute_variance_metrics=("reconstruction_quality",), compute_featurewise_density_statistics=(),
-             compute_featurewise_weight_based_metrics=())
+# %% ../../nbs/evals/core.ipynb #core-eval-categories-more
+flags = dict(
+    compute_kl=("model_behavior_preservation",),
+    compute_ce_loss=("model_performance_preservation",),
+    compute_l2_norms=("shrinkage",),
+    compute_sparsity_metrics=("sparsity",),
+    compute_variance_metrics=("reconstruction_quality",),
+    compute_featurewise_density_statistics=(),
+    compute_featurewise_weight_based_metrics=(),
+)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-null-row
 def null_row(
-    row:Row,  # A row beside the SAE
-    ref:dict, # Sums of the untouched and zeroed model
-)->dict:      # name -> number or None
+    row: Row,  # A row beside the SAE
+    ref: dict,  # Sums of the untouched and zeroed model
+) -> dict:  # name -> number or None
     "The numbers of a row that learned nothing."
-    r,(kept,_,_) = row.run.result(),preserved(row, ref)
+    r, (kept, _, _) = row.run.result(), preserved(row, ref)
     keys = ("explained_variance", "mse", "cossim", "l2_ratio", "l0")
-    return settle({**{k: kept[k] for k in ("ce_loss_score", "kl_div_score", "ce_loss_with_sae")}, **{k: r.get(k) for k in keys}}, {})
+    return settle(
+        {
+            **{k: kept[k] for k in ("ce_loss_score", "kl_div_score", "ce_loss_with_sae")},
+            **{k: r.get(k) for k in keys},
+        },
+        {},
+    )
 
 # %% ../../nbs/evals/core.ipynb #core-eval-report
 @patch
-def report(self:Core, sae, rows, ref, info, seen, details, name):
+def report(self: Core, sae, rows, ref, info, seen, details, name):
     "Numbers, nulls and small data to plot, in one envelope."
-    c,row,why = self.config,rows["sae"],{}
-    kept,se,reasons = preserved(row, ref)
+    c = self.config
+    row = rows["sae"]
+    why = {}
+    kept, se, reasons = preserved(row, ref)
     r = row.run.result()
-    per,no = latents(sae, row)
-    why.update(reasons); why.update(row.run.undefined); why.update(no)
+    per, no = latents(sae, row)
+    why.update(reasons)
+    why.update(row.run.undefined)
+    why.update(no)
     cats = categories(kept, r, seen, misc(per))
-    for f,names in flags.items():
+    for f, names in flags.items():
         if not getattr(c, f):
-            for n in names: why.update(dict.fromkeys(cats[n], f"{f} is off")); cats[n] = dict.fromkeys(cats[n])
-    if row.run.s["fired"].sum() == 0: why.update({f"normalized_freq_over_{p}_percent": "no latent fired" for p in (1, 10)})
-    cats = {k: settle(v, why) for k,v in cats.items()}
+            for n in names:
+                why.update(dict.fromkeys(cats[n], f"{f} is off"))
+                cats[n] = dict.fromkeys(cats[n])
+    if row.run.s["fired"].sum() == 0:
+        why.update({f"normalized_freq_over_{p}_percent": "no latent fired" for p in (1, 10)})
+    cats = {k: settle(v, why) for k, v in cats.items()}
     se = {**se, "explained_variance": row.ev_se()}
     extra = {k: r[k] for k in ("explained_variance_saebench", "mse_saebench", "frac_dead")}
-    extra.update(n_tokens=row.run.n, n_sequences=sum(len(o[0]) for o in row.seq), **{f"random_{k}": v for k,v in info.items()})
-    u = dict(undefined=why, nulls={n: null_row(o, ref) for n,o in rows.items() if n != "sae" and o.run.n}, standard_errors=settle(se, {}), extra=settle(extra, why),
-             l0_histogram=row.run.l0_histogram, density_histogram=density_counts(per["feature_density"]))
+    extra.update(
+        n_tokens=row.run.n,
+        n_sequences=sum(len(o[0]) for o in row.seq),
+        **{f"random_{k}": v for k, v in info.items()},
+    )
+    u = dict(
+        undefined=why,
+        nulls={n: null_row(o, ref) for n, o in rows.items() if n != "sae" and o.run.n},
+        standard_errors=settle(se, {}),
+        extra=settle(extra, why),
+        l0_histogram=row.run.l0_histogram,
+        density_histogram=density_counts(per["feature_density"]),
+    )
     on = c.compute_featurewise_density_statistics and c.compute_featurewise_weight_based_metrics and details
     return envelope("core", c, sae, cats, table(per) if on else [], u, name)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-table
 def table(
-    per:dict, # name -> [d_sae]
-)->list:      # One object per latent
+    per: dict,  # name -> [d_sae]
+) -> list:  # One object per latent
     "Per-latent numbers, rounded as SAEBench does; null where undefined."
-    clean = lambda v: round(v, 10) if math.isfinite(v) else None
-    keys = ("feature_density", "consistent_activation_heuristic", "encoder_bias", "encoder_norm", "encoder_decoder_cosine_sim",
-            "max_decoder_cosine_sim", "max_encoder_cosine_sim")
-    return [dict(index=i, **dict(zip(keys, map(clean, v)))) for i,v in enumerate(zip(*(per[k].tolist() for k in keys)))]
+
+    def clean(v):
+        return round(v, 10) if math.isfinite(v) else None
+
+    keys = (
+        "feature_density",
+        "consistent_activation_heuristic",
+        "encoder_bias",
+        "encoder_norm",
+        "encoder_decoder_cosine_sim",
+        "max_decoder_cosine_sim",
+        "max_encoder_cosine_sim",
+    )
+    return [
+        dict(index=i, **dict(zip(keys, map(clean, v))))
+        for i, v in enumerate(zip(*(per[k].tolist() for k in keys)))
+    ]
 
 # %% ../../nbs/evals/core.ipynb #core-eval-call
 @patch
 @torch.no_grad()
-def __call__(self:Core,
-    sae,               # Any SAE
-    batches,           # Iterable of (tokens, docs, mask), or of Batch when `lm` is None
-    lm=None,           # Language model
-    hook:str=None,     # Hook point; None: the model's default
-    details:bool=True, # Keep one object per latent
-    name:str="",       # What to call the SAE
-    mean:Tensor=None,  # Mean of the training activations, for the `mean` row; None: of the first batches
-    nulls:dict=None,   # name -> SAE that knows nothing, e.g. from `codes.null_saes`; rows of their own
-    parts:Store=None,  # Where finished pieces stay, so that an interrupted evaluation goes on
-    quiet:bool=True,   # No progress bar
-)->dict:               # SAEBench's envelope
+def __call__(
+    self: Core,
+    sae,  # Any SAE
+    batches,  # Iterable of (tokens, docs, mask), or of Batch when `lm` is None
+    lm=None,  # Language model
+    hook: str = None,  # Hook point; None: the model's default
+    details: bool = True,  # Keep one object per latent
+    name: str = "",  # What to call the SAE
+    mean: Tensor = None,  # Mean of the training activations, for the `mean` row; None: of the first batches
+    nulls: dict = None,  # name -> SAE that knows nothing, e.g. from `codes.null_saes`; rows of their own
+    parts: Store = None,  # Where finished pieces stay, so that an interrupted evaluation goes on
+    quiet: bool = True,  # No progress bar
+) -> dict:  # SAEBench's envelope
     "Evaluate one SAE; nothing about it changes."
     was = sae.training
     if lm is not None:
         hook = hook or lm.default_hook
         self.config.model_name = self.config.model_name or lm.name
     sae.eval()
-    try: return self.report(sae, *self.walk(sae, batches, lm, hook, mean, nulls, parts, quiet), details, name)
-    finally: sae.train(was)
+    try:
+        return self.report(sae, *self.walk(sae, batches, lm, hook, mean, nulls, parts, quiet), details, name)
+    finally:
+        sae.train(was)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-plot
 @patch
-def plot(self:Core,
-    envs:dict, # name of the SAE -> envelope
-):             # A matplotlib figure
+def plot(
+    self: Core,
+    envs: dict,  # name of the SAE -> envelope
+):  # A matplotlib figure
     "Explained variance and loss beside their nulls, L0 per token, density of latents."
     import matplotlib.pyplot as plt
-    fig,ax = plt.subplots(1, 4, figsize=(12, 1.9 + .22*len(envs)), layout="constrained", width_ratios=[1, 1, 1.1, 1.1])
-    nulls,ms = {},{n: {k: v for c in e["eval_result_metrics"].values() for k,v in c.items()} for n,e in envs.items()}
+
+    fig, ax = plt.subplots(
+        1, 4, figsize=(12, 1.9 + 0.22 * len(envs)), layout="constrained", width_ratios=[1, 1, 1.1, 1.1]
+    )
+    nulls = {}
+    ms = {n: {k: v for c in e["eval_result_metrics"].values() for k, v in c.items()} for n, e in envs.items()}
     for e in envs.values():
-        for n,m in e["eval_result_unstructured"]["nulls"].items(): nulls.setdefault(n, []).append(m)
-    for a,k in zip(ax, ("explained_variance", "ce_loss_score")):
-        a.set(title=k.replace("_", " "), xlim=(0, 1.02)); a.tick_params(axis="y", length=0)
-        if all(m[k] is None for m in ms.values()): a.text(.5, .5, "needs a language model", ha="center", transform=a.transAxes); a.set(yticks=[]); continue
-        a.barh(list(ms), [m[k] or 0 for m in ms.values()], color=[f"C{i % 10}" for i in range(len(ms))], height=.6); a.invert_yaxis()
-        for n,style in dict(mean=":", random="--", frozen="-").items():
+        for n, m in e["eval_result_unstructured"]["nulls"].items():
+            nulls.setdefault(n, []).append(m)
+    for a, k in zip(ax, ("explained_variance", "ce_loss_score")):
+        a.set(title=k.replace("_", " "), xlim=(0, 1.02))
+        a.tick_params(axis="y", length=0)
+        if all(m[k] is None for m in ms.values()):
+            a.text(0.5, 0.5, "needs a language model", ha="center", transform=a.transAxes)
+            a.set(yticks=[])
+            continue
+        a.barh(
+            list(ms),
+            [m[k] or 0 for m in ms.values()],
+            color=[f"C{i % 10}" for i in range(len(ms))],
+            height=0.6,
+        )
+        a.invert_yaxis()
+        for n, style in dict(mean=":", random="--", frozen="-").items():
             v = [m[k] for m in nulls.get(n, []) if m.get(k) is not None]
-            if v: a.axvline(sum(v)/len(v), color=".35", ls=style, lw=1, label=n)
+            if v:
+                a.axvline(sum(v) / len(v), color=".35", ls=style, lw=1, label=n)
     ax[0].set_xlabel("lines: mean (dotted), random (dashed), frozen (solid)", fontsize=7)
-    for i,(n,e) in enumerate(envs.items()):
-        u = e["eval_result_unstructured"]; h,d = torch.tensor(u["l0_histogram"]).double(),u["density_histogram"]
-        ax[2].step(range(len(h)), h/h.sum(), where="mid", color=f"C{i % 10}", label=n); ax[3].stairs(d["counts"], d["log10_edges"], color=f"C{i % 10}")
+    for i, (n, e) in enumerate(envs.items()):
+        u = e["eval_result_unstructured"]
+        h = torch.tensor(u["l0_histogram"]).double()
+        d = u["density_histogram"]
+        ax[2].step(range(len(h)), h / h.sum(), where="mid", color=f"C{i % 10}", label=n)
+        ax[3].stairs(d["counts"], d["log10_edges"], color=f"C{i % 10}")
     ax[1].set(yticklabels=[]) if all(m["ce_loss_score"] is not None for m in ms.values()) else None
-    ax[2].set(title="share of tokens by L0", xlabel="active latents", ylim=(0, None)); ax[3].set(title="latents by how often they fire", xlabel="log10 density")
+    ax[2].set(title="share of tokens by L0", xlabel="active latents", ylim=(0, None))
+    ax[3].set(title="latents by how often they fire", xlabel="log10 density")
     return fig

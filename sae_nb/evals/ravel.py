@@ -8,614 +8,1114 @@ __all__ = ['ravel_repo', 'RAVELConfig', 'RAVEL', 'matches', 'ravel_rows', 'Promp
            'anneal', 'train_masks', 'train_rotation', 'attribute_scores', 'overall', 'Task', 'entity_interval']
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-imports
-import json, math, random, re
+import json
+import math
+import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
+
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from fastcore.basics import patch
 from tqdm import tqdm
+
+from .. import world as W
+from ..codes import bootstrap, latents_of
 from ..core import *
 from ..envelope import configure, envelope, settle
 from ..store import Store, blocks
-from ..codes import bootstrap, latents_of
 from ..texts import why_not
-from .. import world as W
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config
 @dataclass
 class RAVELConfig:
     "SAEBench's options; ours follow."
-    entity_attribute_selection:dict = field(default_factory=lambda: dict(city=["Country", "Continent", "Language"], nobel_prize_winner=["Country of Birth", "Field", "Gender"])) # Kind of entity -> attributes
-    top_n_entities:int = 500            # Entities kept: those with most prompts answered rightly
-    full_dataset_downsample:int = None  # Prompts asked at most, drawn at random; None: all
-    num_pairs_per_attribute:int = 5000  # Pairs for cause, and as many for isolation
-    train_test_split:float = .7         # Share of pairs (and of entities, and of templates) that the mask is trained on
-    model_name:str = ""                 # Filled in from the model
-    llm_dtype:str = "float32"           # For the record; the model comes loaded
-    llm_batch_size:int = 8              # Pairs per step and attribute
-    learning_rate:float = 1e-3          # Adam, for the mask
-    num_epochs:int = 2                  # Passes over the training pairs
-    n_generated_tokens:int = 6          # Tokens of an answer
-    random_seed:int = 42                # Which entities, templates and pairs
-    data_dir:str = ""                   # Folder that mirrors the hub; empty: the hub
-    position:str = "entity"             # Token that is swapped: "entity" (its last token), "last" (of the prompt), "auto" (entity if that moves answers, else last)
-    min_moved:float = .25               # Least share of answers that a swap of everything must move
-    together:int = 1                    # Attributes whose masks are trained in one pass; 0: all of an entity. Speed and memory only
-    compatible:bool = True              # A second mask, trained and scored in SAEBench's way
-    residual:bool = True                # Row beside the SAE: a mask over the coordinates of the activation
-    rotation:bool = True                # Row beside the SAE: a rotation learned together with the mask (SAEBench's `train_mdas`)
-    rotation_lr:float = 1e-2            # Adam, for the rotation and its mask
-    bootstrap_draws:int = 1000          # Resamplings for the intervals
 
+    entity_attribute_selection: dict = field(
+        default_factory=lambda: dict(
+            city=["Country", "Continent", "Language"],
+            nobel_prize_winner=["Country of Birth", "Field", "Gender"],
+        )
+    )  # Kind of entity -> attributes
+    top_n_entities: int = 500  # Entities kept: those with most prompts answered rightly
+    full_dataset_downsample: int = None  # Prompts asked at most, drawn at random; None: all
+    num_pairs_per_attribute: int = 5000  # Pairs for cause, and as many for isolation
+    train_test_split: float = (
+        0.7  # Share of pairs (and of entities, and of templates) that the mask is trained on
+    )
+    model_name: str = ""  # Filled in from the model
+    llm_dtype: str = "float32"  # For the record; the model comes loaded
+    llm_batch_size: int = 8  # Pairs per step and attribute
+    learning_rate: float = 1e-3  # Adam, for the mask
+    num_epochs: int = 2  # Passes over the training pairs
+    n_generated_tokens: int = 6  # Tokens of an answer
+    random_seed: int = 42  # Which entities, templates and pairs
+    data_dir: str = ""  # Folder that mirrors the hub; empty: the hub
+    position: str = "entity"  # Token that is swapped: "entity" (its last token), "last" (of the prompt), "auto" (entity if that moves answers, else last)
+    min_moved: float = 0.25  # Least share of answers that a swap of everything must move
+    together: int = (
+        1  # Attributes whose masks are trained in one pass; 0: all of an entity. Speed and memory only
+    )
+    compatible: bool = True  # A second mask, trained and scored in SAEBench's way
+    residual: bool = True  # Row beside the SAE: a mask over the coordinates of the activation
+    rotation: bool = (
+        True  # Row beside the SAE: a rotation learned together with the mask (SAEBench's `train_mdas`)
+    )
+    rotation_lr: float = 1e-2  # Adam, for the rotation and its mask
+    bootstrap_draws: int = 1000  # Resamplings for the intervals
+
+# %% ../../nbs/evals/ravel.ipynb #ravel-config-ravel
 @register("evals", "ravel")
 class RAVEL:
     "Swap latents of one attribute between entities: does it follow, do the others stay?"
-    world = dict(entity_attribute_selection=dict(city=["country", "continent", "language"], person=["birth", "field", "gender"]),
-                 num_pairs_per_attribute=400, llm_batch_size=16, n_generated_tokens=1, position="auto", together=0)
-    fast = dict(num_pairs_per_attribute=60, compatible=False, rotation=False, residual=False, bootstrap_draws=100)
+
+    world = dict(
+        entity_attribute_selection=dict(
+            city=["country", "continent", "language"], person=["birth", "field", "gender"]
+        ),
+        num_pairs_per_attribute=400,
+        llm_batch_size=16,
+        n_generated_tokens=1,
+        position="auto",
+        together=0,
+    )
+    fast = dict(
+        num_pairs_per_attribute=60, compatible=False, rotation=False, residual=False, bootstrap_draws=100
+    )
     headline = dict(disentanglement_score=+1, cause_score=+1, isolation_score=+1)
+
     def __init__(self, **config):
         self.config = c = configure(RAVELConfig, **config)
         one_of("position", c.position, ("entity", "last", "auto"))
-        if not 0 < c.train_test_split < 1: raise InputError(f"train_test_split {c.train_test_split} is not a share; give a number between 0 and 1, e.g. 0.7")
-        for k in ("num_pairs_per_attribute", "llm_batch_size", "num_epochs", "n_generated_tokens", "top_n_entities"):
-            if getattr(c, k) < 1: raise InputError(f"{k} {getattr(c, k)} is too small; give at least 1")
-        for e,a in c.entity_attribute_selection.items():
-            if len(a) < 2: raise InputError(f"entity {e!r} has {len(a)} attribute; isolation needs at least two")
+        if not 0 < c.train_test_split < 1:
+            raise InputError(
+                f"train_test_split {c.train_test_split} is not a share; give a number between 0 and 1, e.g. 0.7"
+            )
+        for k in (
+            "num_pairs_per_attribute",
+            "llm_batch_size",
+            "num_epochs",
+            "n_generated_tokens",
+            "top_n_entities",
+        ):
+            if getattr(c, k) < 1:
+                raise InputError(f"{k} {getattr(c, k)} is too small; give at least 1")
+        for e, a in c.entity_attribute_selection.items():
+            if len(a) < 2:
+                raise InputError(f"entity {e!r} has {len(a)} attribute; isolation needs at least two")
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-matches
 def _hours(zone):
     "Offsets of a time zone from UTC, in hours, in January and July."
-    try: return {datetime(2024, m, 1, tzinfo=ZoneInfo(zone)).utcoffset().total_seconds()/3600 for m in (1, 7)}
-    except Exception: return set()
+    try:
+        return {
+            datetime(2024, m, 1, tzinfo=ZoneInfo(zone)).utcoffset().total_seconds() / 3600 for m in (1, 7)
+        }
+    except Exception:
+        return set()
 
+# %% ../../nbs/evals/ravel.ipynb #ravel-matches-matches
 def matches(
-    answer:str, # Label, e.g. "France"
-    text:str,   # What the model wrote
+    answer: str,  # Label, e.g. "France"
+    text: str,  # What the model wrote
     prompt="",  # What it was asked; decides the special cases
-)->bool:
+) -> bool:
     "Is `text` the answer?"
-    label,out = answer.lower(),text.split('"')[0].strip(' "\n').replace("\\/", "/").lower()
-    if not label or not out: return False
+    label = answer.lower()
+    out = text.split('"')[0].strip(' "\n').replace("\\/", "/").lower()
+    if not label or not out:
+        return False
     bare = text.strip().replace("the ", "")
     if any(w in prompt for w in ("coord", "latitude", "longitude")):
-        n,m = re.findall(r"\d+\.?\d*", label),re.findall(r"\d+", out)
+        n, m = re.findall(r"\d+\.?\d*", label), re.findall(r"\d+", out)
         return bool(n and m) and abs(float(n[0]) - float(m[0])) <= 2
-    if any(c in answer for c in ("United States", "United Kingdom")): return bare.startswith((answer.strip().replace("the ", ""), "England"))
-    if "South Korea" in answer: return out.startswith(("korea", "south korea"))
-    if "North America" in answer: return label in out or out == "na" or out.startswith("america")
-    if "Mandarin" in answer: return out in label or out == "chinese"
-    if "language" in prompt and "," in label: return any(l.strip() in out for l in label.split(","))
+    if any(c in answer for c in ("United States", "United Kingdom")):
+        return bare.startswith((answer.strip().replace("the ", ""), "England"))
+    if "South Korea" in answer:
+        return out.startswith(("korea", "south korea"))
+    if "North America" in answer:
+        return label in out or out == "na" or out.startswith("america")
+    if "Mandarin" in answer:
+        return out in label or out == "chinese"
+    if "language" in prompt and "," in label:
+        return any(l.strip() in out for l in label.split(","))
     if "UTC" in prompt and "/" in label:
         m = re.match(r"([+\-−]?)\s*(\d{1,2})(?::(\d\d))?", out)
-        return m is not None and (-1 if m[1] in ("-", "−") else 1)*(int(m[2]) + int(m[3] or 0)/60) in _hours(answer)
+        return m is not None and (-1 if m[1] in ("-", "−") else 1) * (
+            int(m[2]) + int(m[3] or 0) / 60
+        ) in _hours(answer)
     return out.startswith(label) or label.startswith(out)
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-files
 ravel_repo = "adamkarvonen/ravel_prompts"
 
+# %% ../../nbs/evals/ravel.ipynb #ravel-files-file
 def _file(name, data_dir):
     "One JSON file of the data set."
-    p = Path(data_dir)/ravel_repo/name if data_dir else None
+    p = Path(data_dir) / ravel_repo / name if data_dir else None
     if p is None:
         from huggingface_hub import hf_hub_download
-        try: p = Path(hf_hub_download(ravel_repo, name, repo_type="dataset"))
-        except Exception as e: raise InputError(why_not(ravel_repo, e)) from None
-    if not p.exists(): raise InputError(f"{name} is not in {Path(data_dir).name!r}; put the files of the data set {ravel_repo} there under {ravel_repo}/, or leave data_dir empty to use the hub")
-    try: return json.loads(p.read_text(encoding="utf-8"))
-    except ValueError: raise InputError(f"{name} is not JSON; download it again") from None
 
+        try:
+            p = Path(hf_hub_download(ravel_repo, name, repo_type="dataset"))
+        except Exception as e:
+            raise InputError(why_not(ravel_repo, e)) from None
+    if not p.exists():
+        raise InputError(
+            f"{name} is not in {Path(data_dir).name!r}; put the files of the data set {ravel_repo} there under {ravel_repo}/, or leave data_dir empty to use the hub"
+        )
+    try:
+        return json.loads(p.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{name} is not JSON; download it again") from None
+
+# %% ../../nbs/evals/ravel.ipynb #ravel-files-ravel-rows
 def ravel_rows(
-    entity_type:str,  # e.g. "city"
-    attributes:list,  # e.g. ["Country", "Language"]
-    data_dir="",      # Folder that mirrors the hub
-    world=False,      # On the embedded world
-)->list:              # dict(entity, attribute, template, prompt, answer)
+    entity_type: str,  # e.g. "city"
+    attributes: list,  # e.g. ["Country", "Language"]
+    data_dir="",  # Folder that mirrors the hub
+    world=False,  # On the embedded world
+) -> list:  # dict(entity, attribute, template, prompt, answer)
     "Every prompt about every entity."
-    if world and entity_type in W.RAVEL and all(a in W.SUBJECTS[W.RAVEL[entity_type]]["attributes"] for a in attributes):
-        rows = [dict(entity=r["entity"], attribute=r["attribute"], prompt=r["prompt"], answer=r["answer"]) for r in W.ravel_prompts(entity_type) if r["attribute"] in attributes]
-        rows = [r | dict(template=" ".join("%s" if w == r["entity"] else w for w in r["prompt"].split())) for r in rows]
+    if (
+        world
+        and entity_type in W.RAVEL
+        and all(a in W.SUBJECTS[W.RAVEL[entity_type]]["attributes"] for a in attributes)
+    ):
+        rows = [
+            dict(entity=r["entity"], attribute=r["attribute"], prompt=r["prompt"], answer=r["answer"])
+            for r in W.ravel_prompts(entity_type)
+            if r["attribute"] in attributes
+        ]
+        rows = [
+            r | dict(template=" ".join("%s" if w == r["entity"] else w for w in r["prompt"].split()))
+            for r in rows
+        ]
         return sorted(rows, key=lambda r: (attributes.index(r["attribute"]), r["template"], r["entity"]))
-    facts,asks = [_file(f"ravel_{entity_type}_{part}.json", data_dir) for part in ("entity_attributes", "attribute_to_prompts")]
-    for a in attributes: one_of(f"attribute of {entity_type}", a, asks)
-    return [dict(entity=e, attribute=a, template=t, prompt=t.replace("%s", e), answer=str(f[a])) for a in attributes for t in sorted(set(asks[a])) if t.count("%s") == 1 for e,f in sorted(facts.items()) if f.get(a)]
+    facts, asks = [
+        _file(f"ravel_{entity_type}_{part}.json", data_dir)
+        for part in ("entity_attributes", "attribute_to_prompts")
+    ]
+    for a in attributes:
+        one_of(f"attribute of {entity_type}", a, asks)
+    return [
+        dict(entity=e, attribute=a, template=t, prompt=t.replace("%s", e), answer=str(f[a]))
+        for a in attributes
+        for t in sorted(set(asks[a]))
+        if t.count("%s") == 1
+        for e, f in sorted(facts.items())
+        if f.get(a)
+    ]
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-prompts-def
 @dataclass
 class Prompts:
     "Prompts as rows of tokens."
-    rows:list         # dict(entity, attribute, template, prompt, answer)
-    tokens:Tensor     # [n, T]
-    docs:Tensor       # [n, T], 0 on padding
-    at:Tensor         # Where the entity's last token is, [n]
-    first:Tensor=None # First token of the model's own answer, [n]
-    pos:Tensor=None   # Where the swap happens, [n]
+
+    rows: list  # dict(entity, attribute, template, prompt, answer)
+    tokens: Tensor  # [n, T]
+    docs: Tensor  # [n, T], 0 on padding
+    at: Tensor  # Where the entity's last token is, [n]
+    first: Tensor = None  # First token of the model's own answer, [n]
+    pos: Tensor = None  # Where the swap happens, [n]
+
     @property
-    def last(self): return self.docs.sum(1) - 1
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, idx): # The prompts `idx`, a list of indices
-        return Prompts([self.rows[i] for i in idx], *(None if t is None else t[idx] for t in (self.tokens, self.docs, self.at, self.first, self.pos)))
-    def swap_at(self, where): # The same prompts, to be swapped at "entity" or "last"
+    def last(self):
+        return self.docs.sum(1) - 1
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, idx):  # The prompts `idx`, a list of indices
+        return Prompts(
+            [self.rows[i] for i in idx],
+            *(None if t is None else t[idx] for t in (self.tokens, self.docs, self.at, self.first, self.pos)),
+        )
+
+    def swap_at(self, where):  # The same prompts, to be swapped at "entity" or "last"
         return replace(self, pos=self.at if where == "entity" else self.last)
 
+# %% ../../nbs/evals/ravel.ipynb #ravel-prompts-def-tokenized
 def tokenized(
-    rows:list, # From `ravel_rows`
-    lm,        # Language model with a fast tokenizer
-)->Prompts:
+    rows: list,  # From `ravel_rows`
+    lm,  # Language model with a fast tokenizer
+) -> Prompts:
     "Tokens of every prompt, and the place of its entity."
-    tokens,docs = lm.encode([r["prompt"] for r in rows])
-    if not getattr(lm.tokenizer, "is_fast", False): raise InputError("RAVEL needs to know which characters a token covers; load a fast tokenizer (AutoTokenizer does by default)")
-    spans = lm.tokenizer([r["prompt"] for r in rows], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    tokens, docs = lm.encode([r["prompt"] for r in rows])
+    if not getattr(lm.tokenizer, "is_fast", False):
+        raise InputError(
+            "RAVEL needs to know which characters a token covers; load a fast tokenizer (AutoTokenizer does by default)"
+        )
+    spans = lm.tokenizer([r["prompt"] for r in rows], add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
     at = []
-    for r,s in zip(rows, spans):
-        start = r["template"].index("%s"); end = start + len(r["entity"])
-        at.append(max(i for i,(a,b) in enumerate(s) if a < end and b > start) + (lm.bos is not None))
+    for r, s in zip(rows, spans):
+        start = r["template"].index("%s")
+        end = start + len(r["entity"])
+        at.append(max(i for i, (a, b) in enumerate(s) if a < end and b > start) + (lm.bos is not None))
     return Prompts(rows, tokens, docs, torch.tensor(at))
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-greedy
 @torch.no_grad()
 def greedy(
-    lm,            # Language model
-    tokens:Tensor, # [n, T]
-    docs:Tensor,   # [n, T], 1 and then 0
-    n:int,         # Tokens to add
-    hook=None,     # Hook point of the edit
-    edit=None,     # Function of the activations [n, T', d]
-)->Tensor:         # What was added, [n_rows, n]
+    lm,  # Language model
+    tokens: Tensor,  # [n, T]
+    docs: Tensor,  # [n, T], 1 and then 0
+    n: int,  # Tokens to add
+    hook=None,  # Hook point of the edit
+    edit=None,  # Function of the activations [n, T', d]
+) -> Tensor:  # What was added, [n_rows, n]
     "Most probable next token, `n` times."
-    last,rows,out = docs.sum(1) - 1,torch.arange(len(docs)),[]
-    tokens,docs = F.pad(tokens, (0, n)),F.pad(docs, (0, n))
+    last = docs.sum(1) - 1
+    rows = torch.arange(len(docs))
+    out = []
+    tokens, docs = F.pad(tokens, (0, n)), F.pad(docs, (0, n))
     for i in range(n):
         T = int(last.max()) + 1 + i
         out.append(lm.logits(tokens[:, :T], hook, edit, docs=docs[:, :T])[rows, last + i].argmax(-1).cpu())
-        tokens[rows, last + i + 1],docs[rows, last + i + 1] = out[-1],1
+        tokens[rows, last + i + 1] = out[-1]
+        docs[rows, last + i + 1] = 1
     return torch.stack(out, 1)
 
+# %% ../../nbs/evals/ravel.ipynb #ravel-greedy-said
 def said(
-    lm,         # Language model
-    ids:Tensor, # [n_rows, n]
-)->list:        # Texts
+    lm,  # Language model
+    ids: Tensor,  # [n_rows, n]
+) -> list:  # Texts
     "Continuations as text, up to the end of the document."
-    cut = lambda r: r[:r.index(lm.eos)] if lm.eos in r else r
-    return [lm.tokenizer.decode(cut(r), skip_special_tokens=True, clean_up_tokenization_spaces=False) for r in ids.tolist()]
+
+    def cut(r):
+        return r[: r.index(lm.eos)] if lm.eos in r else r
+
+    return [
+        lm.tokenizer.decode(cut(r), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for r in ids.tolist()
+    ]
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-known
 def known(
-    P:Prompts,    # All prompts
-    lm,           # Language model
-    c,            # RAVELConfig
-    store:Store,  # Where answers stay
-    chunk:int=1024, # Prompts to a piece
-    quiet=True,   # No progress bar
-)->Prompts:       # Those of the best known entities, with `first`
+    P: Prompts,  # All prompts
+    lm,  # Language model
+    c,  # RAVELConfig
+    store: Store,  # Where answers stay
+    chunk: int = 1024,  # Prompts to a piece
+    quiet=True,  # No progress bar
+) -> Prompts:  # Those of the best known entities, with `first`
     "Keep the prompts that the model answers rightly."
-    first,right = [],[]
+    first, right = [], []
     for i in tqdm(range(0, len(P), chunk), desc="ravel: questions", disable=quiet, leave=False, ncols=80):
         Q = P[list(range(i, min(i + chunk, len(P))))]
+
         def make():
-            ids = torch.cat([greedy(lm, t[:, :int(d.sum(1).max())], d[:, :int(d.sum(1).max())], c.n_generated_tokens) for t,d in zip(Q.tokens.split(64), Q.docs.split(64))])
-            return dict(first=ids[:, 0], right=torch.tensor([matches(r["answer"], t, r["prompt"]) for r,t in zip(Q.rows, said(lm, ids))]))
-        got = store.get("ravel-known", [lm, Q.tokens, Q.docs, [r["answer"] for r in Q.rows], c.n_generated_tokens], make)
-        first.append(got["first"]); right.append(got["right"])
+            ids = torch.cat(
+                [
+                    greedy(lm, t[:, : int(d.sum(1).max())], d[:, : int(d.sum(1).max())], c.n_generated_tokens)
+                    for t, d in zip(Q.tokens.split(64), Q.docs.split(64))
+                ]
+            )
+            return dict(
+                first=ids[:, 0],
+                right=torch.tensor(
+                    [matches(r["answer"], t, r["prompt"]) for r, t in zip(Q.rows, said(lm, ids))]
+                ),
+            )
+
+        got = store.get(
+            "ravel-known", [lm, Q.tokens, Q.docs, [r["answer"] for r in Q.rows], c.n_generated_tokens], make
+        )
+        first.append(got["first"])
+        right.append(got["right"])
     right = torch.cat(right).tolist()
-    score = Counter(r["entity"] for r,ok in zip(P.rows, right) if ok)
-    top = {e for e,_ in score.most_common(c.top_n_entities)}
-    return replace(P, first=torch.cat(first))[[i for i,(r,ok) in enumerate(zip(P.rows, right)) if ok and r["entity"] in top]]
+    score = Counter(r["entity"] for r, ok in zip(P.rows, right) if ok)
+    top = {e for e, _ in score.most_common(c.top_n_entities)}
+    return replace(P, first=torch.cat(first))[
+        [i for i, (r, ok) in enumerate(zip(P.rows, right)) if ok and r["entity"] in top]
+    ]
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-held-out
 def held_out(
-    rows:list,   # Prompts the model answers rightly
-    share:float, # Share to train on
-    seed:int,    # Any integer
-)->tuple:        # Test entities, a set; attribute -> test templates, a set
+    rows: list,  # Prompts the model answers rightly
+    share: float,  # Share to train on
+    seed: int,  # Any integer
+) -> tuple:  # Test entities, a set; attribute -> test templates, a set
     "Entities and templates to test on."
-    r,facts,by = random.Random(f"ravel {seed}"),{},{}
-    for o in rows: facts.setdefault(o["entity"], {})[o["attribute"]] = o["answer"]; by.setdefault(o["attribute"], {})[o["template"]] = 1
-    left,test = Counter(f for o in facts.values() for f in o.items()),set()
+    r = random.Random(f"ravel {seed}")
+    facts = {}
+    by = {}
+    for o in rows:
+        facts.setdefault(o["entity"], {})[o["attribute"]] = o["answer"]
+        by.setdefault(o["attribute"], {})[o["template"]] = 1
+    left = Counter(f for o in facts.values() for f in o.items())
+    test = set()
     for e in r.sample(sorted(facts), len(facts)):
-        if len(test) >= round((1 - share)*len(facts)): break
-        if all(left[f] > 1 for f in facts[e].items()): test.add(e); left.subtract(facts[e].items())
-    take = lambda ts: set(r.sample(sorted(ts), max(1, min(len(ts) - 1, round((1 - share)*len(ts))))))
-    return test,{a: take(ts) for a,ts in by.items()}
+        if len(test) >= round((1 - share) * len(facts)):
+            break
+        if all(left[f] > 1 for f in facts[e].items()):
+            test.add(e)
+            left.subtract(facts[e].items())
+
+    def take(ts):
+        return set(r.sample(sorted(ts), max(1, min(len(ts) - 1, round((1 - share) * len(ts))))))
+
+    return test, {a: take(ts) for a, ts in by.items()}
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-pairs
 def swap_pairs(
-    rows:list,       # All prompts
-    idx:list,        # Those to draw from; they ask for one attribute
-    n:int,           # Pairs
-    r:random.Random, # Decides
-)->list:             # (base, source), indices into `rows`; empty without two answers
+    rows: list,  # All prompts
+    idx: list,  # Those to draw from; they ask for one attribute
+    n: int,  # Pairs
+    r: random.Random,  # Decides
+) -> list:  # (base, source), indices into `rows`; empty without two answers
     "Pairs with different answers."
     by = {}
-    for i in idx: by.setdefault(rows[i]["answer"], []).append(i)
-    if len(by) < 2: return []
-    other = {v: [i for w,o in by.items() if w != v for i in o] for v in by}
-    bases = [b for _ in range(math.ceil(n/len(idx))) for b in r.sample(idx, len(idx))][:n]
+    for i in idx:
+        by.setdefault(rows[i]["answer"], []).append(i)
+    if len(by) < 2:
+        return []
+    other = {v: [i for w, o in by.items() if w != v for i in o] for v in by}
+    bases = [b for _ in range(math.ceil(n / len(idx))) for b in r.sample(idx, len(idx))][:n]
     return [(b, r.choice(other[rows[b]["answer"]])) for b in bases]
 
+# %% ../../nbs/evals/ravel.ipynb #ravel-pairs-tasks
 def tasks(
-    rows:list,       # Prompts the model answers rightly
-    attributes:list, # Which attributes
-    c,               # RAVELConfig
-    leaky=False,     # SAEBench's split: by pair
-)->tuple:            # Training pairs [A, n, 4] and test pairs [m, 4], columns attribute, base, source, 1 for cause; attribute -> why it is left out
+    rows: list,  # Prompts the model answers rightly
+    attributes: list,  # Which attributes
+    c,  # RAVELConfig
+    leaky=False,  # SAEBench's split: by pair
+) -> tuple:  # Training pairs [A, n, 4] and test pairs [m, 4], columns attribute, base, source, 1 for cause; attribute -> why it is left out
     "Pairs for the mask of every attribute."
-    r,(te,tt),why = random.Random(f"ravel pairs {c.random_seed} {leaky}"),held_out(rows, c.train_test_split, c.random_seed),{}
-    n = (c.num_pairs_per_attribute,)*2 if leaky else [max(2, round(s*c.num_pairs_per_attribute)) for s in (c.train_test_split, 1 - c.train_test_split)]
+    r, (te, tt), why = (
+        random.Random(f"ravel pairs {c.random_seed} {leaky}"),
+        held_out(rows, c.train_test_split, c.random_seed),
+        {},
+    )
+    n = (
+        (c.num_pairs_per_attribute,) * 2
+        if leaky
+        else [
+            max(2, round(s * c.num_pairs_per_attribute)) for s in (c.train_test_split, 1 - c.train_test_split)
+        ]
+    )
     tm = {a: {o["template"] for o in rows if o["attribute"] == a} for a in attributes}
     one = {a for a in attributes if len(tm[a]) == 1}
-    side = lambda o, test: leaky or ((o["entity"] in te) == test and (o["attribute"] in one or (o["template"] in tt[o["attribute"]]) == test))
-    pool = {(a, s): [i for i,o in enumerate(rows) if o["attribute"] == a and side(o, bool(s))] for a in attributes for s in (0, 1)}
+
+    def side(o, test):
+        return leaky or (
+            (o["entity"] in te) == test
+            and (o["attribute"] in one or (o["template"] in tt[o["attribute"]]) == test)
+        )
+
+    pool = {
+        (a, s): [i for i, o in enumerate(rows) if o["attribute"] == a and side(o, bool(s))]
+        for a in attributes
+        for s in (0, 1)
+    }
     for a in attributes:
         few = [s for s in (0, 1) if len({rows[i]["answer"] for i in pool[a, s]}) < 2]
-        if few: why[a] = f"not measurable, because prompts that the model answers rightly have fewer than two answers to {a!r} {'to test on' if few == [1] else 'to train on'}"
+        if few:
+            why[a] = (
+                f"not measurable, because prompts that the model answers rightly have fewer than two answers to {a!r} {'to test on' if few == [1] else 'to train on'}"
+            )
     use = [a for a in attributes if a not in why]
-    if len(use) < 2: return None,None,why | {a: f"not measurable, because {a!r} has no second attribute to be held apart from" for a in use}
+    if len(use) < 2:
+        return (
+            None,
+            None,
+            why
+            | {
+                a: f"not measurable, because {a!r} has no second attribute to be held apart from" for a in use
+            },
+        )
     out = ([], [])
-    for k,a in enumerate(use):
+    for k, a in enumerate(use):
         for s in (0,) if leaky else (0, 1):
-            cause = [(k, b, o, 1) for b,o in swap_pairs(rows, pool[a, s], n[s], r)]
-            iso = [p for j,u in enumerate(v for v in use if v != a) for p in ((k, b, o, 0) for b,o in swap_pairs(rows, pool[u, s], (n[s] + j)//(len(use) - 1), r))]
-            both = cause + iso; r.shuffle(both)
-            cut = round(c.train_test_split*len(both)) if leaky else len(both)*(1 - s)
-            out[0].append(both[:cut]) if cut else None; out[1].extend(dict.fromkeys(both[cut:]))
-    return torch.tensor(out[0]),torch.tensor(out[1]),why
+            cause = [(k, b, o, 1) for b, o in swap_pairs(rows, pool[a, s], n[s], r)]
+            iso = [
+                p
+                for j, u in enumerate(v for v in use if v != a)
+                for p in (
+                    (k, b, o, 0) for b, o in swap_pairs(rows, pool[u, s], (n[s] + j) // (len(use) - 1), r)
+                )
+            ]
+            both = cause + iso
+            r.shuffle(both)
+            cut = round(c.train_test_split * len(both)) if leaky else len(both) * (1 - s)
+            out[0].append(both[:cut]) if cut else None
+            out[1].extend(dict.fromkeys(both[cut:]))
+    return torch.tensor(out[0]), torch.tensor(out[1]), why
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-swapped
 def swapped(
-    sae,             # Any SAE; None: the coordinates of the activation are the latents
-    x:Tensor,        # Activations of the base, [B, d_in]
-    f_base:Tensor,   # Latents of the base, [B, d_sae]
-    f_source:Tensor, # Latents of the source, [B, d_sae]
-    mask:Tensor,     # 0 to 1, [B, d_sae]
-    error:bool=True, # Keep what the SAE does not explain
-)->Tensor:           # [B, d_in]
+    sae,  # Any SAE; None: the coordinates of the activation are the latents
+    x: Tensor,  # Activations of the base, [B, d_in]
+    f_base: Tensor,  # Latents of the base, [B, d_sae]
+    f_source: Tensor,  # Latents of the source, [B, d_sae]
+    mask: Tensor,  # 0 to 1, [B, d_sae]
+    error: bool = True,  # Keep what the SAE does not explain
+) -> Tensor:  # [B, d_in]
     "Activations with some latents taken from the source."
     move = mask * (f_source - f_base)
-    if sae is None: return x + move
-    if error: return x + move @ sae.W_dec.detach().to(move)
+    if sae is None:
+        return x + move
+    if error:
+        return x + move @ sae.W_dec.detach().to(move)
     return sae.rebuild((f_base + move).to(sae.W_dec), x.to(sae.W_dec)).to(x)
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-codes
 class Codes:
     "Latents and activations of prompts at the place of the swap."
-    def __init__(self, parts, x): # parts: (indices, values) per block, [n, k]
-        k = max(i.shape[1] for i,_ in parts)
-        self.idx,self.val = (torch.cat([F.pad(p[j], (0, k - p[j].shape[1])) for p in parts]) for j in (0, 1))
+
+    def __init__(self, parts, x):  # parts: (indices, values) per block, [n, k]
+        k = max(i.shape[1] for i, _ in parts)
+        self.idx, self.val = (torch.cat([F.pad(p[j], (0, k - p[j].shape[1])) for p in parts]) for j in (0, 1))
         self.x = torch.cat(x)
-    def __getitem__(self, rows): # [len(rows), d_sae]
+
+    def __getitem__(self, rows):  # [len(rows), d_sae]
         return self.val.new_zeros(len(rows), self.width).scatter_add(1, self.idx[rows], self.val[rows])
 
+# %% ../../nbs/evals/ravel.ipynb #ravel-codes-codes-at
 def codes_at(
-    sae,         # Any SAE; None: the coordinates of the activation
-    lm,          # Language model
-    hook:str,    # Hook point
-    P:Prompts,   # Prompts with `pos`
-    store:Store, # Where activations stay
-)->Codes:
+    sae,  # Any SAE; None: the coordinates of the activation
+    lm,  # Language model
+    hook: str,  # Hook point
+    P: Prompts,  # Prompts with `pos`
+    store: Store,  # Where activations stay
+) -> Codes:
     "Read every prompt at its `pos`."
-    parts,xs = [],[]
-    for s,x,m in blocks(store, lm, hook, P.tokens, P.docs):
-        f,x = (v[torch.arange(len(v)), P.pos[s]].float() for v in (x if sae is None else latents_of(sae, x, m), x))
+    parts, xs = [], []
+    for s, x, m in blocks(store, lm, hook, P.tokens, P.docs):
+        f, x = (
+            v[torch.arange(len(v)), P.pos[s]].float()
+            for v in (x if sae is None else latents_of(sae, x, m), x)
+        )
         i = f.abs().topk(max(1, int((f != 0).sum(1).max())), dim=1).indices
-        parts.append((i, f.gather(1, i))); xs.append(x.to(f.device))
-    out = Codes(parts, xs); out.width = f.shape[1]
+        parts.append((i, f.gather(1, i)))
+        xs.append(x.to(f.device))
+    out = Codes(parts, xs)
+    out.width = f.shape[1]
     return out
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-place
 def place(
-    pos:Tensor, # Where, [B]
-    x:Tensor,   # What, [B, d_in]
-):              # Function of activations [B, T, d_in]
+    pos: Tensor,  # Where, [B]
+    x: Tensor,  # What, [B, d_in]
+):  # Function of activations [B, T, d_in]
     "An edit that replaces one position of every row."
+
     def edit(v):
-        v = v.clone(); v[torch.arange(len(v)), pos] = x.to(v)
+        v = v.clone()
+        v[torch.arange(len(v)), pos] = x.to(v)
         return v
+
     return edit
 
-def _cut(P, b): # Tokens and document numbers of the prompts `b`, without common padding
+# %% ../../nbs/evals/ravel.ipynb #ravel-place-cut
+def _cut(P, b):  # Tokens and document numbers of the prompts `b`, without common padding
     T = int(P.docs[b].sum(1).max())
-    return P.tokens[b, :T],P.docs[b, :T]
+    return P.tokens[b, :T], P.docs[b, :T]
 
+# %% ../../nbs/evals/ravel.ipynb #ravel-place-hits
 @torch.no_grad()
 def hits(
-    lm,          # Language model
-    hook:str,    # Hook point
-    P:Prompts,   # Prompts with `pos`
-    pairs:Tensor,# [m, 4]: attribute, base, source, 1 for cause
-    new,         # Function (attribute, base, source), [B] each -> activations to put in, [B, d_in]
-    n:int=6,     # Tokens of an answer
-    batch:int=64, # Pairs at a time
-)->Tensor:       # [m] bool: the source's answer for cause, the base's own for isolation
+    lm,  # Language model
+    hook: str,  # Hook point
+    P: Prompts,  # Prompts with `pos`
+    pairs: Tensor,  # [m, 4]: attribute, base, source, 1 for cause
+    new,  # Function (attribute, base, source), [B] each -> activations to put in, [B, d_in]
+    n: int = 6,  # Tokens of an answer
+    batch: int = 64,  # Pairs at a time
+) -> Tensor:  # [m] bool: the source's answer for cause, the base's own for isolation
     "Which pairs come out as they should."
     out = []
-    for k,b,s,cause in (o.T for o in pairs.split(batch)):
+    for k, b, s, cause in (o.T for o in pairs.split(batch)):
         texts = said(lm, greedy(lm, *_cut(P, b), n, hook, place(P.pos[b], new(k, b, s))))
-        out += [matches(P.rows[s_ if c_ else b_]["answer"], t, P.rows[b_]["prompt"]) for b_,s_,c_,t in zip(b.tolist(), s.tolist(), cause.tolist(), texts)]
+        out += [
+            matches(P.rows[s_ if c_ else b_]["answer"], t, P.rows[b_]["prompt"])
+            for b_, s_, c_, t in zip(b.tolist(), s.tolist(), cause.tolist(), texts)
+        ]
     return torch.tensor(out)
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-where
 def moved(
-    lm, hook,    # Language model and hook point
-    P:Prompts,   # Prompts with `pos`
-    pairs:Tensor,# [m, 4]
-    c,           # RAVELConfig
-    store:Store, # Where the answer stays
-)->Tensor:       # [m] bool, see `hits`
+    lm,
+    hook,  # Language model and hook point
+    P: Prompts,  # Prompts with `pos`
+    pairs: Tensor,  # [m, 4]
+    c,  # RAVELConfig
+    store: Store,  # Where the answer stays
+) -> Tensor:  # [m] bool, see `hits`
     "Swap everything."
+
     def make():
         x = codes_at(None, lm, hook, P, store).x
         return dict(hits=hits(lm, hook, P, pairs, lambda k, b, s: x[s], c.n_generated_tokens))
-    return store.get("ravel-full", [lm, hook, P.tokens, P.docs, P.pos, pairs, [r["answer"] for r in P.rows], c.n_generated_tokens], make)["hits"]
+
+    return store.get(
+        "ravel-full",
+        [lm, hook, P.tokens, P.docs, P.pos, pairs, [r["answer"] for r in P.rows], c.n_generated_tokens],
+        make,
+    )["hits"]
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-anneal
 def temperatures(
-    steps:int, # Updates
-)->Tensor:     # [steps], from 1 to 1e-4
+    steps: int,  # Updates
+) -> Tensor:  # [steps], from 1 to 1e-4
     "Temperature of every step."
     return torch.logspace(0, -4, steps)
 
+# %% ../../nbs/evals/ravel.ipynb #ravel-anneal-anneal
 def anneal(
-    lm, hook,      # Language model and hook point
-    P:Prompts,     # Prompts with `pos` and `first`
-    pairs:Tensor,  # [A, n, 4], the training pairs of every attribute
-    c,             # RAVELConfig
-    new,           # Function (row of `pairs`, base, source, T) -> activations to put in, [B, d_in]
-    params:list,   # What is trained
-    lr:float,      # Adam
-    after=lambda: None, # Called after each step
-    bar=None,      # Told of each step
+    lm,
+    hook,  # Language model and hook point
+    P: Prompts,  # Prompts with `pos` and `first`
+    pairs: Tensor,  # [A, n, 4], the training pairs of every attribute
+    c,  # RAVELConfig
+    new,  # Function (row of `pairs`, base, source, T) -> activations to put in, [B, d_in]
+    params: list,  # What is trained
+    lr: float,  # Adam
+    after=lambda: None,  # Called after each step
+    bar=None,  # Told of each step
 ):
     "Train `params` so that swapped prompts are answered by their labels."
-    size = min(c.llm_batch_size, pairs.shape[1]); per = pairs.shape[1]//size
+    size = min(c.llm_batch_size, pairs.shape[1])
+    per = pairs.shape[1] // size
     opt = torch.optim.Adam(params, lr=lr)
-    for i,T in enumerate(temperatures(c.num_epochs*per).tolist()):
-        _,b,s,cause = pairs[:, i%per*size:(i%per + 1)*size].reshape(-1, 4).T
-        k,label,(tokens,docs) = torch.arange(len(pairs)).repeat_interleave(size),torch.where(cause == 1, P.first[s], P.first[b]),_cut(P, b)
+    for i, T in enumerate(temperatures(c.num_epochs * per).tolist()):
+        _, b, s, cause = pairs[:, i % per * size : (i % per + 1) * size].reshape(-1, 4).T
+        k, label, (tokens, docs) = (
+            torch.arange(len(pairs)).repeat_interleave(size),
+            torch.where(cause == 1, P.first[s], P.first[b]),
+            _cut(P, b),
+        )
         with torch.enable_grad():
-            logits = lm.logits(tokens, hook, place(P.pos[b], new(k, b, s, T)), docs=docs, grad=True)[torch.arange(len(b)), P.last[b]]
-            loss = F.cross_entropy(logits.float(), label.to(logits.device)) * len(pairs)        # the sum over attributes of their means
+            logits = lm.logits(tokens, hook, place(P.pos[b], new(k, b, s, T)), docs=docs, grad=True)[
+                torch.arange(len(b)), P.last[b]
+            ]
+            loss = F.cross_entropy(logits.float(), label.to(logits.device)) * len(
+                pairs
+            )  # the sum over attributes of their means
             grads = torch.autograd.grad(loss, params)
-        for p,g in zip(params, grads): p.grad = g
-        opt.step(); after()
-        if bar is not None: bar.update()
+        for p, g in zip(params, grads):
+            p.grad = g
+        opt.step()
+        after()
+        if bar is not None:
+            bar.update()
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-train
 def train_masks(
-    sae,         # Any SAE; None: coordinates of the activation
-    C:Codes,     # Its latents
-    lm, hook, P, pairs, c, # As in `anneal`
-    error:bool=True, # Keep what the SAE does not explain
-    bar=None,    # Progress
-)->Tensor:       # m, [A, d_sae]; a latent is on where it is positive
+    sae,  # Any SAE; None: coordinates of the activation
+    C: Codes,  # Its latents
+    lm,
+    hook,
+    P,
+    pairs,
+    c,  # As in `anneal`
+    error: bool = True,  # Keep what the SAE does not explain
+    bar=None,  # Progress
+) -> Tensor:  # m, [A, d_sae]; a latent is on where it is positive
     "A mask for each attribute."
     m = torch.zeros(len(pairs), C.width, device=C.val.device, requires_grad=True)
-    anneal(lm, hook, P, pairs, c, lambda k, b, s, T: swapped(sae, C.x[b], C[b], C[s], (m/T).sigmoid()[k], error), [m], c.learning_rate, bar=bar)
+    anneal(
+        lm,
+        hook,
+        P,
+        pairs,
+        c,
+        lambda k, b, s, T: swapped(sae, C.x[b], C[b], C[s], (m / T).sigmoid()[k], error),
+        [m],
+        c.learning_rate,
+        bar=bar,
+    )
     return m.detach()
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-rotation
 def train_rotation(
-    C:Codes,     # Activations
-    lm, hook, P, pairs, c, # As in `anneal`
-    bar=None,    # Progress
-)->Tensor:       # Projectors, [A, d_in, d_in]: the swap adds (x_source - x_base) @ projector
+    C: Codes,  # Activations
+    lm,
+    hook,
+    P,
+    pairs,
+    c,  # As in `anneal`
+    bar=None,  # Progress
+) -> Tensor:  # Projectors, [A, d_in, d_in]: the swap adds (x_source - x_base) @ projector
     "An orthogonal basis and a mask over it, for each attribute."
     fixed = C.x[pairs[..., 1].unique().to(C.x.device)]
     V = torch.linalg.svd(fixed - fixed.mean(0))[2].T
-    R = V.repeat(len(pairs), 1, 1).requires_grad_(); m = torch.zeros(len(pairs), len(V), device=V.device, requires_grad=True)
+    R = V.repeat(len(pairs), 1, 1).requires_grad_()
+    m = torch.zeros(len(pairs), len(V), device=V.device, requires_grad=True)
+
     def new(k, b, s, T):
         d = (C.x[s] - C.x[b]).view(len(pairs), -1, len(V))
-        return C.x[b] + (((d @ R) * (m/T).sigmoid()[:, None]) @ R.mT).flatten(0, 1)
+        return C.x[b] + (((d @ R) * (m / T).sigmoid()[:, None]) @ R.mT).flatten(0, 1)
+
     @torch.no_grad()
-    def orthogonal(): q,r = torch.linalg.qr(R); R.copy_(q * r.diagonal(dim1=1, dim2=2).sign()[:, None])
+    def orthogonal():
+        q, r = torch.linalg.qr(R)
+        R.copy_(q * r.diagonal(dim1=1, dim2=2).sign()[:, None])
+
     anneal(lm, hook, P, pairs, c, new, [R, m], c.rotation_lr, orthogonal, bar)
     return ((R * (m > 0)[:, None]) @ R.mT).detach()
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-score
 def attribute_scores(
-    pairs:Tensor, # [m, 4]
-    hit:Tensor,   # [m] bool
-)->list:          # Per attribute: cause_score, isolation_score, disentangle_score; None without pairs
+    pairs: Tensor,  # [m, 4]
+    hit: Tensor,  # [m] bool
+) -> list:  # Per attribute: cause_score, isolation_score, disentangle_score; None without pairs
     "Scores of every attribute."
     out = []
     for k in range(int(pairs[:, 0].max()) + 1):
-        c,i = (hit[(pairs[:, 0] == k) & (pairs[:, 3] == v)].float() for v in (1, 0))
-        c,i = (o.mean().item() if len(o) else None for o in (c, i))
-        out.append(dict(cause_score=c, isolation_score=i, disentangle_score=None if None in (c, i) else (c + i)/2))
+        c, i = (hit[(pairs[:, 0] == k) & (pairs[:, 3] == v)].float() for v in (1, 0))
+        c, i = (o.mean().item() if len(o) else None for o in (c, i))
+        out.append(
+            dict(cause_score=c, isolation_score=i, disentangle_score=None if None in (c, i) else (c + i) / 2)
+        )
     return out
 
+# %% ../../nbs/evals/ravel.ipynb #ravel-score-overall
 def overall(
-    kinds:list, # For each kind of entity, from `attribute_scores`
-)->dict:        # disentanglement_score, cause_score, isolation_score
+    kinds: list,  # For each kind of entity, from `attribute_scores`
+) -> dict:  # disentanglement_score, cause_score, isolation_score
     "Mean over attributes, then over kinds of entity."
+
     def mean(k):
-        v = [[a[k] for a in s if a[k] is not None] for s in kinds]; v = [sum(s)/len(s) for s in v if s]
-        return sum(v)/len(v) if v else None
-    return dict(disentanglement_score=mean("disentangle_score"), cause_score=mean("cause_score"), isolation_score=mean("isolation_score"))
+        v = [[a[k] for a in s if a[k] is not None] for s in kinds]
+        v = [sum(s) / len(s) for s in v if s]
+        return sum(v) / len(v) if v else None
+
+    return dict(
+        disentanglement_score=mean("disentangle_score"),
+        cause_score=mean("cause_score"),
+        isolation_score=mean("isolation_score"),
+    )
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-prepare
 @dataclass
 class Task:
     "One kind of entity, ready to be swapped."
-    name:str; attributes:list; P:Prompts; train:Tensor; test:Tensor; leaky:tuple; shares:dict
-    def key(self, c): # Everything the hits depend on, but for the SAE
-        return [self.P.tokens, self.P.docs, self.P.pos, self.P.first, [r["answer"] for r in self.P.rows], c.learning_rate, c.num_epochs, c.llm_batch_size, c.n_generated_tokens]
 
+    name: str
+    attributes: list
+    P: Prompts
+    train: Tensor
+    test: Tensor
+    leaky: tuple
+    shares: dict
+
+    def key(self, c):  # Everything the hits depend on, but for the SAE
+        return [
+            self.P.tokens,
+            self.P.docs,
+            self.P.pos,
+            self.P.first,
+            [r["answer"] for r in self.P.rows],
+            c.learning_rate,
+            c.num_epochs,
+            c.llm_batch_size,
+            c.n_generated_tokens,
+        ]
+
+# %% ../../nbs/evals/ravel.ipynb #ravel-prepare-prepare
 @patch
-def prepare(self:RAVEL, lm, hook, store, quiet=True):
+def prepare(self: RAVEL, lm, hook, store, quiet=True):
     "The kinds of entity that can be measured; why others cannot; where the swap happens; share of answers moved there."
-    c,out,why = self.config,[],{}
-    for kind,attrs in c.entity_attribute_selection.items():
+    c = self.config
+    out = []
+    why = {}
+    for kind, attrs in c.entity_attribute_selection.items():
         rows = ravel_rows(kind, attrs, c.data_dir, getattr(lm, "name", "") == "world")
-        if c.full_dataset_downsample and c.full_dataset_downsample < len(rows): rows = random.Random(f"ravel rows {c.random_seed}").sample(rows, c.full_dataset_downsample)
-        P = tokenized(rows, lm); n = len(P); P = known(P, lm, c, store, quiet=quiet)
-        train,test,no = tasks(P.rows, attrs, c); why.update({f"{kind}_{a}": v for a,v in no.items()})
-        if train is None: continue
+        if c.full_dataset_downsample and c.full_dataset_downsample < len(rows):
+            rows = random.Random(f"ravel rows {c.random_seed}").sample(rows, c.full_dataset_downsample)
+        P = tokenized(rows, lm)
+        n = len(P)
+        P = known(P, lm, c, store, quiet=quiet)
+        train, test, no = tasks(P.rows, attrs, c)
+        why.update({f"{kind}_{a}": v for a, v in no.items()})
+        if train is None:
+            continue
         use = [a for a in attrs if a not in no]
         leaky = tasks(P.rows, use, c, leaky=True)[:2] if c.compatible else None
-        out.append(Task(kind, use, P, train, test, leaky, dict(n_prompts=n, known=len(P)/n)))
+        out.append(Task(kind, use, P, train, test, leaky, dict(n_prompts=n, known=len(P) / n)))
     share = {}
     for where in dict(entity=("entity",), last=("last",), auto=("entity", "last"))[c.position] if out else ():
         full = [moved(lm, hook, t.P.swap_at(where), t.test, c, store) for t in out]
-        share[where] = overall([attribute_scores(t.test, h) for t,h in zip(out, full)])["cause_score"]
-        if share[where] >= c.min_moved: break
-    for t in out: t.P = t.P.swap_at(where)
-    return out,why,share
+        share[where] = overall([attribute_scores(t.test, h) for t, h in zip(out, full)])["cause_score"]
+        if share[where] >= c.min_moved:
+            break
+    for t in out:
+        t.P = t.P.swap_at(where)
+    return out, why, share
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-measure
 @patch
-def masks(self:RAVEL, sae, t:Task, lm, hook, store, keep, pairs, error=True, both=False, bar=None):
+def masks(self: RAVEL, sae, t: Task, lm, hook, store, keep, pairs, error=True, both=False, bar=None):
     "Train the masks of a kind of entity and score them; with `both` also with the error dropped, and with every latent on. Finished groups of attributes are kept in `keep`."
-    c,C,out = self.config,None,[]
-    train,test = pairs; step = c.together or len(train)
+    c = self.config
+    C = None
+    out = []
+    train, test = pairs
+    step = c.together or len(train)
     for i in range(0, len(train), step):
         mine = test[(test[:, 0] >= i) & (test[:, 0] < i + step)]
+
         def make():
             nonlocal C
             C = C or codes_at(sae, lm, hook, t.P, store)
-            m = train_masks(sae, C, lm, hook, t.P, train[i:i + step], c, error, bar); on = (m > 0).float()
-            go = lambda e, on=on, ps=mine: hits(lm, hook, t.P, ps, lambda k, b, s: swapped(sae, C.x[b], C[b], C[s], on[k - i], e).detach(), c.n_generated_tokens)
-            return dict(m=m, hits=go(error), **(dict(dropped=go(False), all=go(True, torch.ones_like(on), mine[mine[:, 3] == 1])) if both else {}))
-        got = keep.get("ravel", [sae, lm, hook, t.key(c), train[i:i + step], mine, error, both], make)
-        out.append((mine, got))
-    return torch.cat([p for p,_ in out]),{k: torch.cat([g[k] for _,g in out]) for k in out[0][1]}
+            m = train_masks(sae, C, lm, hook, t.P, train[i : i + step], c, error, bar)
+            on = (m > 0).float()
 
+            def go(e, on=on, ps=mine):
+                return hits(
+                    lm,
+                    hook,
+                    t.P,
+                    ps,
+                    lambda k, b, s: swapped(sae, C.x[b], C[b], C[s], on[k - i], e).detach(),
+                    c.n_generated_tokens,
+                )
+
+            return dict(
+                m=m,
+                hits=go(error),
+                **(
+                    dict(dropped=go(False), all=go(True, torch.ones_like(on), mine[mine[:, 3] == 1]))
+                    if both
+                    else {}
+                ),
+            )
+
+        got = keep.get("ravel", [sae, lm, hook, t.key(c), train[i : i + step], mine, error, both], make)
+        out.append((mine, got))
+    return torch.cat([p for p, _ in out]), {k: torch.cat([g[k] for _, g in out]) for k in out[0][1]}
+
+# %% ../../nbs/evals/ravel.ipynb #ravel-measure-beside
 @patch
-def beside(self:RAVEL, t:Task, lm, hook, store, nulls, bar=None):
+def beside(self: RAVEL, t: Task, lm, hook, store, nulls, bar=None):
     "Rows beside the SAE: name -> (test pairs, hits)."
-    c,P = self.config,t.P
-    same = lambda new: hits(lm, hook, P, t.test, new, c.n_generated_tokens)
+    c, P = self.config, t.P
+
+    def same(new):
+        return hits(lm, hook, P, t.test, new, c.n_generated_tokens)
+
     def rotated():
         C = codes_at(None, lm, hook, P, store)
         Q = train_rotation(C, lm, hook, P, t.train, c, bar)
         return dict(hits=same(lambda k, b, s: C.x[b] + torch.einsum("bd,bde->be", C.x[s] - C.x[b], Q[k])))
+
     def untouched():
         x = codes_at(None, lm, hook, P, store).x
         return dict(hits=same(lambda k, b, s: x[b]))
-    out = {"nothing": (t.test, store.get("ravel-none", [lm, hook, t.key(c), t.test], untouched)["hits"]),
-           "everything": (t.test, moved(lm, hook, P, t.test, c, store))}
-    for n,s in (nulls or {}).items(): p,g = self.masks(s, t, lm, hook, store, store, (t.train, t.test), bar=bar); out[n] = (p, g["hits"])
-    if c.residual: p,g = self.masks(None, t, lm, hook, store, store, (t.train, t.test), bar=bar); out["residual"] = (p, g["hits"])
-    if c.rotation: out["rotation"] = (t.test, store.get("ravel-rotation", [lm, hook, t.key(c), t.train, t.test, c.rotation_lr], rotated)["hits"])
+
+    out = {
+        "nothing": (t.test, store.get("ravel-none", [lm, hook, t.key(c), t.test], untouched)["hits"]),
+        "everything": (t.test, moved(lm, hook, P, t.test, c, store)),
+    }
+    for n, s in (nulls or {}).items():
+        p, g = self.masks(s, t, lm, hook, store, store, (t.train, t.test), bar=bar)
+        out[n] = (p, g["hits"])
+    if c.residual:
+        p, g = self.masks(None, t, lm, hook, store, store, (t.train, t.test), bar=bar)
+        out["residual"] = (p, g["hits"])
+    if c.rotation:
+        out["rotation"] = (
+            t.test,
+            store.get("ravel-rotation", [lm, hook, t.key(c), t.train, t.test, c.rotation_lr], rotated)[
+                "hits"
+            ],
+        )
     return out
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-interval
 def entity_interval(
-    tasks:list, # Task
-    rows:list,  # For each, (test pairs, hits)
-    name:str,   # "cause_score", "isolation_score" or "disentanglement_score"
-    draws:int=1000, # Resamplings
-    seed:int=0, # Any integer
-)->tuple:       # (low, high), or (None, None)
+    tasks: list,  # Task
+    rows: list,  # For each, (test pairs, hits)
+    name: str,  # "cause_score", "isolation_score" or "disentanglement_score"
+    draws: int = 1000,  # Resamplings
+    seed: int = 0,  # Any integer
+) -> tuple:  # (low, high), or (None, None)
     "Bootstrap over the entities of base prompts."
-    units,cols = [],sum(2*len(t.attributes) for t in tasks)
+    units, cols = [], sum(2 * len(t.attributes) for t in tasks)
     j = 0
-    for t,(ps,hit) in zip(tasks, rows):
+    for t, (ps, hit) in zip(tasks, rows):
         by = {}
-        for (k,b,_,cause),h in zip(ps.tolist(), hit.tolist()):
-            u = by.setdefault(t.P.rows[b]["entity"], torch.zeros(2, cols)); u[0, j + 2*k + cause] += h; u[1, j + 2*k + cause] += 1
-        units += list(by.values()); j += 2*len(t.attributes)
+        for (k, b, _, cause), h in zip(ps.tolist(), hit.tolist()):
+            u = by.setdefault(t.P.rows[b]["entity"], torch.zeros(2, cols))
+            u[0, j + 2 * k + cause] += h
+            u[1, j + 2 * k + cause] += 1
+        units += list(by.values())
+        j += 2 * len(t.attributes)
+
     def stat(v):
-        s,n = v.sum(0); r = s/n; r = torch.stack([r[0::2], r[1::2]])         # isolation, cause
+        s, n = v.sum(0)
+        r = s / n
+        r = torch.stack([r[0::2], r[1::2]])  # isolation, cause
         r = dict(cause_score=r[1], isolation_score=r[0], disentanglement_score=r.mean(0))[name]
-        groups = [g[~g.isnan()] for g in r.split([len(t.attributes) for t in tasks])]; groups = [g.mean() for g in groups if len(g)]
+        groups = [g[~g.isnan()] for g in r.split([len(t.attributes) for t in tasks])]
+        groups = [g.mean() for g in groups if len(g)]
         return torch.stack(groups).mean().item() if groups else math.nan
+
     return bootstrap(torch.stack(units), draws, seed, stat) if len(units) > 1 else (None, None)
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-call
 @patch
-def __call__(self:RAVEL,
-    sae,          # Any SAE
-    lm,           # Language model
-    hook:str=None,# Hook point; None: the model's default
-    store=None,   # What depends on the model and the nulls
-    parts=None,   # What depends on this SAE
-    nulls=None,   # name -> SAE that learned nothing
-    name:str="",  # What to call the SAE
-    quiet:bool=True, # Without progress bars
-)->dict:          # Envelope
+def __call__(
+    self: RAVEL,
+    sae,  # Any SAE
+    lm,  # Language model
+    hook: str = None,  # Hook point; None: the model's default
+    store=None,  # What depends on the model and the nulls
+    parts=None,  # What depends on this SAE
+    nulls=None,  # name -> SAE that learned nothing
+    name: str = "",  # What to call the SAE
+    quiet: bool = True,  # Without progress bars
+) -> dict:  # Envelope
     "Evaluate one SAE."
-    if lm is None: raise InputError("RAVEL asks a language model for what it knows; give one")
-    c,hook,store,parts,was = self.config,hook or lm.default_hook,store or Store(),parts or Store(),sae.training
+    if lm is None:
+        raise InputError("RAVEL asks a language model for what it knows; give one")
+    c = self.config
+    hook = hook or lm.default_hook
+    store = store or Store()
+    parts = parts or Store()
+    was = sae.training
     sae.eval()
     try:
-        ts,why,share = self.prepare(lm, hook, store, quiet)
-        no = None if ts else "not measurable, because the model answers too few prompts rightly: " + ("; ".join(f"{k}: {v.removeprefix('not measurable, because ')}" for k,v in why.items()) or "no prompts")
+        ts, why, share = self.prepare(lm, hook, store, quiet)
+        no = (
+            None
+            if ts
+            else "not measurable, because the model answers too few prompts rightly: "
+            + (
+                "; ".join(f"{k}: {v.removeprefix('not measurable, because ')}" for k, v in why.items())
+                or "no prompts"
+            )
+        )
         if ts and (best := max(share.values())) < c.min_moved:
-            no = f"not measurable, because a swap of the whole activation at {hook} moves only {best:.0%} of the answers (swap at: {', '.join(share)}); try an earlier hook" + (" or position='auto'" if c.position == "entity" else "")
+            no = (
+                f"not measurable, because a swap of the whole activation at {hook} moves only {best:.0%} of the answers (swap at: {', '.join(share)}); try an earlier hook"
+                + (" or position='auto'" if c.position == "entity" else "")
+            )
         done = []
         with tqdm(desc="ravel: steps", disable=quiet, leave=False, ncols=80) as bar:
             for t in () if no else ts:
                 own = self.masks(sae, t, lm, hook, store, parts, (t.train, t.test), both=True, bar=bar)
-                theirs = self.masks(sae, t, lm, hook, store, parts, t.leaky, error=False, bar=bar) if c.compatible else None
-                done.append(dict(task=t, own=own, theirs=theirs, rows=self.beside(t, lm, hook, store, nulls, bar)))
-    finally: sae.train(was)
+                theirs = (
+                    self.masks(sae, t, lm, hook, store, parts, t.leaky, error=False, bar=bar)
+                    if c.compatible
+                    else None
+                )
+                done.append(
+                    dict(task=t, own=own, theirs=theirs, rows=self.beside(t, lm, hook, store, nulls, bar))
+                )
+    finally:
+        sae.train(was)
     return self.report(done, sae, lm, hook, name, why, share, no)
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-report
 @patch
-def report(self:RAVEL, done, sae, lm, hook, name, why, share, no):
+def report(self: RAVEL, done, sae, lm, hook, name, why, share, no):
     "Scores, rows beside them, intervals and reasons."
-    c,names,undefined = self.config,("disentanglement_score", "cause_score", "isolation_score"),{}
-    cfg = replace(c, data_dir=Path(c.data_dir).name, model_name=getattr(lm, "name", ""), llm_dtype=str(getattr(lm, "dtype", c.llm_dtype)).removeprefix("torch."))
-    extra = {f"moved_at_{k}": v for k,v in share.items() if v is not None}
+    c = self.config
+    names = ("disentanglement_score", "cause_score", "isolation_score")
+    undefined = {}
+    cfg = replace(
+        c,
+        data_dir=Path(c.data_dir).name,
+        model_name=getattr(lm, "name", ""),
+        llm_dtype=str(getattr(lm, "dtype", c.llm_dtype)).removeprefix("torch."),
+    )
+    extra = {f"moved_at_{k}": v for k, v in share.items() if v is not None}
     u = dict(undefined=undefined, nulls={}, intervals={}, extra=extra, left_out=why)
-    if no: undefined.update(dict.fromkeys(names, no)); return envelope("ravel", cfg, sae, dict(ravel=dict.fromkeys(names)), [], u, name)
+    if no:
+        undefined.update(dict.fromkeys(names, no))
+        return envelope("ravel", cfg, sae, dict(ravel=dict.fromkeys(names)), [], u, name)
     ts = [d["task"] for d in done]
-    score = lambda what: [attribute_scores(p, h) for p,h in what]
-    own = [(d["own"][0], d["own"][1]["hits"]) for d in done]; per = score(own)
+
+    def score(what):
+        return [attribute_scores(p, h) for p, h in what]
+
+    own = [(d["own"][0], d["own"][1]["hits"]) for d in done]
+    per = score(own)
     values = settle(overall(per), undefined)
     beside = {r: score([d["rows"][r] for d in done]) for r in done[0]["rows"]}
-    u["nulls"] = {r: overall(s) for r,s in beside.items()}
-    u["intervals"] = {k: list(iv) for k in names if (iv := entity_interval(ts, own, k, c.bootstrap_draws, c.random_seed))[0] is not None}
-    extra.update({f"{k}_no_error": v for k,v in overall(score([(d["own"][0], d["own"][1]["dropped"]) for d in done])).items()})
-    if c.compatible: extra.update({f"{k}_saebench": v for k,v in overall(score([(d["theirs"][0], d["theirs"][1]["hits"]) for d in done])).items()})
-    extra["cause_score_all_latents"] = overall([attribute_scores(d["own"][0][d["own"][0][:, 3] == 1], d["own"][1]["all"]) for d in done])["cause_score"]
-    on = [(d["own"][1]["m"] > 0).sum(1).tolist() for d in done]; used = [(d["own"][1]["m"] != 0).sum(1).tolist() for d in done]
-    extra.update(swapped_at_last=float(max(share, key=share.get) == "last"), n_latents_on=sum(map(sum, on))/sum(map(len, on)), n_attributes=sum(map(len, on)),
-                 n_test_pairs=sum(len(t.test) for t in ts), share_known=sum(t.shares["known"]*t.shares["n_prompts"] for t in ts)/sum(t.shares["n_prompts"] for t in ts))
-    u["per_attribute"] = {r: {f"{t.name}_{a}": v for t,k in zip(ts, s) for a,v in zip(t.attributes, k)} for r,s in ({"sae": per} | beside).items()}
-    u.update({f"{t.name}_results": {f"{t.name}_{a}": v for a,v in zip(t.attributes, k)} for t,k in zip(ts, per)})
-    details = [dict(entity=t.name, attribute=a, **v, latents_on=o, latents_used=w) for t,k,os,ws in zip(ts, per, on, used) for a,v,o,w in zip(t.attributes, k, os, ws)]
+    u["nulls"] = {r: overall(s) for r, s in beside.items()}
+    u["intervals"] = {
+        k: list(iv)
+        for k in names
+        if (iv := entity_interval(ts, own, k, c.bootstrap_draws, c.random_seed))[0] is not None
+    }
+    extra.update(
+        {
+            f"{k}_no_error": v
+            for k, v in overall(score([(d["own"][0], d["own"][1]["dropped"]) for d in done])).items()
+        }
+    )
+    if c.compatible:
+        extra.update(
+            {
+                f"{k}_saebench": v
+                for k, v in overall(score([(d["theirs"][0], d["theirs"][1]["hits"]) for d in done])).items()
+            }
+        )
+    extra["cause_score_all_latents"] = overall(
+        [attribute_scores(d["own"][0][d["own"][0][:, 3] == 1], d["own"][1]["all"]) for d in done]
+    )["cause_score"]
+    on = [(d["own"][1]["m"] > 0).sum(1).tolist() for d in done]
+    used = [(d["own"][1]["m"] != 0).sum(1).tolist() for d in done]
+    extra.update(
+        swapped_at_last=float(max(share, key=share.get) == "last"),
+        n_latents_on=sum(map(sum, on)) / sum(map(len, on)),
+        n_attributes=sum(map(len, on)),
+        n_test_pairs=sum(len(t.test) for t in ts),
+        share_known=sum(t.shares["known"] * t.shares["n_prompts"] for t in ts)
+        / sum(t.shares["n_prompts"] for t in ts),
+    )
+    u["per_attribute"] = {
+        r: {f"{t.name}_{a}": v for t, k in zip(ts, s) for a, v in zip(t.attributes, k)}
+        for r, s in ({"sae": per} | beside).items()
+    }
+    u.update(
+        {f"{t.name}_results": {f"{t.name}_{a}": v for a, v in zip(t.attributes, k)} for t, k in zip(ts, per)}
+    )
+    details = [
+        dict(entity=t.name, attribute=a, **v, latents_on=o, latents_used=w)
+        for t, k, os, ws in zip(ts, per, on, used)
+        for a, v, o, w in zip(t.attributes, k, os, ws)
+    ]
     return envelope("ravel", cfg, sae, dict(ravel=values), details, u, name)
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-plot
 _marks = dict(nothing="v", everything="^", random="s", frozen="D", residual="P", rotation="*")
 
+# %% ../../nbs/evals/ravel.ipynb #ravel-plot-plot
 @patch
-def plot(self:RAVEL,
-    envs:dict, # Name of SAE -> envelope
-):             # The figure
+def plot(
+    self: RAVEL,
+    envs: dict,  # Name of SAE -> envelope
+):  # The figure
     "Cause against isolation, and every attribute, beside the nulls."
     import matplotlib.pyplot as plt
-    fig,(a,b) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", width_ratios=[1, 1.15])
-    some = {n: e for n,e in envs.items() if e["eval_result_metrics"]["ravel"]["cause_score"] is not None}
+
+    fig, (a, b) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", width_ratios=[1, 1.15])
+    some = {n: e for n, e in envs.items() if e["eval_result_metrics"]["ravel"]["cause_score"] is not None}
     if not some:
-        for x in (a, b): x.axis("off")
-        a.text(0, .5, "not measurable:\n" + "\n".join({e["eval_result_unstructured"]["undefined"]["cause_score"].removeprefix("not measurable, because ") for e in envs.values()}), fontsize=8, wrap=True)
+        for x in (a, b):
+            x.axis("off")
+        a.text(
+            0,
+            0.5,
+            "not measurable:\n"
+            + "\n".join(
+                {
+                    e["eval_result_unstructured"]["undefined"]["cause_score"].removeprefix(
+                        "not measurable, because "
+                    )
+                    for e in envs.values()
+                }
+            ),
+            fontsize=8,
+            wrap=True,
+        )
         return fig
-    a.plot([0, 1], [1, 0], color=".8", lw=1, zorder=0); a.text(.06, .88, "one half", color=".5", fontsize=7, rotation=-45, ha="left", va="top", rotation_mode="anchor")
-    mean = lambda r, k: [v for e in some.values() if (v := e["eval_result_unstructured"]["nulls"].get(r, {}).get(k)) is not None]
-    for r,mark in _marks.items():
-        c,i = mean(r, "cause_score"),mean(r, "isolation_score")
-        if c: a.plot(sum(c)/len(c), sum(i)/len(i), mark, color=".45", ms=8 if mark in "*P" else 5, label=r, ls="")
-    attrs = list(dict.fromkeys(k for e in some.values() for k in e["eval_result_unstructured"]["per_attribute"]["sae"]))
-    put = lambda d, **kw: b.plot([d[k]["disentangle_score"] if k in d else None for k in attrs], range(len(attrs)), ls="", **kw)
+    a.plot([0, 1], [1, 0], color=".8", lw=1, zorder=0)
+    a.text(
+        0.06,
+        0.88,
+        "one half",
+        color=".5",
+        fontsize=7,
+        rotation=-45,
+        ha="left",
+        va="top",
+        rotation_mode="anchor",
+    )
+
+    def mean(r, k):
+        return [
+            v
+            for e in some.values()
+            if (v := e["eval_result_unstructured"]["nulls"].get(r, {}).get(k)) is not None
+        ]
+
+    for r, mark in _marks.items():
+        c, i = mean(r, "cause_score"), mean(r, "isolation_score")
+        if c:
+            a.plot(
+                sum(c) / len(c),
+                sum(i) / len(i),
+                mark,
+                color=".45",
+                ms=8 if mark in "*P" else 5,
+                label=r,
+                ls="",
+            )
+    attrs = list(
+        dict.fromkeys(k for e in some.values() for k in e["eval_result_unstructured"]["per_attribute"]["sae"])
+    )
+
+    def put(d, **kw):
+        return b.plot(
+            [d[k]["disentangle_score"] if k in d else None for k in attrs], range(len(attrs)), ls="", **kw
+        )
+
     for r in ("random", "residual", "rotation"):
-        ds = [e["eval_result_unstructured"]["per_attribute"].get(r) for e in some.values()]; ds = [d for d in ds if d]
-        if ds: put({k: dict(disentangle_score=sum(d[k]["disentangle_score"] for d in ds)/len(ds)) for k in ds[0]}, marker=_marks[r], color=".6", ms=8 if _marks[r] in "*P" else 5)
-    for j,(n,e) in enumerate(some.items()):
-        m,iv = e["eval_result_metrics"]["ravel"],e["eval_result_unstructured"]["intervals"]
-        bars = [[[m[k] - iv[k][0]], [iv[k][1] - m[k]]] if k in iv else None for k in ("cause_score", "isolation_score")]
-        a.errorbar(m["cause_score"], m["isolation_score"], bars[1], bars[0], fmt="o", color=f"C{j % 10}", ms=6, elinewidth=.8, label=n)
-        put(e["eval_result_unstructured"]["per_attribute"]["sae"], marker="o", color=f"C{j % 10}", ms=6, alpha=.85)
-    a.set(xlabel="cause: the attribute follows", ylabel="isolation: the others stay", xlim=(-.03, 1.03), ylim=(-.03, 1.03))
-    b.axvline(.5, color=".8", lw=1, zorder=0); b.set(yticks=range(len(attrs)), yticklabels=[k.replace("_", ": ", 1) for k in attrs], xlabel="disentanglement", xlim=(.35, 1.02)); b.invert_yaxis()
+        ds = [e["eval_result_unstructured"]["per_attribute"].get(r) for e in some.values()]
+        ds = [d for d in ds if d]
+        if ds:
+            put(
+                {
+                    k: dict(disentangle_score=sum(d[k]["disentangle_score"] for d in ds) / len(ds))
+                    for k in ds[0]
+                },
+                marker=_marks[r],
+                color=".6",
+                ms=8 if _marks[r] in "*P" else 5,
+            )
+    for j, (n, e) in enumerate(some.items()):
+        m = e["eval_result_metrics"]["ravel"]
+        iv = e["eval_result_unstructured"]["intervals"]
+        bars = [
+            [[m[k] - iv[k][0]], [iv[k][1] - m[k]]] if k in iv else None
+            for k in ("cause_score", "isolation_score")
+        ]
+        a.errorbar(
+            m["cause_score"],
+            m["isolation_score"],
+            bars[1],
+            bars[0],
+            fmt="o",
+            color=f"C{j % 10}",
+            ms=6,
+            elinewidth=0.8,
+            label=n,
+        )
+        put(
+            e["eval_result_unstructured"]["per_attribute"]["sae"],
+            marker="o",
+            color=f"C{j % 10}",
+            ms=6,
+            alpha=0.85,
+        )
+    a.set(
+        xlabel="cause: the attribute follows",
+        ylabel="isolation: the others stay",
+        xlim=(-0.03, 1.03),
+        ylim=(-0.03, 1.03),
+    )
+    b.axvline(0.5, color=".8", lw=1, zorder=0)
+    b.set(
+        yticks=range(len(attrs)),
+        yticklabels=[k.replace("_", ": ", 1) for k in attrs],
+        xlabel="disentanglement",
+        xlim=(0.35, 1.02),
+    )
+    b.invert_yaxis()
     fig.legend(*a.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    for x in (a, b): x.spines[["top", "right"]].set_visible(False)
+    for x in (a, b):
+        x.spines[["top", "right"]].set_visible(False)
     return fig

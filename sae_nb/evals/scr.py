@@ -9,31 +9,34 @@ __all__ = ['scr_score', 'scr_direction', 'SCR', 'Task', 'quarters', 'scr_clean',
 # %% ../../nbs/evals/scr.ipynb #scr-imports
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
+
 import torch
 from fastcore.basics import patch
 from tqdm import tqdm
-from ..core import *
+
 from ..codes import bootstrap
 from ..concept_probes import *
+from ..core import *
 from ..envelope import configure, envelope, settle
 from ..store import Store, digest
 from ..texts import pair_set, scr_pairs
 
 # %% ../../nbs/evals/scr.ipynb #scr-score
 def scr_score(
-    clean:float,   # Accuracy of an unconfounded probe
-    biased:float,  # Of the confounded one
-    ablated:float, # Of the confounded one, after silencing
-    min_gap:float=.001, # Least `clean - biased` that counts
-    low=0.,        # What to return below it
-):                 # The score, or `low`
+    clean: float,  # Accuracy of an unconfounded probe
+    biased: float,  # Of the confounded one
+    ablated: float,  # Of the confounded one, after silencing
+    min_gap: float = 0.001,  # Least `clean - biased` that counts
+    low=0.0,  # What to return below it
+):  # The score, or `low`
     "Share of the lost accuracy that is won back."
     return low if clean - biased < min_gap else (ablated - biased) / (clean - biased)
 
+# %% ../../nbs/evals/scr.ipynb #scr-score-scr-direction
 def scr_direction(
-    on_class:float, # Accuracy of the confounded probe on the class
-    on_attr:float,  # On the attribute
-):                  # 1, 2, or None on a tie
+    on_class: float,  # Accuracy of the confounded probe on the class
+    on_attr: float,  # On the attribute
+):  # 1, 2, or None on a tie
     "The direction with something to win."
     return None if on_class == on_attr else 1 if on_class < on_attr else 2
 
@@ -41,280 +44,585 @@ def scr_direction(
 @register("evals", "scr")
 class SCR:
     "Spurious correlation removal."
-    world = dict(dataset_names=["bio", "review"], train_set_size=1000, probe_lr=4e-3, test_set_size=400, effect_set_size=240, context_length=64)
-    fast = dict(dataset_names=["review"], column1_vals_lookup={"review": [("books", "music"), ("software", "pets")]}, train_set_size=160, test_set_size=80, effect_set_size=80, probe_epochs=5, n_seeds=2, n_values=[2, 10, 20], bootstrap_draws=100)
+
+    world = dict(
+        dataset_names=["bio", "review"],
+        train_set_size=1000,
+        probe_lr=4e-3,
+        test_set_size=400,
+        effect_set_size=240,
+        context_length=64,
+    )
+    fast = dict(
+        dataset_names=["review"],
+        column1_vals_lookup={"review": [("books", "music"), ("software", "pets")]},
+        train_set_size=160,
+        test_set_size=80,
+        effect_set_size=80,
+        probe_epochs=5,
+        n_seeds=2,
+        n_values=[2, 10, 20],
+        bootstrap_draws=100,
+    )
     headline = {"scr_metric_threshold_20": +1, "scr_metric_threshold_10": +1}
-    def __init__(self, **config): self.config = checked(configure(ConceptConfig, **config))
+
+    def __init__(self, **config):
+        self.config = checked(configure(ConceptConfig, **config))
 
 # %% ../../nbs/evals/scr.ipynb #scr-runs
 @patch
-def runs(self:SCR,
-    lm, # Language model
-):      # Yields (name of the run, data set, pair, values of the attribute, function that returns texts for training and testing)
+def runs(
+    self: SCR,
+    lm,  # Language model
+):  # Yields (name of the run, data set, pair, values of the attribute, function that returns texts for training and testing)
     "Every pair of every data set."
     c = self.config
     for n in c.dataset_names:
-        values,pairs = scr_pairs(n)
+        values, pairs = scr_pairs(n)
         for p in c.column1_vals_lookup.get(n, pairs):
-            yield f"{n}_scr_{p[0]}_{p[1]}", n, tuple(p), values, lambda n=n, p=tuple(p): pair_set(n, p, lm, c.train_set_size//2, c.test_set_size//4, c.context_length, c.random_seed, c.data_dir)
+            yield (
+                f"{n}_scr_{p[0]}_{p[1]}",
+                n,
+                tuple(p),
+                values,
+                lambda n=n, p=tuple(p): pair_set(
+                    n,
+                    p,
+                    lm,
+                    c.train_set_size // 2,
+                    c.test_set_size // 4,
+                    c.context_length,
+                    c.random_seed,
+                    c.data_dir,
+                ),
+            )
 
 # %% ../../nbs/evals/scr.ipynb #scr-task
 @dataclass
 class Task:
     "One run, ready for any SAE."
-    train:tuple  # tokens and docs of the texts that rank latents
-    test:tuple   # tokens and docs of the test texts
-    X:tuple      # Their mean activations
-    y:tuple      # Their labels, [2, n]: attribute, class
-    probes:dict  # From `fit_probes`; probes in the order seed by seed, each attribute, class, confounded
-    key:str      # Fingerprint of all this
 
+    train: tuple  # tokens and docs of the texts that rank latents
+    test: tuple  # tokens and docs of the test texts
+    X: tuple  # Their mean activations
+    y: tuple  # Their labels, [2, n]: attribute, class
+    probes: dict  # From `fit_probes`; probes in the order seed by seed, each attribute, class, confounded
+    key: str  # Fingerprint of all this
+
+# %% ../../nbs/evals/scr.ipynb #scr-task-quarters
 def quarters(
-    t,      # Texts
-    pair,   # Two classes
-    values, # Two values of the attribute
-    n:int,  # Texts per cell
-)->list:    # Rows of the four cells, then their labels: attribute, class
+    t,  # Texts
+    pair,  # Two classes
+    values,  # Two values of the attribute
+    n: int,  # Texts per cell
+) -> list:  # Rows of the four cells, then their labels: attribute, class
     "The first `n` texts of every cell."
     cells = [(a, v) for a in pair for v in values]
-    rows = [i for a,v in cells for i in t.rows(a, v)[:n]]
-    y = torch.tensor([[float(t.other[i] == values[0]) for i in rows], [float(t.labels[i] == pair[0]) for i in rows]])
-    return rows,y
+    rows = [i for a, v in cells for i in t.rows(a, v)[:n]]
+    y = torch.tensor(
+        [[float(t.other[i] == values[0]) for i in rows], [float(t.labels[i] == pair[0]) for i in rows]]
+    )
+    return rows, y
 
 # %% ../../nbs/evals/scr.ipynb #scr-prepare
 @patch
-def prepare(self:SCR,
-    texts,       # Texts for training and testing
-    pair:tuple,  # Two classes
-    values:tuple,# Two values of the attribute
-    lm,          # Language model
-    hook:str,    # Hook point
-    store:Store, # What depends on the model only
-)->Task:
+def prepare(
+    self: SCR,
+    texts,  # Texts for training and testing
+    pair: tuple,  # Two classes
+    values: tuple,  # Two values of the attribute
+    lm,  # Language model
+    hook: str,  # Hook point
+    store: Store,  # What depends on the model only
+) -> Task:
     "Mean activations, probes and labels of one run."
-    c,(train,test) = self.config,texts
-    cut = lambda t, rows: (t.tokens[rows][:, :c.context_length], t.docs[rows][:, :c.context_length])
+    c, (train, test) = self.config, texts
+
+    def cut(t, rows):
+        return (t.tokens[rows][:, : c.context_length], t.docs[rows][:, : c.context_length])
+
     n = c.train_set_size // 4
-    balanced,y = quarters(train, pair, values, n)
-    k = (c.effect_set_size or 4*n) // 4
-    first = [q*n + i for q in range(4) for i in range(k)]; rest = sorted(set(range(4*n)) - set(first))
-    more = train.rows(pair[0], values[0])[n:2*n] + train.rows(pair[1], values[1])[n:2*n]
-    effect = [balanced[i] for i in first]; rows_test,y_test = quarters(test, pair, values, c.test_set_size // 4)
-    X_eff,X_test = [acts_means(lm, hook, *cut(t, r), store) for t,r in ((train, effect), (test, rows_test))]
-    X = torch.cat([X_eff, acts_means(lm, hook, *cut(train, [balanced[i] for i in rest] + more), store, again=False)])
-    y = torch.cat([y[:, first + rest], torch.tensor([1.]*n + [0.]*n).expand(2, -1)], 1)
-    probes = self.fit(pair, X, y, 4*n, X_test, y_test, store)
-    return Task(cut(train, effect), cut(test, rows_test), (X_eff, X_test), (y[:, :4*k], y_test), probes, digest(cut(train, effect), cut(test, rows_test), probes["w"], probes["b"]))
+    balanced, y = quarters(train, pair, values, n)
+    k = (c.effect_set_size or 4 * n) // 4
+    first = [q * n + i for q in range(4) for i in range(k)]
+    rest = sorted(set(range(4 * n)) - set(first))
+    more = train.rows(pair[0], values[0])[n : 2 * n] + train.rows(pair[1], values[1])[n : 2 * n]
+    effect = [balanced[i] for i in first]
+    rows_test, y_test = quarters(test, pair, values, c.test_set_size // 4)
+    X_eff, X_test = [acts_means(lm, hook, *cut(t, r), store) for t, r in ((train, effect), (test, rows_test))]
+    X = torch.cat(
+        [X_eff, acts_means(lm, hook, *cut(train, [balanced[i] for i in rest] + more), store, again=False)]
+    )
+    y = torch.cat([y[:, first + rest], torch.tensor([1.0] * n + [0.0] * n).expand(2, -1)], 1)
+    probes = self.fit(pair, X, y, 4 * n, X_test, y_test, store)
+    return Task(
+        cut(train, effect),
+        cut(test, rows_test),
+        (X_eff, X_test),
+        (y[:, : 4 * k], y_test),
+        probes,
+        digest(cut(train, effect), cut(test, rows_test), probes["w"], probes["b"]),
+    )
 
 # %% ../../nbs/evals/scr.ipynb #scr-fit
 @patch
-def fit(self:SCR,
-    pair:tuple, # Names the random beginnings
-    X,      # Mean activations: the balanced texts, then more of the two confounded cells
-    y,      # [2, len(X)]: attribute, class
-    n:int,  # Balanced texts
-    X_test, # Mean activations of the test texts
-    y_test, # [2, n_test]
-    store:Store,
-)->dict:    # From `fit_probes`
+def fit(
+    self: SCR,
+    pair: tuple,  # Names the random beginnings
+    X,  # Mean activations: the balanced texts, then more of the two confounded cells
+    y,  # [2, len(X)]: attribute, class
+    n: int,  # Balanced texts
+    X_test,  # Mean activations of the test texts
+    y_test,  # [2, n_test]
+    store: Store,
+) -> dict:  # From `fit_probes`
     "Three probes per seed."
     c = self.config
-    conf = lambda y: (y[0] == y[1]).nonzero()[:, 0]
-    a,b,t = torch.arange(n),conf(y),conf(y_test)
-    b = b[torch.cat([(y[1, b] == v).nonzero()[:, 0][:n//2] for v in (1, 0)])]
-    rows = torch.stack([a, a, b]).repeat(c.n_seeds, 1); labels = torch.stack([y[0, a], y[1, a], y[1, b]]).repeat(c.n_seeds, 1)
+
+    def conf(y):
+        return (y[0] == y[1]).nonzero()[:, 0]
+
+    a = torch.arange(n)
+    b = conf(y)
+    t = conf(y_test)
+    b = b[torch.cat([(y[1, b] == v).nonzero()[:, 0][: n // 2] for v in (1, 0)])]
+    rows = torch.stack([a, a, b]).repeat(c.n_seeds, 1)
+    labels = torch.stack([y[0, a], y[1, a], y[1, b]]).repeat(c.n_seeds, 1)
     every = torch.arange(len(X_test))
-    rt = torch.stack([every, every, t.repeat(2)]).repeat(c.n_seeds, 1); yt = torch.stack([*y_test, y_test[1, t].repeat(2)]).repeat(c.n_seeds, 1)
+    rt = torch.stack([every, every, t.repeat(2)]).repeat(c.n_seeds, 1)
+    yt = torch.stack([*y_test, y_test[1, t].repeat(2)]).repeat(c.n_seeds, 1)
     seeds = [seed_of(*pair, c.random_seed + s, p) for s in range(c.n_seeds) for p in range(3)]
-    fields = [c.probe_epochs, c.probe_train_batch_size, c.probe_lr, c.probe_l1_penalty, c.validation_share, c.early_stopping_patience]
-    return store.get("scr-probes", [X, rows, labels, X_test, rt, yt, seeds, fields], lambda: fit_probes(c, X, rows, labels, seeds, X_test, rt, yt))
+    fields = [
+        c.probe_epochs,
+        c.probe_train_batch_size,
+        c.probe_lr,
+        c.probe_l1_penalty,
+        c.validation_share,
+        c.early_stopping_patience,
+    ]
+    return store.get(
+        "scr-probes",
+        [X, rows, labels, X_test, rt, yt, seeds, fields],
+        lambda: fit_probes(c, X, rows, labels, seeds, X_test, rt, yt),
+    )
 
 # %% ../../nbs/evals/scr.ipynb #scr-clean
 def scr_clean(
-    task:Task, # One run
-    pick:int=0,# Which probes
-)->dict:       # Lists with one accuracy per seed
+    task: Task,  # One run
+    pick: int = 0,  # Which probes
+) -> dict:  # Lists with one accuracy per seed
     "What the probes can do untouched."
-    X,y = task.X[1],task.y[1]
+    X, y = task.X[1], task.y[1]
     L = (X @ task.probes["w"][pick].T + task.probes["b"][pick]).T.view(-1, 3, len(X))
-    return dict(attribute=hits(L[:, 0], y[0]).tolist(), **{"class": hits(L[:, 1], y[1]).tolist()}, biased_on_class=hits(L[:, 2], y[1]).tolist(), biased_on_attribute=hits(L[:, 2], y[0]).tolist())
+    return dict(
+        attribute=hits(L[:, 0], y[0]).tolist(),
+        **{"class": hits(L[:, 1], y[1]).tolist()},
+        biased_on_class=hits(L[:, 2], y[1]).tolist(),
+        biased_on_attribute=hits(L[:, 2], y[0]).tolist(),
+    )
 
+# %% ../../nbs/evals/scr.ipynb #scr-clean-silenced
 def silenced(
-    task:Task,   # One run
-    shifts,      # [S, 2, len(n_values), 1, n_test]
-    pick:int=0,  # Which probes
-)->dict:         # direction -> accuracies, [S][len(n_values)]
+    task: Task,  # One run
+    shifts,  # [S, 2, len(n_values), 1, n_test]
+    pick: int = 0,  # Which probes
+) -> dict:  # direction -> accuracies, [S][len(n_values)]
     "What the confounded probe can do afterwards."
-    X,y = task.X[1],task.y[1]
+    X, y = task.X[1], task.y[1]
     L = (X @ task.probes["w"][pick].T + task.probes["b"][pick]).T.view(-1, 3, len(X))[:, 2]
     new = L[:, None, None] + shifts[:, :, :, 0]
     return {"1": hits(new[:, 0], y[1]).tolist(), "2": hits(new[:, 1], y[0]).tolist()}
 
 # %% ../../nbs/evals/scr.ipynb #scr-measure
 @patch
-def measure(self:SCR,
-    task:Task,   # One run
-    W_dec,       # Decoder, [d_sae, d_in]
-    train,       # Mean latents of the texts that rank, see `ablate`
-    test,        # Mean latents of the test texts
-    controls:bool=True, # With shuffled labels, random latents, and probes picked on test
-)->dict:         # plan -> direction -> accuracies; and "with_effect"
+def measure(
+    self: SCR,
+    task: Task,  # One run
+    W_dec,  # Decoder, [d_sae, d_in]
+    train,  # Mean latents of the texts that rank, see `ablate`
+    test,  # Mean latents of the test texts
+    controls: bool = True,  # With shuffled labels, random latents, and probes picked on test
+) -> dict:  # plan -> direction -> accuracies; and "with_effect"
     "Silence the latents of one dictionary."
-    c,p,S = self.config,task.probes,self.config.n_seeds
-    w = p["w"].view(2, S, 3, -1); n = task.y[0].shape[1]
+    c = self.config
+    p = task.probes
+    S = self.config.n_seeds
+    w = p["w"].view(2, S, 3, -1)
+    n = task.y[0].shape[1]
     A = contrasts(torch.arange(n).expand(2, n), task.y[0], n).expand(S, 2, n)
     plans = {"sae": (A, w[0, :, :2], w[0, :, 2:])}
     if controls:
-        at = torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("labels", c.random_seed, s))) for s in range(S)])
+        at = torch.stack(
+            [
+                torch.randperm(
+                    n, generator=torch.Generator().manual_seed(seed_of("labels", c.random_seed, s))
+                )
+                for s in range(S)
+            ]
+        )
         plans["saebench"] = A, w[1, :, :2], w[1, :, 2:]
-        if c.baselines: plans["shuffled labels"] = torch.stack([A[s][:, a] for s,a in enumerate(at)]), w[0, :, :2], w[0, :, 2:]
-    shifts,found = ablate(train, test, W_dec, plans, c.n_values, signed=False, seed=c.random_seed if controls and c.baselines else None)
-    return dict(with_effect=found, **{n: silenced(task, v, 1 if n == "saebench" else 0) for n,v in shifts.items()})
+        if c.baselines:
+            plans["shuffled labels"] = (
+                torch.stack([A[s][:, a] for s, a in enumerate(at)]),
+                w[0, :, :2],
+                w[0, :, 2:],
+            )
+    shifts, found = ablate(
+        train,
+        test,
+        W_dec,
+        plans,
+        c.n_values,
+        signed=False,
+        seed=c.random_seed if controls and c.baselines else None,
+    )
+    return dict(
+        with_effect=found, **{n: silenced(task, v, 1 if n == "saebench" else 0) for n, v in shifts.items()}
+    )
 
 # %% ../../nbs/evals/scr.ipynb #scr-lm-rows
 @patch
-def without_sae(self:SCR,
-    task:Task, # One run
-)->dict:       # row -> direction -> accuracies
+def without_sae(
+    self: SCR,
+    task: Task,  # One run
+) -> dict:  # row -> direction -> accuracies
     "Residual channels, and the known directions, which are silenced one each whatever N is."
-    (X,X_test),y,S = task.X,task.y[0],self.config.n_seeds
-    whole = lambda Z: [(slice(0, len(Z)), Z)]
-    out = {"residual channels": self.measure(task, torch.eye(X.shape[1]), whole(X), whole(X_test), controls=False)["sae"]}
+    (X, X_test), y, S = task.X, task.y[0], self.config.n_seeds
+
+    def whole(Z):
+        return [(slice(0, len(Z)), Z)]
+
+    out = {
+        "residual channels": self.measure(
+            task, torch.eye(X.shape[1]), whole(X), whole(X_test), controls=False
+        )["sae"]
+    }
     D = contrasts(torch.arange(len(X)).expand(2, len(X)), y, len(X)) @ X
-    Z,w = concept_codes(X_test, D, X.mean(0)),task.probes["w"][0].view(S, 3, -1)[:, 2:]
-    shift = torch.stack([torch.stack([logit_shifts(Z, torch.tensor([i]), self.config.n_values, v @ D.T) for i in range(2)]) for v in w])
+    Z = concept_codes(X_test, D, X.mean(0))
+    w = task.probes["w"][0].view(S, 3, -1)[:, 2:]
+    shift = torch.stack(
+        [
+            torch.stack([logit_shifts(Z, torch.tensor([i]), self.config.n_values, v @ D.T) for i in range(2)])
+            for v in w
+        ]
+    )
     return {**out, "known directions": silenced(task, shift)}
 
 # %% ../../nbs/evals/scr.ipynb #scr-pair
 def pair_scores(
-    clean:dict,    # From `scr_clean`
-    after:dict,    # From `silenced`
-    n_values:list, # Latents silenced
-    min_gap:float, # As in `scr_score`
-)->dict:           # {name: score or None}; and "direction", "gap" (per direction), "won" (direction -> [S][N])
+    clean: dict,  # From `scr_clean`
+    after: dict,  # From `silenced`
+    n_values: list,  # Latents silenced
+    min_gap: float,  # As in `scr_score`
+) -> dict:  # {name: score or None}; and "direction", "gap" (per direction), "won" (direction -> [S][N])
     "Scores of one pair, averaged over seeds."
-    start = {"1": clean["biased_on_class"], "2": clean["biased_on_attribute"]}; goal = {"1": clean["class"], "2": clean["attribute"]}
-    best,out = scr_direction(fmean(start["1"]), fmean(start["2"])),{}
-    won = {d: [[a - s for a in row] for row,s in zip(after[d], start[d])] for d in "12"}
-    for j,n in enumerate(n_values):
-        v = {d: scr_score(fmean(goal[d]), fmean(start[d]), fmean(r[j] for r in after[d]), min_gap, None) for d in "12"}
-        out.update({f"scr_dir1_threshold_{n}": v["1"], f"scr_metric_threshold_{n}": v.get(str(best)), f"scr_dir2_threshold_{n}": v["2"]})
+    start = {"1": clean["biased_on_class"], "2": clean["biased_on_attribute"]}
+    goal = {"1": clean["class"], "2": clean["attribute"]}
+    best = scr_direction(fmean(start["1"]), fmean(start["2"]))
+    out = {}
+    won = {d: [[a - s for a in row] for row, s in zip(after[d], start[d])] for d in "12"}
+    for j, n in enumerate(n_values):
+        v = {
+            d: scr_score(fmean(goal[d]), fmean(start[d]), fmean(r[j] for r in after[d]), min_gap, None)
+            for d in "12"
+        }
+        out.update(
+            {
+                f"scr_dir1_threshold_{n}": v["1"],
+                f"scr_metric_threshold_{n}": v.get(str(best)),
+                f"scr_dir2_threshold_{n}": v["2"],
+            }
+        )
     return dict(scores=out, direction=best, gap={d: fmean(goal[d]) - fmean(start[d]) for d in "12"}, won=won)
 
+# %% ../../nbs/evals/scr.ipynb #scr-pair-saebench-scores
 def saebench_scores(
-    clean:dict, after:dict, n_values:list, # As in `pair_scores`
-)->dict:                                   # name -> number, or None on a tie
+    clean: dict,
+    after: dict,
+    n_values: list,  # As in `pair_scores`
+) -> dict:  # name -> number, or None on a tie
     "SAEBench's way for one pair: every seed by itself, then their mean."
     out = {f"scr_{k}_threshold_{n}": [] for n in n_values for k in ("dir1", "metric", "dir2")}
-    for s,(c1,c2,b1,b2) in enumerate(zip(*(clean[k] for k in ("class", "attribute", "biased_on_class", "biased_on_attribute")))):
+    for s, (c1, c2, b1, b2) in enumerate(
+        zip(*(clean[k] for k in ("class", "attribute", "biased_on_class", "biased_on_attribute")))
+    ):
         best = scr_direction(b1, b2)
-        for j,n in enumerate(n_values):
+        for j, n in enumerate(n_values):
             v = {1: scr_score(c1, b1, after["1"][s][j]), 2: scr_score(c2, b2, after["2"][s][j])}
-            out[f"scr_dir1_threshold_{n}"].append(v[1]); out[f"scr_dir2_threshold_{n}"].append(v[2])
-            if best: out[f"scr_metric_threshold_{n}"].append(v[best])
-    return {k: fmean(v) if v else None for k,v in out.items()}
+            out[f"scr_dir1_threshold_{n}"].append(v[1])
+            out[f"scr_dir2_threshold_{n}"].append(v[2])
+            if best:
+                out[f"scr_metric_threshold_{n}"].append(v[best])
+    return {k: fmean(v) if v else None for k, v in out.items()}
 
 # %% ../../nbs/evals/scr.ipynb #scr-mean
 def over_pairs(
-    pairs:list, # Dictionaries {name: number or None}
-)->dict:        # name -> mean of those that are numbers, None without any
+    pairs: list,  # Dictionaries {name: number or None}
+) -> dict:  # name -> mean of those that are numbers, None without any
     "Mean over pairs."
     has = {k: [p[k] for p in pairs if p[k] is not None] for k in pairs[0]}
-    return {k: fmean(v) if v else None for k,v in has.items()}
+    return {k: fmean(v) if v else None for k, v in has.items()}
 
+# %% ../../nbs/evals/scr.ipynb #scr-mean-pooled-score
 def pooled_score(
-    pairs:list, # From `pair_scores`
-    j:int,      # Which N
+    pairs: list,  # From `pair_scores`
+    j: int,  # Which N
     seed=None,  # One seed; None: all
-):              # Number or None
+):  # Number or None
     "Accuracy won back over accuracy there was to win, each summed over pairs, in each pair's direction."
     use = [(p["won"][str(p["direction"])], p["gap"][str(p["direction"])]) for p in pairs if p["direction"]]
-    total = sum(g for _,g in use)
-    if total <= 0: return None
-    return sum(fmean(r[j] for r in w) if seed is None else w[seed][j] for w,_ in use) / total
+    total = sum(g for _, g in use)
+    if total <= 0:
+        return None
+    return sum(fmean(r[j] for r in w) if seed is None else w[seed][j] for w, _ in use) / total
 
 # %% ../../nbs/evals/scr.ipynb #scr-call
 @patch
-def __call__(self:SCR,
-    sae,          # Any SAE
-    lm,           # Language model
-    hook:str=None,# Hook point; None: the model's default
-    store=None,   # What depends on the model and the nulls
-    parts=None,   # What depends on this SAE
-    nulls=None,   # name -> SAE that learned nothing
-    name:str="",  # What to call the SAE
-    quiet:bool=True, # Without progress bars
-)->dict:          # Envelope
+def __call__(
+    self: SCR,
+    sae,  # Any SAE
+    lm,  # Language model
+    hook: str = None,  # Hook point; None: the model's default
+    store=None,  # What depends on the model and the nulls
+    parts=None,  # What depends on this SAE
+    nulls=None,  # name -> SAE that learned nothing
+    name: str = "",  # What to call the SAE
+    quiet: bool = True,  # Without progress bars
+) -> dict:  # Envelope
     "Evaluate one SAE."
-    if lm is None: raise InputError("SCR reads texts through a language model; give one")
-    c,hook,store,parts,rows = self.config,hook or lm.default_hook,store or Store(),parts or Store(),{}
-    fields,done = [c.n_values, c.n_seeds, c.random_seed, c.baselines],[]
-    for run,ds,pair,values,texts in tqdm(list(self.runs(lm)), desc="scr", disable=quiet, leave=False, ncols=80):
+    if lm is None:
+        raise InputError("SCR reads texts through a language model; give one")
+    c = self.config
+    hook = hook or lm.default_hook
+    store = store or Store()
+    parts = parts or Store()
+    rows = {}
+    fields = [c.n_values, c.n_seeds, c.random_seed, c.baselines]
+    done = []
+    for run, ds, pair, values, texts in tqdm(
+        list(self.runs(lm)), desc="scr", disable=quiet, leave=False, ncols=80
+    ):
         task = self.prepare(texts(), pair, values, lm, hook, store)
-        read = lambda s, where: code_means(s, lm, hook, *where, store)
-        look = lambda s, keep, controls: keep.get("scr", [s, lm, hook, task.key, fields, controls], lambda: self.measure(task, s.W_dec, read(s, task.train), read(s, task.test), controls))
+
+        def read(s, where):
+            return code_means(s, lm, hook, *where, store)
+
+        def look(s, keep, controls):
+            return keep.get(
+                "scr",
+                [s, lm, hook, task.key, fields, controls],
+                lambda: self.measure(task, s.W_dec, read(s, task.train), read(s, task.test), controls),
+            )
+
         got = look(sae, parts, True)
-        got.update({n: look(s, store, False)["sae"] for n,s in (nulls or {}).items()})
-        if c.baselines: got.update(store.get("scr-lm", [hook, task.key, fields], lambda: self.without_sae(task)))
-        done.append(dict(run=run, dataset=ds, pair=list(pair), clean=scr_clean(task), clean_test=scr_clean(task, 1), after=got))
+        got.update({n: look(s, store, False)["sae"] for n, s in (nulls or {}).items()})
+        if c.baselines:
+            got.update(store.get("scr-lm", [hook, task.key, fields], lambda: self.without_sae(task)))
+        done.append(
+            dict(
+                run=run,
+                dataset=ds,
+                pair=list(pair),
+                clean=scr_clean(task),
+                clean_test=scr_clean(task, 1),
+                after=got,
+            )
+        )
     return self.report(done, sae, lm, name, nulls)
 
 # %% ../../nbs/evals/scr.ipynb #scr-report
 @patch
-def report(self:SCR, done, sae, lm, name, nulls):
+def report(self: SCR, done, sae, lm, name, nulls):
     "Scores, rows beside them, intervals and reasons."
-    c,undefined,extra = self.config,{},{}
-    score = lambda row: [pair_scores(d["clean"], d["after"][row], c.n_values, c.min_gap) for d in done]
-    ps = score("sae"); m = over_pairs([p["scores"] for p in ps])
+    c = self.config
+    undefined = {}
+    extra = {}
+
+    def score(row):
+        return [pair_scores(d["clean"], d["after"][row], c.n_values, c.min_gap) for d in done]
+
+    ps = score("sae")
+    m = over_pairs([p["scores"] for p in ps])
     for k in m:
         n = int(k.rsplit("_", 1)[1])
-        if n > sae.d_sae: m[k],undefined[k] = None,f"not measurable, because the SAE has {sae.d_sae} latents, fewer than {n}"
-        elif m[k] is None: undefined[k] = f"not measurable, because no pair leaves {c.min_gap:g} of accuracy to win back"
+        if n > sae.d_sae:
+            m[k] = None
+            undefined[k] = f"not measurable, because the SAE has {sae.d_sae} latents, fewer than {n}"
+        elif m[k] is None:
+            undefined[k] = f"not measurable, because no pair leaves {c.min_gap:g} of accuracy to win back"
     names = [f"scr_metric_threshold_{n}" for n in c.n_values]
-    for d in "12": extra[f"n_pairs_dir{d}"] = sum(p["gap"][d] >= c.min_gap for p in ps)
-    extra.update(n_pairs=len(ps), n_pairs_metric=sum(p["scores"][names[0]] is not None for p in ps), n_pairs_tied=sum(p["direction"] is None for p in ps))
-    extra.update({k: fmean(v for d in done for v in d["clean"][a]) for k,a in (("accuracy_class", "class"), ("accuracy_attribute", "attribute"), ("accuracy_biased_on_class", "biased_on_class"), ("accuracy_biased_on_attribute", "biased_on_attribute"))})
-    for j,(k,n) in enumerate(zip(names, c.n_values)):
-        if m[k] is None: continue
+    for d in "12":
+        extra[f"n_pairs_dir{d}"] = sum(p["gap"][d] >= c.min_gap for p in ps)
+    extra.update(
+        n_pairs=len(ps),
+        n_pairs_metric=sum(p["scores"][names[0]] is not None for p in ps),
+        n_pairs_tied=sum(p["direction"] is None for p in ps),
+    )
+    extra.update(
+        {
+            k: fmean(v for d in done for v in d["clean"][a])
+            for k, a in (
+                ("accuracy_class", "class"),
+                ("accuracy_attribute", "attribute"),
+                ("accuracy_biased_on_class", "biased_on_class"),
+                ("accuracy_biased_on_attribute", "biased_on_attribute"),
+            )
+        }
+    )
+    for j, (k, n) in enumerate(zip(names, c.n_values)):
+        if m[k] is None:
+            continue
         by_seed = [pooled_score(ps, j, s) for s in range(c.n_seeds)]
-        extra.update({f"{k}_pooled": pooled_score(ps, j), **({f"{k}_pooled_seed_sd": stdev(by_seed)} if c.n_seeds > 1 and None not in by_seed else {})})
-        extra[f"n_silenced_threshold_{n}"] = fmean(min(n, v) for d in done for u in d["after"]["with_effect"] for v in u)
+        extra.update(
+            {
+                f"{k}_pooled": pooled_score(ps, j),
+                **({f"{k}_pooled_seed_sd": stdev(by_seed)} if c.n_seeds > 1 and None not in by_seed else {}),
+            }
+        )
+        extra[f"n_silenced_threshold_{n}"] = fmean(
+            min(n, v) for d in done for u in d["after"]["with_effect"] for v in u
+        )
     theirs = over_pairs([saebench_scores(d["clean_test"], d["after"]["saebench"], c.n_values) for d in done])
-    extra.update({f"{k}_saebench": v for k,v in theirs.items() if "metric" in k and v is not None and m[k] is not None})
-    draws = {k: bootstrap([p["scores"][k] for p in ps if p["scores"][k] is not None], c.bootstrap_draws, c.random_seed) for k in m if m[k] is not None}
-    keep = [*(nulls or {}), *([r for r in ("shuffled labels", "random latents", "residual channels", "known directions") if c.baselines])]
+    extra.update(
+        {
+            f"{k}_saebench": v
+            for k, v in theirs.items()
+            if "metric" in k and v is not None and m[k] is not None
+        }
+    )
+    draws = {
+        k: bootstrap(
+            [p["scores"][k] for p in ps if p["scores"][k] is not None], c.bootstrap_draws, c.random_seed
+        )
+        for k in m
+        if m[k] is not None
+    }
+    keep = [
+        *(nulls or {}),
+        *(
+            [
+                r
+                for r in ("shuffled labels", "random latents", "residual channels", "known directions")
+                if c.baselines
+            ]
+        ),
+    ]
     beside = {r: over_pairs([p["scores"] for p in score(r)]) for r in keep}
-    details = [{"dataset_name": d["run"] + "_results", **p["scores"]} for d,p in zip(done, ps)]
-    runs = [dict(run=d["run"], direction=p["direction"], **{k: fmean(v) for k,v in d["clean"].items()}, biased_on_class_by_seed=d["clean"]["biased_on_class"]) for d,p in zip(done, ps)]
-    un = dict(undefined=undefined, nulls=beside, intervals={k: v for k,v in draws.items() if v[0] is not None}, extra=extra, runs=runs)
-    return envelope("scr", replace(c, perform_scr=True, model_name=getattr(lm, "name", "")), sae, {"scr_metrics": settle(m, undefined)}, details, un, name)
+    details = [{"dataset_name": d["run"] + "_results", **p["scores"]} for d, p in zip(done, ps)]
+    runs = [
+        dict(
+            run=d["run"],
+            direction=p["direction"],
+            **{k: fmean(v) for k, v in d["clean"].items()},
+            biased_on_class_by_seed=d["clean"]["biased_on_class"],
+        )
+        for d, p in zip(done, ps)
+    ]
+    un = dict(
+        undefined=undefined,
+        nulls=beside,
+        intervals={k: v for k, v in draws.items() if v[0] is not None},
+        extra=extra,
+        runs=runs,
+    )
+    return envelope(
+        "scr",
+        replace(c, perform_scr=True, model_name=getattr(lm, "name", "")),
+        sae,
+        {"scr_metrics": settle(m, undefined)},
+        details,
+        un,
+        name,
+    )
 
 # %% ../../nbs/evals/scr.ipynb #scr-plot
-_grey = {"random": ("0.55", "-"), "frozen": ("0.35", "-"), "shuffled labels": ("0.55", ":"), "random latents": ("0.35", ":"), "residual channels": ("0.45", "--"), "known directions": ("k", "-.")}
+_grey = {
+    "random": ("0.55", "-"),
+    "frozen": ("0.35", "-"),
+    "shuffled labels": ("0.55", ":"),
+    "random latents": ("0.35", ":"),
+    "residual channels": ("0.45", "--"),
+    "known directions": ("k", "-."),
+}
 
+# %% ../../nbs/evals/scr.ipynb #scr-plot-plot
 @patch
-def plot(self:SCR,
-    envs:dict, # Name of SAE -> envelope
-):             # The figure
+def plot(
+    self: SCR,
+    envs: dict,  # Name of SAE -> envelope
+):  # The figure
     "Score against N with its nulls; accuracies there are to win back."
     import matplotlib.pyplot as plt
-    fig,(a,b) = plt.subplots(1, 2, figsize=(9.5, 3.2), layout="constrained", gridspec_kw=dict(width_ratios=[1.5, 1]))
-    curve = lambda m: zip(*[(int(k.rsplit("_", 1)[1]), v) for k,v in m.items() if k.startswith("scr_metric_threshold") and v is not None])
+
+    fig, (a, b) = plt.subplots(
+        1, 2, figsize=(9.5, 3.2), layout="constrained", gridspec_kw=dict(width_ratios=[1.5, 1])
+    )
+
+    def curve(m):
+        return zip(
+            *[
+                (int(k.rsplit("_", 1)[1]), v)
+                for k, v in m.items()
+                if k.startswith("scr_metric_threshold") and v is not None
+            ]
+        )
+
     some = list(envs.values())
-    for r,(color,line) in _grey.items():
+    for r, (color, line) in _grey.items():
         ms = [e["eval_result_unstructured"]["nulls"].get(r) for e in some]
         ms = [m for m in ms if m]
-        if ms: a.plot(*curve({k: fmean(v) if (v := [m[k] for m in ms if m.get(k) is not None]) else None for k in ms[0]}), color=color, ls=line, lw=1, label=r)
-    for i,(n,e) in enumerate(envs.items()):
-        x,y = map(list, curve(e["eval_result_metrics"]["scr_metrics"])) if any(v is not None for v in e["eval_result_metrics"]["scr_metrics"].values()) else ([], [])
+        if ms:
+            a.plot(
+                *curve(
+                    {
+                        k: fmean(v) if (v := [m[k] for m in ms if m.get(k) is not None]) else None
+                        for k in ms[0]
+                    }
+                ),
+                color=color,
+                ls=line,
+                lw=1,
+                label=r,
+            )
+    for i, (n, e) in enumerate(envs.items()):
+        x, y = (
+            map(list, curve(e["eval_result_metrics"]["scr_metrics"]))
+            if any(v is not None for v in e["eval_result_metrics"]["scr_metrics"].values())
+            else ([], [])
+        )
         a.plot(x, y, f"C{i}o-", ms=3.5, label=n)
         iv = e["eval_result_unstructured"]["intervals"]
-        if len(envs) <= 2 and x: a.fill_between(x, *zip(*[iv.get(f"scr_metric_threshold_{v}", (w, w)) for v,w in zip(x, y)]), color=f"C{i}", alpha=.15, lw=0)
-    a.axhline(0, color="0.8", lw=.8, zorder=0); a.set(xscale="log", xlabel="latents silenced, N", ylabel="SCR score (1: undone)", ylim=(max(-1.5, a.get_ylim()[0]), min(1.6, a.get_ylim()[1])))
+        if len(envs) <= 2 and x:
+            a.fill_between(
+                x,
+                *zip(*[iv.get(f"scr_metric_threshold_{v}", (w, w)) for v, w in zip(x, y)]),
+                color=f"C{i}",
+                alpha=0.15,
+                lw=0,
+            )
+    a.axhline(0, color="0.8", lw=0.8, zorder=0)
+    a.set(
+        xscale="log",
+        xlabel="latents silenced, N",
+        ylabel="SCR score (1: undone)",
+        ylim=(max(-1.5, a.get_ylim()[0]), min(1.6, a.get_ylim()[1])),
+    )
     rows = some[0]["eval_result_unstructured"]["runs"]
-    for i,r in enumerate(rows):
-        for c,(lo,hi) in zip(("C7", "k"), (("biased_on_class", "class"), ("biased_on_attribute", "attribute"))): b.plot([r[lo], r[hi]], [i + .15*(c == "k")]*2, color=c, lw=1); b.plot(r[lo], i + .15*(c == "k"), "o", color=c, ms=3.5); b.plot(r[hi], i + .15*(c == "k"), "|", color=c)
-    b.set(yticks=range(len(rows)), yticklabels=[" / ".join(r["run"].split("_scr_")[1].rsplit("_", 1)) for r in rows], xlabel="accuracy: biased probe (dot) to clean (bar)\ngrey: class, black: attribute", xlim=(.45, 1.02)); b.invert_yaxis()
+    for i, r in enumerate(rows):
+        for c, (lo, hi) in zip(
+            ("C7", "k"), (("biased_on_class", "class"), ("biased_on_attribute", "attribute"))
+        ):
+            b.plot([r[lo], r[hi]], [i + 0.15 * (c == "k")] * 2, color=c, lw=1)
+            b.plot(r[lo], i + 0.15 * (c == "k"), "o", color=c, ms=3.5)
+            b.plot(r[hi], i + 0.15 * (c == "k"), "|", color=c)
+    b.set(
+        yticks=range(len(rows)),
+        yticklabels=[" / ".join(r["run"].split("_scr_")[1].rsplit("_", 1)) for r in rows],
+        xlabel="accuracy: biased probe (dot) to clean (bar)\ngrey: class, black: attribute",
+        xlim=(0.45, 1.02),
+    )
+    b.invert_yaxis()
     fig.legend(*a.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    for ax in (a, b): ax.spines[["top", "right"]].set_visible(False)
+    for ax in (a, b):
+        ax.spines[["top", "right"]].set_visible(False)
     return fig

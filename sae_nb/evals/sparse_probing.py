@@ -9,80 +9,119 @@ __all__ = ['schema_ks', 'Way', 'SparseProbingConfig', 'SparseProbing', 'one_vs_r
            'over_texts', 'metric', 'schema', 'Result', 'compare']
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-imports
-import functools, warnings
+import functools
+import warnings
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-import numpy as np, torch
+
 import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from fastcore.basics import patch
+
+from ..codes import latents_of, mean_pool
 from ..core import *
 from ..envelope import configure, envelope, settle
 from ..store import Store, blocks, digest
-from ..codes import latents_of, mean_pool
 from ..texts import Texts, saebench_sets, text_set, world_sets
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-config
 schema_ks = (1, 2, 5, 10, 20, 50, 100)  # The ones SAEBench's file has names for
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-config-sparseprobingconfig
 @dataclass
 class SparseProbingConfig:
     "SAEBench's options, and ours."
-    random_seed:int = 42                # Which texts, which negatives, which shuffle
-    dataset_names:list = field(default_factory=lambda: list(saebench_sets)) # Names that `texts.text_set` knows, or files with columns text and label
-    probe_train_set_size:int = 4000     # Twice the training texts of a class
-    probe_test_set_size:int = 1000      # Twice the test texts of a class
-    context_length:int = 128            # Tokens of a text; the beginning is kept
-    sae_batch_size:int = 125            # Texts encoded at a time
-    llm_batch_size:int = None           # For the record
-    llm_dtype:str = ""                  # For the record; the model comes loaded
-    model_name:str = ""                 # Filled in from the model
-    k_values:list = field(default_factory=lambda: [1, 2, 5])
-    lower_vram_usage:bool = False       # Leave out the probe on all latents
-    data_dir:str = ""                   # Folder that mirrors the hub; empty: the hub
-    strengths:list = field(default_factory=lambda: [1., 100., 1e4, 1e6]) # C of the probe on all latents is one of these, on latents brought to length one
-    validation_share:float = .2         # Of the training texts, to choose among them
-    scale_free:bool = True              # Also rank latents by a measure their scale does not enter
-    max_pool:bool = True                # Also with the largest value in a text in place of the mean
-    best_epoch:bool = False             # Also SAEBench's probe on everything, whose epoch is chosen on the test texts
-    shuffles:int = 4                    # Times the training labels are shuffled, for k up to 10
-    draws:int = 1000                    # Resamplings for intervals
+
+    random_seed: int = 42  # Which texts, which negatives, which shuffle
+    dataset_names: list = field(
+        default_factory=lambda: list(saebench_sets)
+    )  # Names that `texts.text_set` knows, or files with columns text and label
+    probe_train_set_size: int = 4000  # Twice the training texts of a class
+    probe_test_set_size: int = 1000  # Twice the test texts of a class
+    context_length: int = 128  # Tokens of a text; the beginning is kept
+    sae_batch_size: int = 125  # Texts encoded at a time
+    llm_batch_size: int = None  # For the record
+    llm_dtype: str = ""  # For the record; the model comes loaded
+    model_name: str = ""  # Filled in from the model
+    k_values: list = field(default_factory=lambda: [1, 2, 5])
+    lower_vram_usage: bool = False  # Leave out the probe on all latents
+    data_dir: str = ""  # Folder that mirrors the hub; empty: the hub
+    strengths: list = field(
+        default_factory=lambda: [1.0, 100.0, 1e4, 1e6]
+    )  # C of the probe on all latents is one of these, on latents brought to length one
+    validation_share: float = 0.2  # Of the training texts, to choose among them
+    scale_free: bool = True  # Also rank latents by a measure their scale does not enter
+    max_pool: bool = True  # Also with the largest value in a text in place of the mean
+    best_epoch: bool = False  # Also SAEBench's probe on everything, whose epoch is chosen on the test texts
+    shuffles: int = 4  # Times the training labels are shuffled, for k up to 10
+    draws: int = 1000  # Resamplings for intervals
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-class
 @register("evals", "sparse_probing")
 class SparseProbing:
     "Accuracy of logistic regression on the k best latents, for concepts that texts are about."
-    world = dict(dataset_names=list(world_sets), probe_train_set_size=200, probe_test_set_size=200, context_length=16, k_values=list(schema_ks))
-    fast = dict(dataset_names=["professions1", "topics"], probe_train_set_size=100, probe_test_set_size=100, k_values=[1, 5], draws=200)
+
+    world = dict(
+        dataset_names=list(world_sets),
+        probe_train_set_size=200,
+        probe_test_set_size=200,
+        context_length=16,
+        k_values=list(schema_ks),
+    )
+    fast = dict(
+        dataset_names=["professions1", "topics"],
+        probe_train_set_size=100,
+        probe_test_set_size=100,
+        k_values=[1, 5],
+        draws=200,
+    )
     headline = dict(sae_top_1_test_accuracy=+1, sae_top_5_test_accuracy=+1, llm_test_accuracy=+1)
+
     def __init__(self, **config):
         c = self.config = configure(SparseProbingConfig, **config)
         c.k_values = sorted(set(ints("k_values", c.k_values)))
-        if isinstance(c.dataset_names, str): c.dataset_names = c.dataset_names.split(",")
+        if isinstance(c.dataset_names, str):
+            c.dataset_names = c.dataset_names.split(",")
         files = [Path(n).name for n in c.dataset_names]
-        if len(set(files)) < len(files): raise InputError(f"dataset_names has {max(files, key=files.count)!r} more than once; give each set, or each file, a name of its own")
-        if not c.dataset_names: raise InputError("dataset_names is empty; name at least one set of texts")
-        for o,least in dict(probe_train_set_size=20, probe_test_set_size=4, context_length=2, sae_batch_size=1, draws=1).items():
-            if getattr(c, o) < least: raise InputError(f"{o} = {getattr(c, o)} is too small; give at least {least}")
-        if not c.strengths or min(c.strengths) <= 0: raise InputError(f"strengths = {c.strengths} must be positive numbers, e.g. 1, 100, 10000")
-        if not 0 < c.validation_share < 1: raise InputError(f"validation_share = {c.validation_share} is not between 0 and 1; give e.g. 0.2")
+        if len(set(files)) < len(files):
+            raise InputError(
+                f"dataset_names has {max(files, key=files.count)!r} more than once; give each set, or each file, a name of its own"
+            )
+        if not c.dataset_names:
+            raise InputError("dataset_names is empty; name at least one set of texts")
+        for o, least in dict(
+            probe_train_set_size=20, probe_test_set_size=4, context_length=2, sae_batch_size=1, draws=1
+        ).items():
+            if getattr(c, o) < least:
+                raise InputError(f"{o} = {getattr(c, o)} is too small; give at least {least}")
+        if not c.strengths or min(c.strengths) <= 0:
+            raise InputError(f"strengths = {c.strengths} must be positive numbers, e.g. 1, 100, 10000")
+        if not 0 < c.validation_share < 1:
+            raise InputError(f"validation_share = {c.validation_share} is not between 0 and 1; give e.g. 0.2")
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-one-vs-rest
 def one_vs_rest(
-    labels:list, # Class of each text, str
-    cls:str,     # The class in question
-    gen:torch.Generator, # Draws the negatives and the order
-)->tuple:        # Indices of texts in random order [n], and which have the class [n] bool
+    labels: list,  # Class of each text, str
+    cls: str,  # The class in question
+    gen: torch.Generator,  # Draws the negatives and the order
+) -> tuple:  # Indices of texts in random order [n], and which have the class [n] bool
     "Texts of a class and as many others."
-    at = lambda o: torch.tensor([i for i,l in enumerate(labels) if l == o])
-    pos,others = at(cls),[o for o in dict.fromkeys(labels) if o != cls]
+
+    def at(o):
+        return torch.tensor([i for i, l in enumerate(labels) if l == o])
+
+    pos = at(cls)
+    others = [o for o in dict.fromkeys(labels) if o != cls]
     share = -(-len(pos) // len(others))
     neg = torch.cat([(r := at(o))[torch.randperm(len(r), generator=gen)[:share]] for o in others])
-    neg = neg[torch.randperm(len(neg), generator=gen)[:len(pos)]]
-    i = torch.cat([pos[:len(neg)], neg]); y = torch.arange(len(i)) < len(neg)
+    neg = neg[torch.randperm(len(neg), generator=gen)[: len(pos)]]
+    i = torch.cat([pos[: len(neg)], neg])
+    y = torch.arange(len(i)) < len(neg)
     order = torch.randperm(len(i), generator=gen)
     return i[order], y[order]
 
@@ -90,477 +129,794 @@ def one_vs_rest(
 @dataclass
 class Task:
     "A class, and the texts on which it is asked for."
-    cls:str         # The class
-    train:Tensor    # Rows of the training texts, [n]
-    y:Tensor        # Which have the class, [n] bool
-    test:Tensor     # Rows of the test texts, [m]
-    y_test:Tensor   # [m] bool
-    shuffled:Tensor # `y` in other orders, for the null, [shuffles, n]
 
+    cls: str  # The class
+    train: Tensor  # Rows of the training texts, [n]
+    y: Tensor  # Which have the class, [n] bool
+    test: Tensor  # Rows of the test texts, [m]
+    y_test: Tensor  # [m] bool
+    shuffled: Tensor  # `y` in other orders, for the null, [shuffles, n]
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-task-taskset
 @dataclass
 class TaskSet:
     "A labelled set and its tasks."
-    name:str
-    train:Texts
-    test:Texts
-    tasks:list      # One per class
 
+    name: str
+    train: Texts
+    test: Texts
+    tasks: list  # One per class
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-task-task-set
 def task_set(
-    train:Texts, # Training texts
-    test:Texts,  # Test texts
-    seed:int=42, # Decides negatives, order and shuffles
-    shuffles:int=4, # How many
-)->TaskSet:
+    train: Texts,  # Training texts
+    test: Texts,  # Test texts
+    seed: int = 42,  # Decides negatives, order and shuffles
+    shuffles: int = 4,  # How many
+) -> TaskSet:
     "Every class of a set against the others."
+
     def task(c):
         gen = torch.Generator().manual_seed(int(digest(Path(train.name).name, c, seed)[:12], 16))
-        (i,y),(j,z) = one_vs_rest(train.labels, c, gen),one_vs_rest(test.labels, c, gen)
-        return Task(c, i, y, j, z, y[torch.stack([torch.randperm(len(y), generator=gen) for _ in range(shuffles)])] if shuffles else y[None][:0])
+        (i, y), (j, z) = one_vs_rest(train.labels, c, gen), one_vs_rest(test.labels, c, gen)
+        return Task(
+            c,
+            i,
+            y,
+            j,
+            z,
+            y[torch.stack([torch.randperm(len(y), generator=gen) for _ in range(shuffles)])]
+            if shuffles
+            else y[None][:0],
+        )
+
     return TaskSet(train.name, train, test, [task(c) for c in train.classes])
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-top-k
 def mean_difference(
-    x:Tensor, # Pooled codes, [n, d]
-    y:Tensor, # Which texts have the class, [n] bool
-)->Tensor:    # [d]
+    x: Tensor,  # Pooled codes, [n, d]
+    y: Tensor,  # Which texts have the class, [n] bool
+) -> Tensor:  # [d]
     "Mean with the class minus mean without."
     return x[y].mean(0) - x[~y].mean(0)
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-top-k-top-k
 def top_k(
-    x:Tensor, # Pooled codes of the training texts, [n, d]
-    y:Tensor, # Which of them have the class, [n] bool
-    k:int,    # How many to choose
-    scale_free:bool=False, # Divide every latent by the mean of its nonzero entries (+ 1e-6)
-)->Tensor:    # Indices, the best first, [k]
+    x: Tensor,  # Pooled codes of the training texts, [n, d]
+    y: Tensor,  # Which of them have the class, [n] bool
+    k: int,  # How many to choose
+    scale_free: bool = False,  # Divide every latent by the mean of its nonzero entries (+ 1e-6)
+) -> Tensor:  # Indices, the best first, [k]
     "The k latents whose means differ most."
     d = mean_difference(x, y).abs()
-    if scale_free: d = d / ((x.sum(0) / (x != 0).sum(0).clamp(min=1)).abs() + 1e-6)
+    if scale_free:
+        d = d / ((x.sum(0) / (x != 0).sum(0).clamp(min=1)).abs() + 1e-6)
     return d.argsort(descending=True, stable=True)[:k]
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-logistic
 @functools.cache
 def _pools():
     "The thread pools of every library in use."
-    import sklearn.linear_model
     from threadpoolctl import ThreadpoolController
+
     return ThreadpoolController()
+
 
 def _threads(x):
     "One thread for a small problem, for as long as the `with` lasts."
-    return _pools().limit(limits=1 if x.numel() < 4*10**6 else None)
+    return _pools().limit(limits=1 if x.numel() < 4 * 10**6 else None)
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-logistic-logistic
 def logistic(
-    x:Tensor,         # [n, d]
-    y:Tensor,         # [n] bool
-    C:float=1.,       # Weight of the data against the penalty
-    max_iter:int=1000,# Of the solver
-):                    # A fitted scikit-learn `LogisticRegression`
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [n] bool
+    C: float = 1.0,  # Weight of the data against the penalty
+    max_iter: int = 1000,  # Of the solver
+):  # A fitted scikit-learn `LogisticRegression`
     "Logistic regression with an L2 penalty."
-    from sklearn.linear_model import LogisticRegression
     from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     with warnings.catch_warnings(), _threads(x):
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=C, max_iter=max_iter).fit(x.float().numpy(), y.numpy())
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-logistic-predicted
 def predicted(
-    model,    # From `logistic`
-    x:Tensor, # [m, d]
-)->Tensor:    # [m] bool
+    model,  # From `logistic`
+    x: Tensor,  # [m, d]
+) -> Tensor:  # [m] bool
     "Which texts the probe says have the class."
     return torch.as_tensor(model.decision_function(x.float().numpy()) > 0)
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-logistic-sparse-probe
 def sparse_probe(
-    x:Tensor,      # Training codes, [n, d]
-    y:Tensor,      # [n] bool
-    x_test:Tensor, # Test codes, [m, d]
-    y_test:Tensor, # [m] bool
-    k:int,         # Latents
-)->float:          # Accuracy on the test texts
+    x: Tensor,  # Training codes, [n, d]
+    y: Tensor,  # [n] bool
+    x_test: Tensor,  # Test codes, [m, d]
+    y_test: Tensor,  # [m] bool
+    k: int,  # Latents
+) -> float:  # Accuracy on the test texts
     "SAEBench's top-k probe."
     i = top_k(x, y, k).sort().values
     return (predicted(logistic(x[:, i], y), x_test[:, i]) == y_test).float().mean().item()
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-gram
 def gram_coordinates(
-    x:Tensor,      # Training codes, [n, d]
-    x_test:Tensor, # Test codes, [m, d]
+    x: Tensor,  # Training codes, [n, d]
+    x_test: Tensor,  # Test codes, [m, d]
     device="cpu",  # Where to compute
-)->tuple:          # [n, n'] and [m, n'] with n' = min(n, d), on the CPU
+) -> tuple:  # [n, n'] and [m, n'] with n' = min(n, d), on the CPU
     "Training and test codes in fewer columns, with the same inner products."
-    if x.shape[1] <= len(x): return x,x_test
-    x,x_test = (o.to(device, torch.float32 if str(device).startswith("mps") else torch.float64) for o in (x, x_test))
+    if x.shape[1] <= len(x):
+        return x, x_test
+    x, x_test = (
+        o.to(device, torch.float32 if str(device).startswith("mps") else torch.float64) for o in (x, x_test)
+    )
     K = x @ x.T
-    L = torch.linalg.cholesky(K + 1e-8*K.diagonal().mean().clamp(min=1e-12)*torch.eye(len(K), dtype=K.dtype, device=K.device))
+    L = torch.linalg.cholesky(
+        K + 1e-8 * K.diagonal().mean().clamp(min=1e-12) * torch.eye(len(K), dtype=K.dtype, device=K.device)
+    )
     return L.cpu(), torch.linalg.solve_triangular(L, x @ x_test.T, upper=False).T.cpu()
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-gram-full-probe
 def full_probe(
-    x:Tensor,       # Training codes, rows in random order, [n, d]
-    y:Tensor,       # [n] bool
-    x_test:Tensor,  # Test codes, [m, d]
-    strengths=(1., 100., 1e4, 1e6), # C to choose from
-    share:float=.2, # Of the rows, kept back to choose by
-    device="cpu",   # Where inner products are computed
-)->tuple:           # Predictions [m] bool, and the C chosen
+    x: Tensor,  # Training codes, rows in random order, [n, d]
+    y: Tensor,  # [n] bool
+    x_test: Tensor,  # Test codes, [m, d]
+    strengths=(1.0, 100.0, 1e4, 1e6),  # C to choose from
+    share: float = 0.2,  # Of the rows, kept back to choose by
+    device="cpu",  # Where inner products are computed
+) -> tuple:  # Predictions [m] bool, and the C chosen
     "A probe on everything, with its strength chosen on training texts."
-    mean = x.mean(0); s = (x - mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
-    a,b = gram_coordinates((x - mean) / s, (x_test - mean) / s, device)
+    mean = x.mean(0)
+    s = (x - mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
+    a, b = gram_coordinates((x - mean) / s, (x_test - mean) / s, device)
     n = len(a) - max(1, round(share * len(a)))
+
     def loss(C):
         z = torch.as_tensor(logistic(a[:n], y[:n], C).decision_function(a[n:].float().numpy()))
         return F.softplus(torch.where(y[n:], -z, z)).mean().item()
+
     C = min(strengths, key=loss) if len(strengths) > 1 else strengths[0]
     return predicted(logistic(a, y, C), b), C
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-best-epoch
 def best_epoch(
-    x:Tensor,      # [n, d]
-    y:Tensor,      # [n] bool
-    x_test:Tensor, # [m, d]
-    y_test:Tensor, # [m] bool; looked at after every epoch
-    gen:torch.Generator, # Starting weights and order
-    epochs:int=100,# At most
-    patience:int=10, # Epochs without a better test accuracy before stopping
-)->Tensor:         # Predictions of the best epoch, [m] bool
+    x: Tensor,  # [n, d]
+    y: Tensor,  # [n] bool
+    x_test: Tensor,  # [m, d]
+    y_test: Tensor,  # [m] bool; looked at after every epoch
+    gen: torch.Generator,  # Starting weights and order
+    epochs: int = 100,  # At most
+    patience: int = 10,  # Epochs without a better test accuracy before stopping
+) -> Tensor:  # Predictions of the best epoch, [m] bool
     "SAEBench's probe on everything, its epoch chosen by test accuracy."
-    r = x.shape[1] ** -.5
-    w,b = [((torch.rand(n, generator=gen)*2 - 1)*r).requires_grad_() for n in (x.shape[1], 1)]
-    opt,best,out,left = torch.optim.AdamW([w, b], lr=1e-2),-1,None,patience
+    r = x.shape[1] ** -0.5
+    w, b = [((torch.rand(n, generator=gen) * 2 - 1) * r).requires_grad_() for n in (x.shape[1], 1)]
+    opt = torch.optim.AdamW([w, b], lr=1e-2)
+    best = -1
+    out = None
+    left = patience
     for _ in range(epochs):
         for i in torch.randperm(len(x), generator=gen).split(250):
-            with torch.enable_grad(): loss = F.binary_cross_entropy_with_logits(x[i] @ w + b, y[i].float())
-            opt.zero_grad(); loss.backward(); opt.step()
-        said = (x_test @ w + b).detach() > 0; hits = (said == y_test).sum().item()
-        if hits > best: best,out,left = hits,said,patience
-        else: left -= 1
-        if not left: break
+            with torch.enable_grad():
+                loss = F.binary_cross_entropy_with_logits(x[i] @ w + b, y[i].float())
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        said = (x_test @ w + b).detach() > 0
+        hits = (said == y_test).sum().item()
+        if hits > best:
+            best = hits
+            out = said
+            left = patience
+        else:
+            left -= 1
+        if not left:
+            break
     return out
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-measure
 Way = namedtuple("Way", "name pool rule k")
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-measure-ways
 def ways(
-    row:str,  # "sae", "llm" or "null"
-    c:SparseProbingConfig,
-)->list:      # Of `Way`
+    row: str,  # "sae", "llm" or "null"
+    c: SparseProbingConfig,
+) -> list:  # Of `Way`
     "What is fitted for a row of the result."
-    of = lambda name, pool, rule: [Way(f"{name}_{k}", pool, rule, k) for k in c.k_values]
-    out = of("top", "mean", "difference") + ([] if c.lower_vram_usage and row != "llm" else [Way("all", "mean", "all", 0)])
-    if row == "llm": out.append(Way("direction", "mean", "direction", 1))
-    if row == "sae": out += [w for i in range(c.shuffles) for w in of(f"shuffled{i}", "mean", f"shuffled{i}") if w.k <= 10] + (of("scale_free", "mean", "scale_free") if c.scale_free else []) + (of("max_pool", "max", "difference") if c.max_pool else [])
-    if c.best_epoch and row != "null" and (row == "llm" or not c.lower_vram_usage): out.append(Way("best_epoch", "mean", "best_epoch", 0))
+
+    def of(name, pool, rule):
+        return [Way(f"{name}_{k}", pool, rule, k) for k in c.k_values]
+
+    out = of("top", "mean", "difference") + (
+        [] if c.lower_vram_usage and row != "llm" else [Way("all", "mean", "all", 0)]
+    )
+    if row == "llm":
+        out.append(Way("direction", "mean", "direction", 1))
+    if row == "sae":
+        out += (
+            [w for i in range(c.shuffles) for w in of(f"shuffled{i}", "mean", f"shuffled{i}") if w.k <= 10]
+            + (of("scale_free", "mean", "scale_free") if c.scale_free else [])
+            + (of("max_pool", "max", "difference") if c.max_pool else [])
+        )
+    if c.best_epoch and row != "null" and (row == "llm" or not c.lower_vram_usage):
+        out.append(Way("best_epoch", "mean", "best_epoch", 0))
     return out
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-measure-probe
 def probe(
-    a:Tensor,      # Training codes, [n, d]
-    b:Tensor,      # Test codes, [m, d]
-    task:Task,     # Whose rows these are
-    rule:str,      # "difference", "scale_free", "shuffled0", ..., "direction", "all" or "best_epoch"
-    k:int,         # Latents
-    ranks:dict,    # Rankings of these codes so far; filled in
-    c:SparseProbingConfig,
+    a: Tensor,  # Training codes, [n, d]
+    b: Tensor,  # Test codes, [m, d]
+    task: Task,  # Whose rows these are
+    rule: str,  # "difference", "scale_free", "shuffled0", ..., "direction", "all" or "best_epoch"
+    k: int,  # Latents
+    ranks: dict,  # Rankings of these codes so far; filled in
+    c: SparseProbingConfig,
     device="cpu",  # Where inner products are computed
-)->Tensor:         # Predictions, [m] bool
+) -> Tensor:  # Predictions, [m] bool
     "One probe."
     y = task.shuffled[int(rule[8:])] if rule.startswith("shuffled") else task.y
-    if rule == "all": out,ranks["C"] = full_probe(a, y, b, c.strengths, c.validation_share, device); return out
-    if rule == "best_epoch": return best_epoch(a, y, b, task.y_test, torch.Generator().manual_seed(c.random_seed))
-    if rule == "direction": w = mean_difference(a, y)[:, None]; return predicted(logistic(a @ w, y), b @ w)
-    if rule not in ranks: ranks[rule] = top_k(a, y, max(c.k_values), rule == "scale_free")
+    if rule == "all":
+        out, ranks["C"] = full_probe(a, y, b, c.strengths, c.validation_share, device)
+        return out
+    if rule == "best_epoch":
+        return best_epoch(a, y, b, task.y_test, torch.Generator().manual_seed(c.random_seed))
+    if rule == "direction":
+        w = mean_difference(a, y)[:, None]
+        return predicted(logistic(a @ w, y), b @ w)
+    if rule not in ranks:
+        ranks[rule] = top_k(a, y, max(c.k_values), rule == "scale_free")
     i = ranks[rule][:k].sort().values
     return predicted(logistic(a[:, i], y), b[:, i])
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-measure-all
 def measure(
-    data:dict,   # Pool -> (training codes [n_train, d], test codes [n_test, d])
-    ts:TaskSet,  # Texts and tasks
-    plan:list,   # Of `Way`
-    c:SparseProbingConfig,
+    data: dict,  # Pool -> (training codes [n_train, d], test codes [n_test, d])
+    ts: TaskSet,  # Texts and tasks
+    plan: list,  # Of `Way`
+    c: SparseProbingConfig,
     device="cpu",
-)->dict:         # hits [n_ways, n_tasks, n_test] int8, latents [n_tasks, k] (-1 where there are none), strength [n_tasks]
+) -> (
+    dict
+):  # hits [n_ways, n_tasks, n_test] int8, latents [n_tasks, k] (-1 where there are none), strength [n_tasks]
     "Fit every way to every task."
     hits = torch.full((len(plan), len(ts.tasks), len(ts.test)), -1, dtype=torch.int8)
-    latents,C = torch.full((len(ts.tasks), max(c.k_values)), -1),torch.zeros(len(ts.tasks))
-    for t,task in enumerate(ts.tasks):
-        for pool,(x,x_test) in data.items():
+    latents = torch.full((len(ts.tasks), max(c.k_values)), -1)
+    C = torch.zeros(len(ts.tasks))
+    for t, task in enumerate(ts.tasks):
+        for pool, (x, x_test) in data.items():
             with _threads(x):
-                a,b,ranks = x[task.train],x_test[task.test],{}
-                if not (a.isfinite().all() and b.isfinite().all()): continue
-                for i,w in enumerate(plan):
-                    if w.pool == pool and w.k <= a.shape[1]: hits[i, t, task.test] = (probe(a, b, task, w.rule, w.k, ranks, c, device) == task.y_test).to(torch.int8)
-                if pool == "mean": i = ranks.get("difference", latents[t, :0]); latents[t, :len(i)] = i; C[t] = ranks.get("C", 0.)
+                a = x[task.train]
+                b = x_test[task.test]
+                ranks = {}
+                if not (a.isfinite().all() and b.isfinite().all()):
+                    continue
+                for i, w in enumerate(plan):
+                    if w.pool == pool and w.k <= a.shape[1]:
+                        hits[i, t, task.test] = (
+                            probe(a, b, task, w.rule, w.k, ranks, c, device) == task.y_test
+                        ).to(torch.int8)
+                if pool == "mean":
+                    i = ranks.get("difference", latents[t, :0])
+                    latents[t, : len(i)] = i
+                    C[t] = ranks.get("C", 0.0)
     return dict(hits=hits, latents=latents, strength=C)
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-measure-all-accuracy
 def accuracy(
-    hits:Tensor, # [..., n_test], -1 where a text does not count
-)->Tensor:       # [...], NaN where none counts
+    hits: Tensor,  # [..., n_test], -1 where a text does not count
+) -> Tensor:  # [...], NaN where none counts
     "Share of right answers."
     return (hits == 1).sum(-1).double() / (hits >= 0).sum(-1)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-pools
 @torch.no_grad()
 def text_pools(
-    sae,          # Any SAE, or None for the activations themselves
-    lm,           # Language model
-    hook:str,     # Hook point
-    texts:Texts,  # What to read
-    store:Store,  # Where activations stay
-    batch:int=125,# Texts encoded at a time
-    max_pool:bool=True,
-)->dict:          # "mean" and "max" -> [n_texts, d], float32 on the CPU
+    sae,  # Any SAE, or None for the activations themselves
+    lm,  # Language model
+    hook: str,  # Hook point
+    texts: Texts,  # What to read
+    store: Store,  # Where activations stay
+    batch: int = 125,  # Texts encoded at a time
+    max_pool: bool = True,
+) -> dict:  # "mean" and "max" -> [n_texts, d], float32 on the CPU
     "Every text as one vector."
-    means,tops = [],[]
-    for _,X,M in blocks(store, lm, hook, texts.tokens, texts.docs, rows=max(1, 16384 // texts.tokens.shape[1])):
-        for x,m in zip(X.split(batch), M.split(batch)):
+    means, tops = [], []
+    for _, X, M in blocks(
+        store, lm, hook, texts.tokens, texts.docs, rows=max(1, 16384 // texts.tokens.shape[1])
+    ):
+        for x, m in zip(X.split(batch), M.split(batch)):
             f = x if sae is None else latents_of(sae, x, m)
             means.append(mean_pool(f, m).cpu())
             if max_pool:
                 some = (m > 0).to(f.device)
-                tops.append(f.float().masked_fill(~some[..., None], -torch.inf).amax(1).masked_fill(~some.any(1, keepdim=True), 0.).cpu())
-    size = 1. if sae is None else sae.W_dec.detach().float().norm(dim=1).cpu()
+                tops.append(
+                    f.float()
+                    .masked_fill(~some[..., None], -torch.inf)
+                    .amax(1)
+                    .masked_fill(~some.any(1, keepdim=True), 0.0)
+                    .cpu()
+                )
+    size = 1.0 if sae is None else sae.W_dec.detach().float().norm(dim=1).cpu()
     return dict(mean=torch.cat(means) * size) | (dict(max=torch.cat(tops) * size) if max_pool else {})
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-intervals
 def interval(
-    draws:Tensor, # Values of a statistic, [n]
-)->tuple:         # (low, high), or (None, None) if some are undefined
+    draws: Tensor,  # Values of a statistic, [n]
+) -> tuple:  # (low, high), or (None, None) if some are undefined
     "95 % percentile interval."
-    return tuple(draws.double().quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()) if draws.isfinite().all() else (None, None)
+    return (
+        tuple(draws.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+        if draws.isfinite().all()
+        else (None, None)
+    )
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-intervals-over-concepts
 def over_concepts(
-    values:list,   # For each set, a number per class [n_classes]
-    draws:int=1000,# Resamplings
-    seed:int=0,    # Any integer
-)->tuple:          # (low, high); (None, None) for a single concept
+    values: list,  # For each set, a number per class [n_classes]
+    draws: int = 1000,  # Resamplings
+    seed: int = 0,  # Any integer
+) -> tuple:  # (low, high); (None, None) for a single concept
     "Interval of the mean over sets of the mean over classes, had other sets and classes been drawn."
-    n,gen = len(values),torch.Generator().manual_seed(seed)
-    if n == 1 and len(values[0]) < 3: return None,None     # two classes are one question asked twice
-    again = torch.stack([v.double()[torch.randint(len(v), (draws, n, len(v)), generator=gen)].mean(-1) for v in values])
+    n, gen = len(values), torch.Generator().manual_seed(seed)
+    if n == 1 and len(values[0]) < 3:  # two classes are one question asked twice
+        return None, None
+    again = torch.stack(
+        [v.double()[torch.randint(len(v), (draws, n, len(v)), generator=gen)].mean(-1) for v in values]
+    )
     pick = torch.randint(n, (draws, n), generator=gen)
     return interval(again.permute(1, 2, 0).gather(2, pick[..., None]).mean((1, 2)))
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-intervals-over-texts
 def over_texts(
-    hits:list,     # For each set, hits of one way [n_tasks, n_test]
-    labels:list,   # For each set, the class of each test text
-    draws:int=1000,
-    seed:int=0,
-)->tuple:          # (low, high)
+    hits: list,  # For each set, hits of one way [n_tasks, n_test]
+    labels: list,  # For each set, the class of each test text
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple:  # (low, high)
     "Interval of the same mean, had other test texts been drawn."
-    gen,total = torch.Generator().manual_seed(seed),0.
-    for h,ls in zip(hits, labels):
+    gen, total = torch.Generator().manual_seed(seed), 0.0
+    for h, ls in zip(hits, labels):
         w = torch.zeros(draws, len(ls), dtype=torch.float64)
         for c in dict.fromkeys(ls):
-            at = torch.tensor([i for i,l in enumerate(ls) if l == c])
-            w.scatter_add_(1, at[torch.randint(len(at), (draws, len(at)), generator=gen)], torch.ones(draws, len(at), dtype=torch.float64))
+            at = torch.tensor([i for i, l in enumerate(ls) if l == c])
+            w.scatter_add_(
+                1,
+                at[torch.randint(len(at), (draws, len(at)), generator=gen)],
+                torch.ones(draws, len(at), dtype=torch.float64),
+            )
         total = total + ((w @ (h == 1).double().T) / (w @ (h >= 0).double().T)).mean(1) / len(hits)
     return interval(total)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-sets
 def _pack(parts):
     "Texts as tensors."
-    word = lambda t: torch.tensor(list("\n".join(t.labels).encode()), dtype=torch.uint8)
-    return {f"{k}_{i}": v for i,t in enumerate(parts) for k,v in dict(tokens=t.tokens, docs=t.docs, labels=word(t)).items()}
 
+    def word(t):
+        return torch.tensor(list("\n".join(t.labels).encode()), dtype=torch.uint8)
+
+    return {
+        f"{k}_{i}": v
+        for i, t in enumerate(parts)
+        for k, v in dict(tokens=t.tokens, docs=t.docs, labels=word(t)).items()
+    }
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-sets-unpack
 def _unpack(name, d):
     "And back."
-    return [Texts(name, d[f"tokens_{i}"], d[f"docs_{i}"], (ls := bytes(d[f"labels_{i}"].tolist()).decode().split("\n")), [""]*len(ls)) for i in (0, 1)]
+    return [
+        Texts(
+            name,
+            d[f"tokens_{i}"],
+            d[f"docs_{i}"],
+            (ls := bytes(d[f"labels_{i}"].tolist()).decode().split("\n")),
+            [""] * len(ls),
+        )
+        for i in (0, 1)
+    ]
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-sets-sets
 @patch
-def sets(self:SparseProbing,
-    lm,          # Language model
-    store:Store, # Where texts from the hub stay
-)->list:         # Of `TaskSet`
+def sets(
+    self: SparseProbing,
+    lm,  # Language model
+    store: Store,  # Where texts from the hub stay
+) -> list:  # Of `TaskSet`
     "Texts and tasks of every data set."
-    c,out = self.config,[]
+    c, out = self.config, []
     for name in c.dataset_names:
-        sizes = c.probe_train_set_size//2, c.probe_test_set_size//2, c.context_length, c.random_seed
-        read = lambda: text_set(name, lm, *sizes, data_dir=c.data_dir)
+        sizes = c.probe_train_set_size // 2, c.probe_test_set_size // 2, c.context_length, c.random_seed
+
+        def read():
+            return text_set(name, lm, *sizes, data_dir=c.data_dir)
+
         kept = name in saebench_sets and not c.data_dir
-        train,test = _unpack(name, store.get("texts", [name, lm, *sizes], lambda: _pack(read()))) if kept else read()
+        train, test = (
+            _unpack(name, store.get("texts", [name, lm, *sizes], lambda: _pack(read()))) if kept else read()
+        )
         short = Path(name).name if Path(name).is_file() else name
-        cut = lambda t: replace(t, name=short, tokens=t.tokens[:, :c.context_length], docs=t.docs[:, :c.context_length])
+
+        def cut(t):
+            return replace(
+                t, name=short, tokens=t.tokens[:, : c.context_length], docs=t.docs[:, : c.context_length]
+            )
+
         out.append(task_set(cut(train), cut(test), c.random_seed, c.shuffles))
     return out
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-rows
 @patch
-def row(self:SparseProbing,
-    who:str,     # "sae", "llm" or "null"
-    sae,         # The SAE, or None for the residual stream
-    lm,          # Language model
-    hook:str,    # Hook point
-    ts:TaskSet,  # Texts and tasks
-    store:Store, # Activations
-    keep:Store,  # Where the result stays
-)->dict:         # From `measure`
+def row(
+    self: SparseProbing,
+    who: str,  # "sae", "llm" or "null"
+    sae,  # The SAE, or None for the residual stream
+    lm,  # Language model
+    hook: str,  # Hook point
+    ts: TaskSet,  # Texts and tasks
+    store: Store,  # Activations
+    keep: Store,  # Where the result stays
+) -> dict:  # From `measure`
     "One row on one set."
     c = self.config
-    plan,pool = ways(who, c),who == "sae" and c.max_pool
-    key = ["" if sae is None else sae, lm, hook, [ts.train.tokens, ts.train.docs, ts.test.tokens, ts.test.docs], [asdict(t) for t in ts.tasks], [list(w) for w in plan], list(c.strengths), c.validation_share, c.random_seed]
+    plan, pool = ways(who, c), who == "sae" and c.max_pool
+    key = [
+        "" if sae is None else sae,
+        lm,
+        hook,
+        [ts.train.tokens, ts.train.docs, ts.test.tokens, ts.test.docs],
+        [asdict(t) for t in ts.tasks],
+        [list(w) for w in plan],
+        list(c.strengths),
+        c.validation_share,
+        c.random_seed,
+    ]
+
     def make():
-        train,test = (text_pools(sae, lm, hook, t, store, c.sae_batch_size, pool) for t in (ts.train, ts.test))
-        return measure({p: (train[p], test[p]) for p in train}, ts, plan, c, lm.device if lm.device.type == "cuda" else "cpu")
+        train, test = (
+            text_pools(sae, lm, hook, t, store, c.sae_batch_size, pool) for t in (ts.train, ts.test)
+        )
+        return measure(
+            {p: (train[p], test[p]) for p in train},
+            ts,
+            plan,
+            c,
+            lm.device if lm.device.type == "cuda" else "cpu",
+        )
+
     return keep.get(f"probes_{who}", key, make)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-names
 def metric(
-    row:str, # "sae" or "llm"
-    way:str, # Name of a `Way`
-)->str:      # SAEBench's name for it, or one made like it
+    row: str,  # "sae" or "llm"
+    way: str,  # Name of a `Way`
+) -> str:  # SAEBench's name for it, or one made like it
     "What the accuracy of a way is called."
-    if way == "all": return f"{row}_test_accuracy"
-    return f"{row}_test_accuracy_saebench" if way == "best_epoch" else f"{row}_{way.replace('scale_free', 'scale_free_top').replace('max_pool', 'max_pool_top')}_test_accuracy"
+    if way == "all":
+        return f"{row}_test_accuracy"
+    return (
+        f"{row}_test_accuracy_saebench"
+        if way == "best_epoch"
+        else f"{row}_{way.replace('scale_free', 'scale_free_top').replace('max_pool', 'max_pool_top')}_test_accuracy"
+    )
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-names-schema
 def schema(
-    row:str, # "sae" or "llm"
-)->list:     # Eight names
+    row: str,  # "sae" or "llm"
+) -> list:  # Eight names
     "SAEBench's names."
     return [metric(row, "all")] + [metric(row, f"top_{k}") for k in schema_ks]
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-names-reason
 @patch
-def reason(self:SparseProbing, name, widths):
+def reason(self: SparseProbing, name, widths):
     "Why a number of the schema is null."
-    row,c = name[:3],self.config
+    row, c = name[:3], self.config
     k = int(name.split("_")[-3]) if "top" in name else 0
-    if k and k not in c.k_values: return f"not measurable, because k = {k} is not among k_values"
-    if k > widths[row]: return f"not measurable, because there are only {widths[row]} {'latents' if row == 'sae' else 'channels'}"
-    if not k and row == "sae" and c.lower_vram_usage: return "not measurable, because lower_vram_usage leaves out the probe on all latents"
+    if k and k not in c.k_values:
+        return f"not measurable, because k = {k} is not among k_values"
+    if k > widths[row]:
+        return f"not measurable, because there are only {widths[row]} {'latents' if row == 'sae' else 'channels'}"
+    if not k and row == "sae" and c.lower_vram_usage:
+        return "not measurable, because lower_vram_usage leaves out the probe on all latents"
     return f"not measurable, because the {'latents' if row == 'sae' else 'activations'} are not finite"
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-gather
 class Result:
     "Hits of every row, and what is said from them."
-    def __init__(self, sets, rows): # rows: name -> (ways, pieces in the order of `sets`)
-        self.sets,self.rows = sets,rows
-    def hits(self, row, way): names,pieces = [w.name for w in self.rows[row][0]],self.rows[row][1]; return [p["hits"][names.index(way)] for p in pieces]
-    def values(self, row, way): return [accuracy(h) for h in self.hits(row, way)]        # [n_classes] per set
-    def mean(self, row, way): return torch.stack([v.mean() for v in self.values(row, way)]).mean().item()
 
+    def __init__(self, sets, rows):  # rows: name -> (ways, pieces in the order of `sets`)
+        self.sets = sets
+        self.rows = rows
+
+    def hits(self, row, way):
+        names = [w.name for w in self.rows[row][0]]
+        pieces = self.rows[row][1]
+        return [p["hits"][names.index(way)] for p in pieces]
+
+    def values(self, row, way):  # [n_classes] per set
+        return [accuracy(h) for h in self.hits(row, way)]
+
+    def mean(self, row, way):
+        return torch.stack([v.mean() for v in self.values(row, way)]).mean().item()
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-gather-intervals
 @patch
-def intervals(self:Result, row, way, c):
+def intervals(self: Result, row, way, c):
     "Over concepts, and over texts."
-    return over_concepts(self.values(row, way), c.draws, c.random_seed), over_texts(self.hits(row, way), [s.test.labels for s in self.sets], c.draws, c.random_seed)
+    return over_concepts(self.values(row, way), c.draws, c.random_seed), over_texts(
+        self.hits(row, way), [s.test.labels for s in self.sets], c.draws, c.random_seed
+    )
+
 
 @patch
-def over(self:Result, null, way, c):
+def over(self: Result, null, way, c):
     "Accuracy above a null's, and its interval over concepts."
-    d = [a - b for a,b in zip(self.values("sae", way), self.values(null, way))]
+    d = [a - b for a, b in zip(self.values("sae", way), self.values(null, way))]
     return torch.stack([v.mean() for v in d]).mean().item(), list(over_concepts(d, c.draws, c.random_seed))
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-null-rows
 @patch
-def null_rows(self:Result,
-    names:list, # Null dictionaries
-    ks:list,    # k_values
-)->dict:        # row -> {metric: number or None}
+def null_rows(
+    self: Result,
+    names: list,  # Null dictionaries
+    ks: list,  # k_values
+) -> dict:  # row -> {metric: number or None}
     "Every row beside the SAE, under the SAE's names."
-    of = lambda row, ways: settle({metric("sae", to): self.mean(row, way) for to,way in ways.items()}, {})
-    top = {f"top_{k}": f"top_{k}" for k in ks}
-    shuffled = {k: [self.mean("sae", w.name) for w in self.rows["sae"][0] if w.k == k and w.name.startswith("shuffled")] for k in ks}
-    out = {n: of(n, top | ({"all": "all"} if any(w.name == "all" for w in self.rows[n][0]) else {})) for n in names}
-    return out | dict(shuffled=settle({metric("sae", f"top_{k}"): sum(v)/len(v) for k,v in shuffled.items() if v}, {}), residual=of("llm", top), direction=of("llm", {"top_1": "direction"}), ceiling=of("llm", {"all": "all"}))
 
+    def of(row, ways):
+        return settle({metric("sae", to): self.mean(row, way) for to, way in ways.items()}, {})
+
+    top = {f"top_{k}": f"top_{k}" for k in ks}
+    shuffled = {
+        k: [
+            self.mean("sae", w.name)
+            for w in self.rows["sae"][0]
+            if w.k == k and w.name.startswith("shuffled")
+        ]
+        for k in ks
+    }
+    out = {
+        n: of(n, top | ({"all": "all"} if any(w.name == "all" for w in self.rows[n][0]) else {}))
+        for n in names
+    }
+    return out | dict(
+        shuffled=settle({metric("sae", f"top_{k}"): sum(v) / len(v) for k, v in shuffled.items() if v}, {}),
+        residual=of("llm", top),
+        direction=of("llm", {"top_1": "direction"}),
+        ceiling=of("llm", {"all": "all"}),
+    )
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-null-rows-chosen
 @patch
-def chosen(self:Result):
+def chosen(self: Result):
     "Which latents were chosen first, and what that says."
     first = [p["latents"][:, :5].tolist() for p in self.rows["sae"][1]]
     ones = [l[0] for s in first for l in s if l[0] >= 0]
-    return {s.name: {t.cls: l for t,l in zip(s.tasks, f)} for s,f in zip(self.sets, first)}, dict(n_tasks=len(ones), n_data_sets=len(first), distinct_first_latents=len(set(ones)))
+    return {s.name: {t.cls: l for t, l in zip(s.tasks, f)} for s, f in zip(self.sets, first)}, dict(
+        n_tasks=len(ones), n_data_sets=len(first), distinct_first_latents=len(set(ones))
+    )
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-call
 @patch
-def __call__(self:SparseProbing,
-    sae,         # Any SAE
-    lm,          # Language model
-    hook=None,   # Hook point; None: the model's default
+def __call__(
+    self: SparseProbing,
+    sae,  # Any SAE
+    lm,  # Language model
+    hook=None,  # Hook point; None: the model's default
     store=None,  # What depends on model, texts and null SAEs; shared by all SAEs of a session
     parts=None,  # What depends on this SAE
     nulls=None,  # name -> SAE that learned nothing, see `codes.null_saes`
-    name="",     # What to call the SAE
+    name="",  # What to call the SAE
     quiet=True,  # No progress bar
-)->dict:         # The envelope
+) -> dict:  # The envelope
     "Probe an SAE."
-    if lm is None: raise InputError("sparse probing reads texts through a language model; hand over lm")
-    hook,store,parts,nulls = hook or lm.default_hook,store or Store(),parts or Store(),nulls or {}
+    if lm is None:
+        raise InputError("sparse probing reads texts through a language model; hand over lm")
+    hook = hook or lm.default_hook
+    store = store or Store()
+    parts = parts or Store()
+    nulls = nulls or {}
     sets = self.sets(lm, store)
-    rows = {"llm": (ways("llm", self.config), []), **{n: (ways("null", self.config), []) for n in nulls}, "sae": (ways("sae", self.config), [])}
+    rows = {
+        "llm": (ways("llm", self.config), []),
+        **{n: (ways("null", self.config), []) for n in nulls},
+        "sae": (ways("sae", self.config), []),
+    }
     for ts in tqdm(sets, desc="sparse probing", disable=quiet, leave=False, ncols=80):
-        for n,(_,pieces) in rows.items():
-            s,who = dict(llm=(None, "llm"), sae=(sae, "sae")).get(n) or (nulls[n], "null")
+        for n, (_, pieces) in rows.items():
+            s, who = dict(llm=(None, "llm"), sae=(sae, "sae")).get(n) or (nulls[n], "null")
             pieces.append(self.row(who, s, lm, hook, ts, store, parts if who == "sae" else store))
     return self.report(Result(sets, rows), sae, lm, hook, nulls, name)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-report
 @patch
-def report(self:SparseProbing, r, sae, lm, hook, nulls, name):
+def report(self: SparseProbing, r, sae, lm, hook, nulls, name):
     "The envelope from all hits."
-    c = replace(self.config, model_name=getattr(lm, "name", ""), llm_dtype=str(getattr(lm, "dtype", "")).removeprefix("torch."))
-    undefined,widths = {},dict(sae=sae.d_sae, llm=lm.width(hook) if hasattr(lm, "width") else sae.d_in)
-    every = {metric(row, w.name): (row, w.name) for row in ("llm", "sae") for w in r.rows[row][0] if not w.rule.startswith("shuffled")}
-    got = {m: r.mean(*at) for m,at in every.items()}
+    c = replace(
+        self.config,
+        model_name=getattr(lm, "name", ""),
+        llm_dtype=str(getattr(lm, "dtype", "")).removeprefix("torch."),
+    )
+    undefined = {}
+    widths = dict(sae=sae.d_sae, llm=lm.width(hook) if hasattr(lm, "width") else sae.d_in)
+    every = {
+        metric(row, w.name): (row, w.name)
+        for row in ("llm", "sae")
+        for w in r.rows[row][0]
+        if not w.rule.startswith("shuffled")
+    }
+    got = {m: r.mean(*at) for m, at in every.items()}
     cats = {row: {m: got.pop(m, None) for m in schema(row)} for row in ("llm", "sae")}
-    for ms in (*cats.values(), got): undefined.update({m: self.reason(m, widths) for m,v in ms.items() if v is None or not np.isfinite(v)})
+    for ms in (*cats.values(), got):
+        undefined.update(
+            {m: self.reason(m, widths) for m, v in ms.items() if v is None or not np.isfinite(v)}
+        )
     extra = settle(got, undefined)
     iv = {}
-    for m in [m for m in every if m in {**cats["llm"], **cats["sae"]}]: iv[m],iv[m + "_texts"] = map(list, r.intervals(*every[m], c))
+    for m in [m for m in every if m in {**cats["llm"], **cats["sae"]}]:
+        iv[m], iv[m + "_texts"] = map(list, r.intervals(*every[m], c))
     for n in nulls:
-        for k,o in [(k, f"sae_top_{k}_over_{n}") for k in (1, 5) if k in c.k_values]: extra[o],iv[o] = r.over(n, f"top_{k}", c)
-    latents,counts = r.chosen()
-    per = {s.name: {m: {t.cls: v for t,v in zip(s.tasks, r.values(*at)[i].tolist())} for m,at in every.items()} for i,s in enumerate(r.sets)}
-    per = {n: {m: settle(v, {}) for m,v in ms.items()} for n,ms in per.items()}
-    details = [dict(dataset_name=s.name + "_results", **settle({m: r.values(*every[m])[i].mean().item() if m in every else None for m in [*schema("llm"), *schema("sae")]}, {})) for i,s in enumerate(r.sets)]
-    notes = [f"k = {k} has no name in SAEBench's schema: its numbers are in extra, not in the metrics" for k in c.k_values if k not in schema_ks]
-    u = {f"{n}_results": v for n,v in per.items()} | dict(nulls=r.null_rows(list(nulls), c.k_values), intervals=iv, undefined=undefined, extra=settle({**extra, **counts}, undefined), latents=latents, notes=notes, hook=hook)
-    return envelope("sparse_probing", c, sae, {row: settle(v, undefined) for row,v in cats.items()}, details, u, name)
+        for k, o in [(k, f"sae_top_{k}_over_{n}") for k in (1, 5) if k in c.k_values]:
+            extra[o], iv[o] = r.over(n, f"top_{k}", c)
+    latents, counts = r.chosen()
+    per = {
+        s.name: {m: {t.cls: v for t, v in zip(s.tasks, r.values(*at)[i].tolist())} for m, at in every.items()}
+        for i, s in enumerate(r.sets)
+    }
+    per = {n: {m: settle(v, {}) for m, v in ms.items()} for n, ms in per.items()}
+    details = [
+        dict(
+            dataset_name=s.name + "_results",
+            **settle(
+                {
+                    m: r.values(*every[m])[i].mean().item() if m in every else None
+                    for m in [*schema("llm"), *schema("sae")]
+                },
+                {},
+            ),
+        )
+        for i, s in enumerate(r.sets)
+    ]
+    notes = [
+        f"k = {k} has no name in SAEBench's schema: its numbers are in extra, not in the metrics"
+        for k in c.k_values
+        if k not in schema_ks
+    ]
+    u = {f"{n}_results": v for n, v in per.items()} | dict(
+        nulls=r.null_rows(list(nulls), c.k_values),
+        intervals=iv,
+        undefined=undefined,
+        extra=settle({**extra, **counts}, undefined),
+        latents=latents,
+        notes=notes,
+        hook=hook,
+    )
+    return envelope(
+        "sparse_probing", c, sae, {row: settle(v, undefined) for row, v in cats.items()}, details, u, name
+    )
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-compare
 def compare(
-    a:dict,    # Envelope of an SAE
-    b:dict,    # Envelope of another, on the same data sets
-    metric:str="sae_top_1_test_accuracy",
-    draws:int=1000, # Resamplings
-)->dict:       # difference a - b, low, high
+    a: dict,  # Envelope of an SAE
+    b: dict,  # Envelope of another, on the same data sets
+    metric: str = "sae_top_1_test_accuracy",
+    draws: int = 1000,  # Resamplings
+) -> dict:  # difference a - b, low, high
     "How much better one SAE is than another, concept by concept."
     sets = [n for n in a["eval_result_unstructured"] if n.endswith("_results")]
-    def of(e, n): v = e["eval_result_unstructured"].get(n, {}).get(metric); return v if v else {}
-    if any(not of(a, n) or of(a, n).keys() != of(b, n).keys() or None in [*of(a, n).values(), *of(b, n).values()] for n in sets): raise InputError(f"{metric} was not measured on the same classes for both; evaluate both with the same config")
-    d = [torch.tensor([v - of(b, n)[c] for c,v in of(a, n).items()]) for n in sets]
-    lo,hi = over_concepts(d, draws)
+
+    def of(e, n):
+        v = e["eval_result_unstructured"].get(n, {}).get(metric)
+        return v if v else {}
+
+    if any(
+        not of(a, n) or of(a, n).keys() != of(b, n).keys() or None in [*of(a, n).values(), *of(b, n).values()]
+        for n in sets
+    ):
+        raise InputError(
+            f"{metric} was not measured on the same classes for both; evaluate both with the same config"
+        )
+    d = [torch.tensor([v - of(b, n)[c] for c, v in of(a, n).items()]) for n in sets]
+    lo, hi = over_concepts(d, draws)
     return dict(difference=torch.stack([v.mean() for v in d]).mean().item(), low=lo, high=hi)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot
 _grey = dict(random=("0.45", "--"), frozen=("0.45", ":"), residual=("k", "-"))
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-plot
 @patch
-def plot(self:SparseProbing,
-    envs:dict, # Name of SAE -> envelope
-):             # The figure
+def plot(
+    self: SparseProbing,
+    envs: dict,  # Name of SAE -> envelope
+):  # The figure
     "Accuracy against k, with what it must be held against."
-    first = next(iter(envs.values())); u = first["eval_result_unstructured"]; ks = first["eval_config"]["k_values"]
-    known = {e: flat for e,flat in ((n, {**e["eval_result_metrics"]["sae"], **e["eval_result_unstructured"]["extra"]}) for n,e in envs.items())}
-    fig,(ax,bx) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", gridspec_kw=dict(width_ratios=[1.25, 1]))
+    first = next(iter(envs.values()))
+    u = first["eval_result_unstructured"]
+    ks = first["eval_config"]["k_values"]
+    known = {
+        e: flat
+        for e, flat in (
+            (n, {**e["eval_result_metrics"]["sae"], **e["eval_result_unstructured"]["extra"]})
+            for n, e in envs.items()
+        )
+    }
+    fig, (ax, bx) = plt.subplots(
+        1, 2, figsize=(10, 3.6), layout="constrained", gridspec_kw=dict(width_ratios=[1.25, 1])
+    )
+
     def line(m, **kw):
         p = [(k, v) for k in ks if (v := m.get(f"sae_top_{k}_test_accuracy")) is not None]
-        if p: ax.plot(*zip(*p), **kw)
-    for c,(n,m) in enumerate(known.items()): line(m, color=f"C{c}", marker="o", ms=3.5, label=n)
+        if p:
+            ax.plot(*zip(*p), **kw)
+
+    for c, (n, m) in enumerate(known.items()):
+        line(m, color=f"C{c}", marker="o", ms=3.5, label=n)
     low = u["nulls"]["shuffled"].get(f"sae_top_{ks[0]}_test_accuracy")
-    for n,m in u["nulls"].items():
-        if n not in ("ceiling", "direction", "shuffled"): color,ls = _grey.get(n, ("0.6", "--")); line(m, color=color, ls=ls, lw=1, label={"residual": "residual channels"}.get(n, n))
-    for m,color,ls,label in ((u["nulls"]["ceiling"].get("sae_test_accuracy"), "k", (0, (1, 1)), "all channels"), (u["nulls"]["direction"].get("sae_top_1_test_accuracy"), "0.3", (0, (5, 1, 1, 1)), "difference of class means")):
-        if m is not None: ax.axhline(m, color=color, ls=ls, lw=1, label=label)
-    if low is not None: ax.plot([], [], " ", label=f"shuffled labels: {low:.2f} at k = {ks[0]}")
-    ax.set(xscale="log", xlabel="k, latents or channels", ylabel="test accuracy", ylim=(None, 1.01)); ax.set_xticks(ks, ks); ax.minorticks_off()
+    for n, m in u["nulls"].items():
+        if n not in ("ceiling", "direction", "shuffled"):
+            color, ls = _grey.get(n, ("0.6", "--"))
+            line(m, color=color, ls=ls, lw=1, label={"residual": "residual channels"}.get(n, n))
+    for m, color, ls, label in (
+        (u["nulls"]["ceiling"].get("sae_test_accuracy"), "k", (0, (1, 1)), "all channels"),
+        (
+            u["nulls"]["direction"].get("sae_top_1_test_accuracy"),
+            "0.3",
+            (0, (5, 1, 1, 1)),
+            "difference of class means",
+        ),
+    ):
+        if m is not None:
+            ax.axhline(m, color=color, ls=ls, lw=1, label=label)
+    if low is not None:
+        ax.plot([], [], " ", label=f"shuffled labels: {low:.2f} at k = {ks[0]}")
+    ax.set(xscale="log", xlabel="k, latents or channels", ylabel="test accuracy", ylim=(None, 1.01))
+    ax.set_xticks(ks, ks)
+    ax.minorticks_off()
     ax.legend(frameon=False, fontsize=7, loc="lower right")
     _by_set(bx, envs, ks[0])
-    for a in (ax, bx): a.spines[["top", "right"]].set_visible(False)
+    for a in (ax, bx):
+        a.spines[["top", "right"]].set_visible(False)
     return fig
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-by-set
 def _by_set(ax, envs, k):
     "One row per data set: every SAE, and the best residual channels."
-    first = next(iter(envs.values())); sets = [d["dataset_name"].removesuffix("_results") for d in first["eval_result_details"]]
-    mean = lambda e, n, m: np.nanmean([np.nan if v is None else v for v in e["eval_result_unstructured"][f"{n}_results"][m].values()])
+    first = next(iter(envs.values()))
+    sets = [d["dataset_name"].removesuffix("_results") for d in first["eval_result_details"]]
+
+    def mean(e, n, m):
+        return np.nanmean(
+            [np.nan if v is None else v for v in e["eval_result_unstructured"][f"{n}_results"][m].values()]
+        )
+
     ys = np.arange(len(sets))[::-1]
-    for c,(name,e) in enumerate(envs.items()): ax.plot([mean(e, n, f"sae_top_{k}_test_accuracy") for n in sets], ys, "o", color=f"C{c}", ms=5, alpha=.85)
-    ax.plot([mean(first, n, f"llm_top_{k}_test_accuracy") for n in sets], ys, "k|", ms=11, mew=1.5, label="best channel")
-    ax.plot([mean(first, n, "llm_test_accuracy") for n in sets], ys, "|", color="0.6", ms=11, mew=1.5, label="all channels")
-    ax.set_yticks(ys, [n.split("/")[-1].replace("amazon_reviews_mcauley_1and5", "amazon")[-26:] for n in sets]); ax.grid(axis="y", lw=.3); ax.set_axisbelow(True)
-    ax.set(xlabel=f"test accuracy, k = {k}", xlim=(None, 1.01), ylim=(-.6, len(sets) - .4)); ax.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+    for c, (name, e) in enumerate(envs.items()):
+        ax.plot(
+            [mean(e, n, f"sae_top_{k}_test_accuracy") for n in sets], ys, "o", color=f"C{c}", ms=5, alpha=0.85
+        )
+    ax.plot(
+        [mean(first, n, f"llm_top_{k}_test_accuracy") for n in sets],
+        ys,
+        "k|",
+        ms=11,
+        mew=1.5,
+        label="best channel",
+    )
+    ax.plot(
+        [mean(first, n, "llm_test_accuracy") for n in sets],
+        ys,
+        "|",
+        color="0.6",
+        ms=11,
+        mew=1.5,
+        label="all channels",
+    )
+    ax.set_yticks(
+        ys, [n.split("/")[-1].replace("amazon_reviews_mcauley_1and5", "amazon")[-26:] for n in sets]
+    )
+    ax.grid(axis="y", lw=0.3)
+    ax.set_axisbelow(True)
+    ax.set(xlabel=f"test accuracy, k = {k}", xlim=(None, 1.01), ylim=(-0.6, len(sets) - 0.4))
+    ax.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)

@@ -7,179 +7,273 @@ __all__ = ['ToyTruthConfig', 'ToyTruth', 'recovery', 'detection', 'related', 'pr
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-imports
 from dataclasses import dataclass
+
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
-from fastcore.basics import patch
+
 from ..core import InputError, register
-from ..metrics import *
 from ..envelope import configure, envelope, settle
 from .core import random_sae
+from ..metrics import *
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-config
 @dataclass
 class ToyTruthConfig:
     "Sizes and seeds."
-    n_tokens:int = 20_000   # Held-out tokens
-    batch:int = 2_000       # Tokens at a time
-    length:int = 32         # Length of sequences, for SAEs that look along them
-    random_seeds:int = 5    # Random dictionaries
-    probe_steps:int = 300   # Updates of the linear probes; 0: no ceiling
-    seed:int = 0            # Seeds the random dictionaries
 
+    n_tokens: int = 20_000  # Held-out tokens
+    batch: int = 2_000  # Tokens at a time
+    length: int = 32  # Length of sequences, for SAEs that look along them
+    random_seeds: int = 5  # Random dictionaries
+    probe_steps: int = 300  # Updates of the linear probes; 0: no ceiling
+    seed: int = 0  # Seeds the random dictionaries
+
+# %% ../../nbs/evals/toy_truth.ipynb #truth-config-toytruth
 @register("evals", "toy_truth")
 class ToyTruth:
     "What was recovered of a toy's true features."
+
     headline = dict(mcc=+1, f1=+1, explained_variance=+1, l0=0, frac_dead=-1)
-    def __init__(self, **config): self.config = configure(ToyTruthConfig, **config)
+
+    def __init__(self, **config):
+        self.config = configure(ToyTruthConfig, **config)
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-gather
 @patch
-def gather(self:ToyTruth, sae, toy):
+def gather(self: ToyTruth, sae, toy):
     "Held-out activations, true features, latents and reconstructions, flattened to tokens."
-    c,out = self.config,[]
+    c, out = self.config, []
     seq = getattr(sae, "sequential", False)
     n = c.batch // c.length if seq else c.batch
     for i in range(max(1, c.n_tokens // (n * (c.length if seq else 1)))):
-        x,f_true = toy.sequences(n, c.length, part="test", at=i) if seq else toy.sample(n, part="test", at=i)
+        x, f_true = toy.sequences(n, c.length, part="test", at=i) if seq else toy.sample(n, part="test", at=i)
         x = x.to(sae.W_dec)
         f = sae.encode(x, mask=torch.ones(x.shape[:-1], dtype=torch.int64, device=x.device))
-        out.append([None if o is None else o.reshape(-1, o.shape[-1]) for o in (x, f_true, f, sae.rebuild(f, x))])
+        out.append(
+            [None if o is None else o.reshape(-1, o.shape[-1]) for o in (x, f_true, f, sae.rebuild(f, x))]
+        )
     return [None if o[0] is None else torch.cat(o) for o in zip(*out)]
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-recovery
 def recovery(
-    W:Tensor,          # Decoder rows, [d_sae, d_in]
-    directions:Tensor, # True directions, [n_true, d_in]
-)->dict:               # name -> number
+    W: Tensor,  # Decoder rows, [d_sae, d_in]
+    directions: Tensor,  # True directions, [n_true, d_in]
+) -> dict:  # name -> number
     "How well rows match directions."
-    return dict(mcc=mcc(W, directions), mcc_signed=mcc(W, directions, signed=True), mean_max_cos=max_cos(W, directions).mean(),
-                share_found=(max_cos(W, directions) > .9).double().mean(), uniqueness=uniqueness(best_feature(W, directions)),
-                nearest_cos=nearest_cos(W).mean() if len(W) > 1 else None)
+    return dict(
+        mcc=mcc(W, directions),
+        mcc_signed=mcc(W, directions, signed=True),
+        mean_max_cos=max_cos(W, directions).mean(),
+        share_found=(max_cos(W, directions) > 0.9).double().mean(),
+        uniqueness=uniqueness(best_feature(W, directions)),
+        nearest_cos=nearest_cos(W).mean() if len(W) > 1 else None,
+    )
 
+# %% ../../nbs/evals/toy_truth.ipynb #truth-recovery-detection
 def detection(
-    W:Tensor,          # Decoder rows, [d_sae, d_in]
-    f:Tensor,          # Latents, [n_tokens, d_sae]
-    f_true:Tensor,     # True features, [n_tokens, n_true]; None on the control
-    directions:Tensor, # True directions, [n_true, d_in]
-)->dict:               # name -> number
+    W: Tensor,  # Decoder rows, [d_sae, d_in]
+    f: Tensor,  # Latents, [n_tokens, d_sae]
+    f_true: Tensor,  # True features, [n_tokens, n_true]; None on the control
+    directions: Tensor,  # True directions, [n_true, d_in]
+) -> dict:  # name -> number
     "How well latents announce their features."
-    if f_true is None: return dict.fromkeys(("f1", "precision", "recall"))
-    return {k: v.mean() for k,v in f1_detector(f, f_true, best_feature(W, directions)).items()}
+    if f_true is None:
+        return dict.fromkeys(("f1", "precision", "recall"))
+    return {k: v.mean() for k, v in f1_detector(f, f_true, best_feature(W, directions)).items()}
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-relations
 def related(
-    toy,           # A Toy, or a control
-    sae,           # What was trained
-    f:Tensor,      # Latents, [n_tokens, d_sae]
-    f_true:Tensor, # True features, [n_tokens, n_true]
-)->tuple:          # absorption, hedging: dicts of numbers
+    toy,  # A Toy, or a control
+    sae,  # What was trained
+    f: Tensor,  # Latents, [n_tokens, d_sae]
+    f_true: Tensor,  # True features, [n_tokens, n_true]
+) -> tuple:  # absorption, hedging: dicts of numbers
     "What became of parents, children and correlated pairs."
-    ab,he = {},{}
-    if f_true is None: return ab,dict.fromkeys(("hedging", "child_carries_parent"))
-    t,W,D = toy.relations(),sae.W_dec.detach(),toy.directions.to(sae.W_dec)
-    pairs = lambda r: torch.tensor(t[t.relation == r][["a", "b"]].to_numpy(copy=True), device=W.device).view(-1, 2)
-    for d,r in absorption(f, f_true, W, D, toy.parent.to(W.device)).items():
-        ab.update({f"absorption_depth_{d}": r["absorption"], f"silent_with_child_depth_{d}": r["silent_with_child"], f"silent_alone_depth_{d}": r["silent_alone"]})
-    for k,r in dict(hedging="correlated", child_carries_parent="parent").items():
-        he[k] = hedging(W, D, pairs(r), pairs("unrelated")) if len(pairs(r)) and len(pairs("unrelated")) else None
-    return ab,he
+    ab, he = {}, {}
+    if f_true is None:
+        return ab, dict.fromkeys(("hedging", "child_carries_parent"))
+    t = toy.relations()
+    W = sae.W_dec.detach()
+    D = toy.directions.to(sae.W_dec)
+
+    def pairs(r):
+        return torch.tensor(t[t.relation == r][["a", "b"]].to_numpy(copy=True), device=W.device).view(-1, 2)
+
+    for d, r in absorption(f, f_true, W, D, toy.parent.to(W.device)).items():
+        ab.update(
+            {
+                f"absorption_depth_{d}": r["absorption"],
+                f"silent_with_child_depth_{d}": r["silent_with_child"],
+                f"silent_alone_depth_{d}": r["silent_alone"],
+            }
+        )
+    for k, r in dict(hedging="correlated", child_carries_parent="parent").items():
+        he[k] = (
+            hedging(W, D, pairs(r), pairs("unrelated")) if len(pairs(r)) and len(pairs("unrelated")) else None
+        )
+    return ab, he
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-probe
 def probe_f1(
-    toy,             # A Toy
-    x:Tensor,        # Held-out activations, [n_tokens, d_in]
-    f_true:Tensor,   # Their features, [n_tokens, n_true]
-    steps:int=300,   # Updates
-)->dict:             # f1, precision, recall: means over features
+    toy,  # A Toy
+    x: Tensor,  # Held-out activations, [n_tokens, d_in]
+    f_true: Tensor,  # Their features, [n_tokens, n_true]
+    steps: int = 300,  # Updates
+) -> dict:  # f1, precision, recall: means over features
     "Linear probes trained with labels, as detectors."
-    a,t = toy.sample(len(x), part="train", at=0)
-    a,x,y = a.float(),x.float(),(t > 0).float()
-    mean,sd = a.mean(0),a.std(0).clamp(min=1e-6)
-    w,b = torch.zeros(a.shape[1], y.shape[1], device=a.device),torch.logit(y.mean(0).clamp(1e-4, .999))
+    a, t = toy.sample(len(x), part="train", at=0)
+    a = a.float()
+    x = x.float()
+    y = (t > 0).float()
+    mean, sd = a.mean(0), a.std(0).clamp(min=1e-6)
+    w = torch.zeros(a.shape[1], y.shape[1], device=a.device)
+    b = torch.logit(y.mean(0).clamp(1e-4, 0.999))
     with torch.enable_grad():
-        w.requires_grad_(); b.requires_grad_()
-        opt = torch.optim.Adam([w, b], lr=.1)
+        w.requires_grad_()
+        b.requires_grad_()
+        opt = torch.optim.Adam([w, b], lr=0.1)
         for i in range(steps):
-            z = (a[i*2048 % len(a):][:2048] - mean)/sd; t = y[i*2048 % len(a):][:2048]
+            z = (a[i * 2048 % len(a) :][:2048] - mean) / sd
+            t = y[i * 2048 % len(a) :][:2048]
             loss = F.binary_cross_entropy_with_logits(z @ w + b, t, reduction="none").mean(0).sum()
-            opt.zero_grad(); loss.backward(); opt.step()
-    fires = (((x - mean)/sd) @ w.detach() + b.detach()).relu()
-    return {k: v.mean() for k,v in f1_detector(fires, f_true, torch.arange(y.shape[1], device=x.device)).items()}
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+    fires = (((x - mean) / sd) @ w.detach() + b.detach()).relu()
+    return {
+        k: v.mean() for k, v in f1_detector(fires, f_true, torch.arange(y.shape[1], device=x.device)).items()
+    }
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-nulls
 @patch
-def nulls(self:ToyTruth, sae, toy, x, f_true, f):
+def nulls(self: ToyTruth, sae, toy, x, f_true, f):
     "Chance, ceiling and truth."
-    c,D = self.config,toy.directions.to(sae.W_dec)
+    c, D = self.config, toy.directions.to(sae.W_dec)
     W = [random_like(sae.W_dec, c.seed + i) for i in range(c.random_seeds)]
     per = [recovery(w, D) for w in W]
-    rand = {k: None if per[0][k] is None else sum(float(p[k]) for p in per)/len(per) for k in per[0]}
+    rand = {k: None if per[0][k] is None else sum(float(p[k]) for p in per) / len(per) for k in per[0]}
     out = dict(random=rand, truth=recovery(D, D))
-    if f_true is None: return out
-    fn,_ = random_sae(x, sae.d_sae, l0(f).item(), x.mean(0), c.seed)
-    x_hat,g = fn(x)
+    if f_true is None:
+        return out
+    fn, _ = random_sae(x, sae.d_sae, l0(f).item(), x.mean(0), c.seed)
+    x_hat, g = fn(x)
     rand.update(detection(W[0], g, f_true, D), explained_variance=explained_variance(x, x_hat))
-    if c.probe_steps: out["probe"] = probe_f1(toy, x, f_true, c.probe_steps)
+    if c.probe_steps:
+        out["probe"] = probe_f1(toy, x, f_true, c.probe_steps)
     return out
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-call
 @patch
 @torch.no_grad()
-def __call__(self:ToyTruth,
-    sae,               # Any SAE
-    toy,               # The Toy it was trained on, or its control
-    details:bool=True, # Keep one object per latent
-    name:str="",       # What to call the SAE
-)->dict:               # The envelope
+def __call__(
+    self: ToyTruth,
+    sae,  # Any SAE
+    toy,  # The Toy it was trained on, or its control
+    details: bool = True,  # Keep one object per latent
+    name: str = "",  # What to call the SAE
+) -> dict:  # The envelope
     "Score an SAE against the truth; nothing about it changes."
-    if sae.d_in != toy.d_in: raise InputError(f"the SAE reads {sae.d_in} dimensions and the toy has {toy.d_in}; evaluate it on the toy it was trained on")
-    was = sae.training; sae.eval()
+    if sae.d_in != toy.d_in:
+        raise InputError(
+            f"the SAE reads {sae.d_in} dimensions and the toy has {toy.d_in}; evaluate it on the toy it was trained on"
+        )
+    was = sae.training
+    sae.eval()
     try:
-        x,f_true,f,x_hat = self.gather(sae, toy)
+        x, f_true, f, x_hat = self.gather(sae, toy)
         return self.report(sae, toy, x, f_true, f, x_hat, details, name)
-    finally: sae.train(was)
+    finally:
+        sae.train(was)
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-report
 @patch
-def report(self:ToyTruth, sae, toy, x, f_true, f, x_hat, details, name):
+def report(self: ToyTruth, sae, toy, x, f_true, f, x_hat, details, name):
     "Scores, nulls and details in one envelope."
-    D,W = toy.directions.to(sae.W_dec),sae.W_dec.detach()
-    ab,he = related(toy, sae, f, f_true)
-    fit = dict(explained_variance=explained_variance(x, x_hat), l0=l0(f), true_l0=None if f_true is None else l0(f_true), frac_dead=frac_dead(density(f)))
+    D, W = toy.directions.to(sae.W_dec), sae.W_dec.detach()
+    ab, he = related(toy, sae, f, f_true)
+    fit = dict(
+        explained_variance=explained_variance(x, x_hat),
+        l0=l0(f),
+        true_l0=None if f_true is None else l0(f_true),
+        frac_dead=frac_dead(density(f)),
+    )
     why = dict(hedging="the toy has no correlated units", child_carries_parent="the toy has no trees")
     why.update({k: "parent and child, or a parent alone, were never seen on" for k in ab})
-    if f_true is None: why.update(dict.fromkeys(("f1", "precision", "recall", "true_l0", *he), "the control has no features"))
-    cats = {k: settle(v, why) for k,v in dict(recovery=recovery(W, D), detection=detection(W, f, f_true, D), absorption=ab, hedging=he, fit=fit).items()}
-    rows = {k: settle(v, {}) for k,v in self.nulls(sae, toy, x, f_true, f).items()}
-    score = {f"{k}_above_null": above_null(cats["recovery"][k], rows["random"][k]) for k in ("mcc", "mean_max_cos") if rows["random"][k] < 1}
-    used = {k for c in cats.values() for k,v in c.items() if v is None}
-    u = dict(undefined={k: v for k,v in why.items() if k in used}, nulls=rows, extra=score, found=max_cos(W, D).tolist())
-    return envelope("toy_truth", self.config, sae, {k: v for k,v in cats.items() if v}, self.table(W, D, f, f_true) if details else [], u, name)
+    if f_true is None:
+        why.update(
+            dict.fromkeys(("f1", "precision", "recall", "true_l0", *he), "the control has no features")
+        )
+    cats = {
+        k: settle(v, why)
+        for k, v in dict(
+            recovery=recovery(W, D), detection=detection(W, f, f_true, D), absorption=ab, hedging=he, fit=fit
+        ).items()
+    }
+    rows = {k: settle(v, {}) for k, v in self.nulls(sae, toy, x, f_true, f).items()}
+    score = {
+        f"{k}_above_null": above_null(cats["recovery"][k], rows["random"][k])
+        for k in ("mcc", "mean_max_cos")
+        if rows["random"][k] < 1
+    }
+    used = {k for c in cats.values() for k, v in c.items() if v is None}
+    u = dict(
+        undefined={k: v for k, v in why.items() if k in used},
+        nulls=rows,
+        extra=score,
+        found=max_cos(W, D).tolist(),
+    )
+    return envelope(
+        "toy_truth",
+        self.config,
+        sae,
+        {k: v for k, v in cats.items() if v},
+        self.table(W, D, f, f_true) if details else [],
+        u,
+        name,
+    )
 
+# %% ../../nbs/evals/toy_truth.ipynb #truth-report-table
 @patch
-def table(self:ToyTruth, W, D, f, f_true):
+def table(self: ToyTruth, W, D, f, f_true):
     "One object per latent: its feature, the cosine, and how well it announces it."
     j = best_feature(W, D)
-    d = dict(feature=j, cos=cosines(W, D).gather(1, j[:, None])[:, 0], density=density(f), **({} if f_true is None else f1_detector(f, f_true, j)))
-    return [dict(index=i, **dict(zip(d, v))) for i,v in enumerate(zip(*(t.tolist() for t in d.values())))]
+    d = dict(
+        feature=j,
+        cos=cosines(W, D).gather(1, j[:, None])[:, 0],
+        density=density(f),
+        **({} if f_true is None else f1_detector(f, f_true, j)),
+    )
+    return [dict(index=i, **dict(zip(d, v))) for i, v in enumerate(zip(*(t.tolist() for t in d.values())))]
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-plot
 @patch
-def plot(self:ToyTruth,
-    envs:dict, # name of the SAE -> envelope
-):             # A matplotlib figure
+def plot(
+    self: ToyTruth,
+    envs: dict,  # name of the SAE -> envelope
+):  # A matplotlib figure
     "Scores beside chance and ceiling; the nearest latent of every true direction."
     import matplotlib.pyplot as plt
-    fig,ax = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
-    keys,rows = ("mcc", "mean_max_cos", "f1"),{}
-    for n,e in envs.items(): rows[n] = {k: v for c in e["eval_result_metrics"].values() for k,v in c.items()}
+
+    fig, ax = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
+    keys, rows = ("mcc", "mean_max_cos", "f1"), {}
+    for n, e in envs.items():
+        rows[n] = {k: v for c in e["eval_result_metrics"].values() for k, v in c.items()}
     for n in ("random", "probe", "truth"):
         ms = [e["eval_result_unstructured"]["nulls"].get(n, {}) for e in envs.values()]
         rows[f"({n})"] = {k: next((m[k] for m in ms if m.get(k) is not None), None) for k in keys}
-    for i,(n,m) in enumerate(rows.items()):
-        ax[0].bar([j + (i + .5)*.8/len(rows) - .4 for j in range(3)], [m[k] or 0 for k in keys], .75/len(rows), label=n, color=str(.45 + .15*(i - len(envs))) if n[0] == "(" else f"C{i % 10}")
-    ax[0].set(xticks=range(3), xticklabels=keys, ylim=(0, 1.05)); ax[0].legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
-    for i,(n,e) in enumerate(envs.items()): ax[1].plot(sorted(e["eval_result_unstructured"]["found"], reverse=True), color=f"C{i % 10}")
+    for i, (n, m) in enumerate(rows.items()):
+        ax[0].bar(
+            [j + (i + 0.5) * 0.8 / len(rows) - 0.4 for j in range(3)],
+            [m[k] or 0 for k in keys],
+            0.75 / len(rows),
+            label=n,
+            color=str(0.45 + 0.15 * (i - len(envs))) if n[0] == "(" else f"C{i % 10}",
+        )
+    ax[0].set(xticks=range(3), xticklabels=keys, ylim=(0, 1.05))
+    ax[0].legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    for i, (n, e) in enumerate(envs.items()):
+        ax[1].plot(sorted(e["eval_result_unstructured"]["found"], reverse=True), color=f"C{i % 10}")
     ax[1].set(xlabel="true directions, best found first", ylabel="largest cosine", ylim=(0, 1.02))
     return fig

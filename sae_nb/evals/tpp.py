@@ -10,289 +10,546 @@ __all__ = ['tpp_scores', 'one_vs_rest', 'TPP', 'Task', 'on_sets', 'redrawn', 'pr
 import math
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
+
 import torch
 from fastcore.basics import patch
 from tqdm import tqdm
-from ..core import *
+
 from ..codes import bootstrap
 from ..concept_probes import *
+from ..core import *
 from ..envelope import configure, envelope, settle
 from ..store import Store, digest
 from ..texts import text_set
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-score
 def tpp_scores(
-    clean, # A_j, [C]
-    after, # A_ij, [C][C]
-):         # intended, unintended, total, each [C]
+    clean,  # A_j, [C]
+    after,  # A_ij, [C][C]
+):  # intended, unintended, total, each [C]
     "What silencing does to its own probe, to the others, and the difference."
-    A,B = torch.as_tensor(clean, dtype=torch.float64),torch.as_tensor(after, dtype=torch.float64)
-    drop,own = A - B,torch.eye(len(A), dtype=torch.bool)
-    intended,unintended = drop[own],drop.masked_fill(own, 0.).sum(1) / max(1, len(A) - 1)
-    return intended,unintended,intended - unintended
+    A = torch.as_tensor(clean, dtype=torch.float64)
+    B = torch.as_tensor(after, dtype=torch.float64)
+    drop, own = A - B, torch.eye(len(A), dtype=torch.bool)
+    intended = drop[own]
+    unintended = drop.masked_fill(own, 0.0).sum(1) / max(1, len(A) - 1)
+    return intended, unintended, intended - unintended
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-negatives
 def one_vs_rest(
-    rows:list, # Rows of each class, a list of lists
-    c:int,     # Which class
-    gen,       # Generator
-)->tuple:      # rows [2n], labels [2n]: the class, then its negatives
+    rows: list,  # Rows of each class, a list of lists
+    c: int,  # Which class
+    gen,  # Generator
+) -> tuple:  # rows [2n], labels [2n]: the class, then its negatives
     "A class and as many texts of the others."
-    n,others = len(rows[c]),[r for i,r in enumerate(rows) if i != c]
+    n, others = len(rows[c]), [r for i, r in enumerate(rows) if i != c]
     per = math.ceil(n / len(others))
     neg = [r[i] for r in others for i in torch.randperm(len(r), generator=gen)[:per].tolist()]
     neg = [neg[i] for i in torch.randperm(len(neg), generator=gen)[:n].tolist()]
-    return torch.tensor(rows[c] + neg), torch.tensor([1.]*n + [0.]*len(neg))
+    return torch.tensor(rows[c] + neg), torch.tensor([1.0] * n + [0.0] * len(neg))
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-class
 @register("evals", "tpp")
 class TPP:
     "Targeted probe perturbation."
-    world = dict(dataset_names=["professions1", "categories"], train_set_size=1000, probe_lr=4e-3, test_set_size=400, effect_set_size=240, context_length=64)
-    fast = dict(dataset_names=["professions1"], train_set_size=160, test_set_size=80, effect_set_size=80, probe_epochs=5, n_seeds=2, n_values=[2, 10, 20], bootstrap_draws=100)
-    headline = {"tpp_threshold_20_total_metric": +1, "tpp_threshold_10_total_metric": +1}
-    def __init__(self, **config): self.config = checked(configure(ConceptConfig, **{"perform_scr": False, **config}))
 
+    world = dict(
+        dataset_names=["professions1", "categories"],
+        train_set_size=1000,
+        probe_lr=4e-3,
+        test_set_size=400,
+        effect_set_size=240,
+        context_length=64,
+    )
+    fast = dict(
+        dataset_names=["professions1"],
+        train_set_size=160,
+        test_set_size=80,
+        effect_set_size=80,
+        probe_epochs=5,
+        n_seeds=2,
+        n_values=[2, 10, 20],
+        bootstrap_draws=100,
+    )
+    headline = {"tpp_threshold_20_total_metric": +1, "tpp_threshold_10_total_metric": +1}
+
+    def __init__(self, **config):
+        self.config = checked(configure(ConceptConfig, **{"perform_scr": False, **config}))
+
+# %% ../../nbs/evals/tpp.ipynb #tpp-class-runs
 @patch
-def runs(self:TPP,
-    lm, # Language model
-):      # Yields (data set, function that returns texts for training and testing)
+def runs(
+    self: TPP,
+    lm,  # Language model
+):  # Yields (data set, function that returns texts for training and testing)
     "Every data set. A test of one's own may put other texts here."
     c = self.config
-    for n in c.dataset_names: yield n, lambda n=n: text_set(n, lm, c.train_set_size//2, c.test_set_size//2, c.context_length, c.random_seed, c.data_dir)
+    for n in c.dataset_names:
+        yield (
+            n,
+            lambda n=n: text_set(
+                n,
+                lm,
+                c.train_set_size // 2,
+                c.test_set_size // 2,
+                c.context_length,
+                c.random_seed,
+                c.data_dir,
+            ),
+        )
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-task
 @dataclass
 class Task:
     "One data set, ready for any SAE."
-    classes:list # C names
-    train:tuple  # tokens and docs of the texts that rank latents
-    test:tuple   # tokens and docs of the test texts
-    X:tuple      # Their mean activations
-    rows:list    # Rows of each class among the texts that rank latents
-    at:tuple     # Test rows and labels of each probe, [S, C, m]
-    test_rows:list # Rows of each class among the test texts
-    probes:dict  # From `fit_probes`, in the order seed by seed, class by class
-    key:str      # Fingerprint of all this
+
+    classes: list  # C names
+    train: tuple  # tokens and docs of the texts that rank latents
+    test: tuple  # tokens and docs of the test texts
+    X: tuple  # Their mean activations
+    rows: list  # Rows of each class among the texts that rank latents
+    at: tuple  # Test rows and labels of each probe, [S, C, m]
+    test_rows: list  # Rows of each class among the test texts
+    probes: dict  # From `fit_probes`, in the order seed by seed, class by class
+    key: str  # Fingerprint of all this
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-prepare
 @patch
-def prepare(self:TPP,
-    texts,       # Texts for training and testing
-    lm,          # Language model
-    hook:str,    # Hook point
-    store:Store, # What depends on the model only
-)->Task:
+def prepare(
+    self: TPP,
+    texts,  # Texts for training and testing
+    lm,  # Language model
+    hook: str,  # Hook point
+    store: Store,  # What depends on the model only
+) -> Task:
     "Mean activations, probes and labels of one data set."
-    c,(train,test) = self.config,texts
-    cut = lambda t, rows: (t.tokens[rows][:, :c.context_length], t.docs[rows][:, :c.context_length])
-    n = min(len(train.rows(l)) for l in train.classes); k = (c.effect_set_size or c.train_set_size) // 2
-    m = min(len(test.rows(l)) for l in train.classes); k = min(k, n)
-    effect,rest = [i for l in train.classes for i in train.rows(l)[:k]],[i for l in train.classes for i in train.rows(l)[k:n]]
+    c, (train, test) = self.config, texts
+
+    def cut(t, rows):
+        return (t.tokens[rows][:, : c.context_length], t.docs[rows][:, : c.context_length])
+
+    n = min(len(train.rows(l)) for l in train.classes)
+    k = (c.effect_set_size or c.train_set_size) // 2
+    m = min(len(test.rows(l)) for l in train.classes)
+    k = min(k, n)
+    effect = [i for l in train.classes for i in train.rows(l)[:k]]
+    rest = [i for l in train.classes for i in train.rows(l)[k:n]]
     held = [i for l in train.classes for i in test.rows(l)[:m]]
-    X_eff,X_test = [acts_means(lm, hook, *cut(t, r), store) for t,r in ((train, effect), (test, held))]
+    X_eff, X_test = [acts_means(lm, hook, *cut(t, r), store) for t, r in ((train, effect), (test, held))]
     X = torch.cat([X_eff, acts_means(lm, hook, *cut(train, rest), store, again=False)]) if rest else X_eff
-    C = range(len(train.classes)); of = lambda start, size: [list(range(start + size*i, start + size*(i + 1))) for i in C]
-    first,test_rows = of(0, k),of(0, m)
-    every = [a + b for a,b in zip(first, of(len(effect), n - k))]
-    seeds = [seed_of(l, c.random_seed + s) for s in range(c.n_seeds) for l in train.classes]; gens = [torch.Generator().manual_seed(s) for s in seeds]
-    rows,y = map(torch.stack, zip(*[one_vs_rest(every, j % len(C), g) for j,g in enumerate(gens)]))
-    rt,yt = map(torch.stack, zip(*[one_vs_rest(test_rows, j % len(C), g) for j,g in enumerate(gens)]))
-    fields = [c.probe_epochs, c.probe_train_batch_size, c.probe_lr, c.probe_l1_penalty, c.validation_share, c.early_stopping_patience]
-    probes = store.get("tpp-probes", [X, rows, y, X_test, rt, yt, seeds, fields], lambda: fit_probes(c, X, rows, y, seeds, X_test, rt, yt))
-    shape = lambda t: t.view(c.n_seeds, len(C), -1)
-    return Task(train.classes, cut(train, effect), cut(test, held), (X_eff, X_test), first, (shape(rt), shape(yt)), test_rows, probes, digest(cut(train, effect), cut(test, held), probes["w"], probes["b"], rt))
+    C = range(len(train.classes))
+
+    def of(start, size):
+        return [list(range(start + size * i, start + size * (i + 1))) for i in C]
+
+    first, test_rows = of(0, k), of(0, m)
+    every = [a + b for a, b in zip(first, of(len(effect), n - k))]
+    seeds = [seed_of(l, c.random_seed + s) for s in range(c.n_seeds) for l in train.classes]
+    gens = [torch.Generator().manual_seed(s) for s in seeds]
+    rows, y = map(torch.stack, zip(*[one_vs_rest(every, j % len(C), g) for j, g in enumerate(gens)]))
+    rt, yt = map(torch.stack, zip(*[one_vs_rest(test_rows, j % len(C), g) for j, g in enumerate(gens)]))
+    fields = [
+        c.probe_epochs,
+        c.probe_train_batch_size,
+        c.probe_lr,
+        c.probe_l1_penalty,
+        c.validation_share,
+        c.early_stopping_patience,
+    ]
+    probes = store.get(
+        "tpp-probes",
+        [X, rows, y, X_test, rt, yt, seeds, fields],
+        lambda: fit_probes(c, X, rows, y, seeds, X_test, rt, yt),
+    )
+
+    def shape(t):
+        return t.view(c.n_seeds, len(C), -1)
+
+    return Task(
+        train.classes,
+        cut(train, effect),
+        cut(test, held),
+        (X_eff, X_test),
+        first,
+        (shape(rt), shape(yt)),
+        test_rows,
+        probes,
+        digest(cut(train, effect), cut(test, held), probes["w"], probes["b"], rt),
+    )
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-accuracy
 def on_sets(
-    logits, # [S, ..., C, n_test], one row of logits per probe
-    at,     # Test rows and labels, each [S, C, m]
-):          # [S, ..., C]
+    logits,  # [S, ..., C, n_test], one row of logits per probe
+    at,  # Test rows and labels, each [S, C, m]
+):  # [S, ..., C]
     "Accuracy of every probe on its own test set."
-    (rows,y),(S,C,n) = at,(logits.shape[0], logits.shape[-2], logits.shape[-1])
+    (rows, y), (S, C, n) = at, (logits.shape[0], logits.shape[-2], logits.shape[-1])
     L = logits.reshape(S, -1, C, n)
     r = rows[:, None].expand(-1, L.shape[1], -1, -1)
     return hits(L.gather(-1, r), y[:, None]).view(*logits.shape[:-1])
 
+# %% ../../nbs/evals/tpp.ipynb #tpp-accuracy-redrawn
 def redrawn(
-    logits,   # [..., C, n_test]
-    rows,     # Test rows of each class
-    seed:int, # Any integer
-):            # [..., C]
+    logits,  # [..., C, n_test]
+    rows,  # Test rows of each class
+    seed: int,  # Any integer
+):  # [..., C]
     "The same with new negatives for every number."
-    gen,flat = torch.Generator().manual_seed(seed),logits.reshape(-1, *logits.shape[-2:])
-    sets = lambda c: one_vs_rest(rows, c, gen)
-    return torch.tensor([[hits(l[r], y).item() for l,(r,y) in zip(L, map(sets, range(len(rows))))] for L in flat]).view(*logits.shape[:-1])
+    gen = torch.Generator().manual_seed(seed)
+    flat = logits.reshape(-1, *logits.shape[-2:])
 
+    def sets(c):
+        return one_vs_rest(rows, c, gen)
+
+    return torch.tensor(
+        [[hits(l[r], y).item() for l, (r, y) in zip(L, map(sets, range(len(rows))))] for L in flat]
+    ).view(*logits.shape[:-1])
+
+# %% ../../nbs/evals/tpp.ipynb #tpp-accuracy-probe-logits
 def probe_logits(
-    task:Task,  # One data set
-    pick:int=0, # 0: probes chosen on held-back training texts; 1: on test
-):              # [S, C, n_test]
+    task: Task,  # One data set
+    pick: int = 0,  # 0: probes chosen on held-back training texts; 1: on test
+):  # [S, C, n_test]
     "Logits of every probe on every test text."
     X = task.X[1]
-    return (X @ task.probes["w"][pick].T + task.probes["b"][pick]).T.view(task.at[0].shape[0], len(task.classes), len(X))
+    return (X @ task.probes["w"][pick].T + task.probes["b"][pick]).T.view(
+        task.at[0].shape[0], len(task.classes), len(X)
+    )
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-measure
 @patch
-def measure(self:TPP,
-    task:Task,  # One data set
-    W_dec,      # Decoder, [d_sae, d_in]
-    train,      # Mean latents of the texts that rank, see `ablate`
-    test,       # Mean latents of the test texts
-    controls:bool=True, # With shuffled labels, random latents, and SAEBench's way
-)->dict:        # plan -> accuracies [S][C silenced][N][C probes]; and "with_effect", "positive"
+def measure(
+    self: TPP,
+    task: Task,  # One data set
+    W_dec,  # Decoder, [d_sae, d_in]
+    train,  # Mean latents of the texts that rank, see `ablate`
+    test,  # Mean latents of the test texts
+    controls: bool = True,  # With shuffled labels, random latents, and SAEBench's way
+) -> dict:  # plan -> accuracies [S][C silenced][N][C probes]; and "with_effect", "positive"
     "Silence the latents of one dictionary, class by class."
-    c,S,C,n = self.config,self.config.n_seeds,len(task.classes),len(task.X[0])
+    c = self.config
+    S = self.config.n_seeds
+    C = len(task.classes)
+    n = len(task.X[0])
     w = task.probes["w"].view(2, S, C, -1)
-    draw = lambda s, i: contrasts(*one_vs_rest(task.rows, i, torch.Generator().manual_seed(seed_of("effects", task.classes[i], c.random_seed + s))), n)
+
+    def draw(s, i):
+        return contrasts(
+            *one_vs_rest(
+                task.rows,
+                i,
+                torch.Generator().manual_seed(seed_of("effects", task.classes[i], c.random_seed + s)),
+            ),
+            n,
+        )
+
     A = torch.stack([torch.stack([draw(s, i) for i in range(C)]) for s in range(S)])
     plans = {"sae": (A, w[0], w[0])}
     if controls:
         plans["saebench"] = A, w[1], w[1]
-        at = [torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("labels", c.random_seed, s))) for s in range(S)]
-        if c.baselines: plans["shuffled labels"] = torch.stack([A[s][:, a] for s,a in enumerate(at)]), w[0], w[0]
-    shifts,found = ablate(train, test, W_dec, plans, c.n_values, signed=True, seed=c.random_seed if controls and c.baselines else None)
-    out = {k: on_sets(probe_logits(task)[:, None, None] + v, task.at).tolist() for k,v in shifts.items() if k != "saebench"}
-    if controls: out["saebench"] = redrawn(probe_logits(task, 1)[:, None, None] + shifts["saebench"], task.test_rows, seed_of("after", c.random_seed)).tolist()
+        at = [
+            torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("labels", c.random_seed, s)))
+            for s in range(S)
+        ]
+        if c.baselines:
+            plans["shuffled labels"] = torch.stack([A[s][:, a] for s, a in enumerate(at)]), w[0], w[0]
+    shifts, found = ablate(
+        train,
+        test,
+        W_dec,
+        plans,
+        c.n_values,
+        signed=True,
+        seed=c.random_seed if controls and c.baselines else None,
+    )
+    out = {
+        k: on_sets(probe_logits(task)[:, None, None] + v, task.at).tolist()
+        for k, v in shifts.items()
+        if k != "saebench"
+    }
+    if controls:
+        out["saebench"] = redrawn(
+            probe_logits(task, 1)[:, None, None] + shifts["saebench"],
+            task.test_rows,
+            seed_of("after", c.random_seed),
+        ).tolist()
     return dict(with_effect=found, **out)
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-class-codes
 def class_codes(
-    X,     # Vectors, [n, d]
-    means, # Mean of each class, [C, d]
-):         # codes [n, C] and directions [C, d]: X is about the mean of means + codes @ directions, and codes sum to one
+    X,  # Vectors, [n, d]
+    means,  # Mean of each class, [C, d]
+):  # codes [n, C] and directions [C, d]: X is about the mean of means + codes @ directions, and codes sum to one
     "How much of each class there is in a vector."
-    mean = means.mean(0); D = means - mean
-    return concept_codes(X, D, mean) + 1/len(D), D
+    mean = means.mean(0)
+    D = means - mean
+    return concept_codes(X, D, mean) + 1 / len(D), D
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-lm-rows
 @patch
-def without_sae(self:TPP,
-    task:Task, # One data set
-)->dict:       # row -> accuracies
+def without_sae(
+    self: TPP,
+    task: Task,  # One data set
+) -> dict:  # row -> accuracies
     "Residual channels, and the known directions, which are silenced one each whatever N is."
-    (X,X_test),C = task.X,len(task.classes)
-    whole = lambda Z: [(slice(0, len(Z)), Z)]
-    out = {"residual channels": self.measure(task, torch.eye(X.shape[1]), whole(X), whole(X_test), controls=False)["sae"]}
-    Z,D = class_codes(X_test, torch.stack([X[r].mean(0) for r in task.rows]))
-    shift = torch.stack([torch.stack([logit_shifts(Z, torch.tensor([i]), self.config.n_values, v @ D.T) for i in range(C)]) for v in task.probes["w"][0].view(self.config.n_seeds, C, -1)])
+    (X, X_test), C = task.X, len(task.classes)
+
+    def whole(Z):
+        return [(slice(0, len(Z)), Z)]
+
+    out = {
+        "residual channels": self.measure(
+            task, torch.eye(X.shape[1]), whole(X), whole(X_test), controls=False
+        )["sae"]
+    }
+    Z, D = class_codes(X_test, torch.stack([X[r].mean(0) for r in task.rows]))
+    shift = torch.stack(
+        [
+            torch.stack([logit_shifts(Z, torch.tensor([i]), self.config.n_values, v @ D.T) for i in range(C)])
+            for v in task.probes["w"][0].view(self.config.n_seeds, C, -1)
+        ]
+    )
     return {**out, "known directions": on_sets(probe_logits(task)[:, None, None] + shift, task.at).tolist()}
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-class-scores
 def class_scores(
-    clean,          # [S][C]
-    after,          # [S][C][N][C]
-    classes:list,   # C names
-    n_values:list,  # N
-    min_clean:float=0., # Least clean accuracy
-)->dict:            # class -> name -> [S] values, or None where there is nothing to damage
+    clean,  # [S][C]
+    after,  # [S][C][N][C]
+    classes: list,  # C names
+    n_values: list,  # N
+    min_clean: float = 0.0,  # Least clean accuracy
+) -> dict:  # class -> name -> [S] values, or None where there is nothing to damage
     "Scores of one data set, class by class and seed by seed."
-    out,A = {c: {} for c in classes},torch.tensor(clean)
-    for j,n in enumerate(n_values):
-        per = [tpp_scores(a, [row[j] for row in b]) for a,b in zip(clean, after)]
-        for i,c in enumerate(classes):
+    out, A = {c: {} for c in classes}, torch.tensor(clean)
+    for j, n in enumerate(n_values):
+        per = [tpp_scores(a, [row[j] for row in b]) for a, b in zip(clean, after)]
+        for i, c in enumerate(classes):
             ok = A[:, i].mean() >= min_clean
-            for k,part in (("total_metric", 2), ("intended_diff_only", 0), ("unintended_diff_only", 1)): out[c][f"tpp_threshold_{n}_{k}"] = [p[part][i].item() for p in per] if ok else None
+            for k, part in (("total_metric", 2), ("intended_diff_only", 0), ("unintended_diff_only", 1)):
+                out[c][f"tpp_threshold_{n}_{k}"] = [p[part][i].item() for p in per] if ok else None
     return out
 
+# %% ../../nbs/evals/tpp.ipynb #tpp-class-scores-over-classes
 def over_classes(
-    sets:list, # One `class_scores` per data set
-    seed=None, # One seed; None: all
-)->dict:       # name -> number or None
+    sets: list,  # One `class_scores` per data set
+    seed=None,  # One seed; None: all
+) -> dict:  # name -> number or None
     "Mean over seeds and classes, then over data sets."
+
     def one(s, k):
         v = [fmean(c[k]) if seed is None else c[k][seed] for c in s.values() if c[k] is not None]
         return fmean(v) if v else None
+
     keys = next(iter(sets[0].values()))
     means = {k: [m for s in sets if (m := one(s, k)) is not None] for k in keys}
-    return {k: fmean(v) if v else None for k,v in means.items()}
+    return {k: fmean(v) if v else None for k, v in means.items()}
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-call
 @patch
-def __call__(self:TPP,
-    sae,          # Any SAE
-    lm,           # Language model
-    hook:str=None,# Hook point; None: the model's default
-    store=None,   # What depends on the model and the nulls
-    parts=None,   # What depends on this SAE
-    nulls=None,   # name -> SAE that learned nothing
-    name:str="",  # What to call the SAE
-    quiet:bool=True, # Without progress bars
-)->dict:          # Envelope
+def __call__(
+    self: TPP,
+    sae,  # Any SAE
+    lm,  # Language model
+    hook: str = None,  # Hook point; None: the model's default
+    store=None,  # What depends on the model and the nulls
+    parts=None,  # What depends on this SAE
+    nulls=None,  # name -> SAE that learned nothing
+    name: str = "",  # What to call the SAE
+    quiet: bool = True,  # Without progress bars
+) -> dict:  # Envelope
     "Evaluate one SAE."
-    if lm is None: raise InputError("TPP reads texts through a language model; give one")
-    c,hook,store,parts = self.config,hook or lm.default_hook,store or Store(),parts or Store()
-    fields,done,left_out = [c.n_values, c.n_seeds, c.random_seed, c.baselines],[],{}
-    for ds,texts in tqdm(list(self.runs(lm)), desc="tpp", disable=quiet, leave=False, ncols=80):
+    if lm is None:
+        raise InputError("TPP reads texts through a language model; give one")
+    c = self.config
+    hook = hook or lm.default_hook
+    store = store or Store()
+    parts = parts or Store()
+    fields = [c.n_values, c.n_seeds, c.random_seed, c.baselines]
+    done = []
+    left_out = {}
+    for ds, texts in tqdm(list(self.runs(lm)), desc="tpp", disable=quiet, leave=False, ncols=80):
         texts = texts()
-        if len(texts[0].classes) < 3: left_out[ds] = f"{ds} has two classes, and the probe of one is the other's mirror image"; continue
+        if len(texts[0].classes) < 3:
+            left_out[ds] = f"{ds} has two classes, and the probe of one is the other's mirror image"
+            continue
         task = self.prepare(texts, lm, hook, store)
-        read = lambda s, where: code_means(s, lm, hook, *where, store)
-        look = lambda s, keep, controls: keep.get("tpp", [s, lm, hook, task.key, fields, controls], lambda: self.measure(task, s.W_dec, read(s, task.train), read(s, task.test), controls))
+
+        def read(s, where):
+            return code_means(s, lm, hook, *where, store)
+
+        def look(s, keep, controls):
+            return keep.get(
+                "tpp",
+                [s, lm, hook, task.key, fields, controls],
+                lambda: self.measure(task, s.W_dec, read(s, task.train), read(s, task.test), controls),
+            )
+
         got = look(sae, parts, True)
-        got.update({n: look(s, store, False)["sae"] for n,s in (nulls or {}).items()})
-        if c.baselines: got.update(store.get("tpp-lm", [hook, task.key, fields], lambda: self.without_sae(task)))
+        got.update({n: look(s, store, False)["sae"] for n, s in (nulls or {}).items()})
+        if c.baselines:
+            got.update(store.get("tpp-lm", [hook, task.key, fields], lambda: self.without_sae(task)))
         theirs = redrawn(probe_logits(task, 1), task.test_rows, seed_of("before", c.random_seed)).tolist()
-        done.append(dict(dataset=ds, classes=task.classes, clean=on_sets(probe_logits(task), task.at).tolist(), clean_test=theirs, after=got))
+        done.append(
+            dict(
+                dataset=ds,
+                classes=task.classes,
+                clean=on_sets(probe_logits(task), task.at).tolist(),
+                clean_test=theirs,
+                after=got,
+            )
+        )
     return self.report(done, left_out, sae, lm, name, nulls)
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-report
 @patch
-def report(self:TPP, done, left_out, sae, lm, name, nulls):
+def report(self: TPP, done, left_out, sae, lm, name, nulls):
     "Scores, rows beside them, intervals and reasons."
-    c,undefined,extra = self.config,{},{}
-    names = [f"tpp_threshold_{n}_{k}" for n in c.n_values for k in ("total_metric", "intended_diff_only", "unintended_diff_only")]
-    score = lambda row, clean="clean", least=c.min_clean: [class_scores(d[clean], d["after"][row], d["classes"], c.n_values, least) for d in done]
-    sets = score("sae"); m = over_classes(sets) if sets else dict.fromkeys(names)
+    c = self.config
+    undefined = {}
+    extra = {}
+    names = [
+        f"tpp_threshold_{n}_{k}"
+        for n in c.n_values
+        for k in ("total_metric", "intended_diff_only", "unintended_diff_only")
+    ]
+
+    def score(row, clean="clean", least=c.min_clean):
+        return [class_scores(d[clean], d["after"][row], d["classes"], c.n_values, least) for d in done]
+
+    sets = score("sae")
+    m = over_classes(sets) if sets else dict.fromkeys(names)
     for k in names:
         n = int(k.split("_")[2])
-        if n > sae.d_sae: m[k],undefined[k] = None,f"not measurable, because the SAE has {sae.d_sae} latents, fewer than {n}"
-        elif m[k] is None: undefined[k] = "not measurable, because " + ("; ".join(left_out.values()) if not done else f"no probe is right on {c.min_clean:.0%} of its texts")
+        if n > sae.d_sae:
+            m[k] = None
+            undefined[k] = f"not measurable, because the SAE has {sae.d_sae} latents, fewer than {n}"
+        elif m[k] is None:
+            undefined[k] = "not measurable, because " + (
+                "; ".join(left_out.values())
+                if not done
+                else f"no probe is right on {c.min_clean:.0%} of its texts"
+            )
     units = {k: [fmean(v[k]) for s in sets for v in s.values() if v[k] is not None] for k in names}
-    draws = {k: bootstrap(v, c.bootstrap_draws, c.random_seed) for k,v in units.items() if m[k] is not None}
-    extra.update(n_datasets=len(done), n_classes=len(units[names[0]]), n_classes_left_out=sum(len(s) for s in sets) - len(units[names[0]]))
-    if done: extra["accuracy_clean"] = fmean(a for d in done for r in d["clean"] for a in r)
+    draws = {k: bootstrap(v, c.bootstrap_draws, c.random_seed) for k, v in units.items() if m[k] is not None}
+    extra.update(
+        n_datasets=len(done),
+        n_classes=len(units[names[0]]),
+        n_classes_left_out=sum(len(s) for s in sets) - len(units[names[0]]),
+    )
+    if done:
+        extra["accuracy_clean"] = fmean(a for d in done for r in d["clean"] for a in r)
     for k in [k for k in names if "total" in k and m[k] is not None]:
-        if c.n_seeds > 1: extra[f"{k}_seed_sd"] = stdev(over_classes(sets, s)[k] for s in range(c.n_seeds))
-        n = int(k.split("_")[2]); extra[f"n_silenced_threshold_{n}"] = fmean(min(n, v) for d in done for u in d["after"]["with_effect"] for v in u)
-    theirs = over_classes(score("saebench", "clean_test", 0.)) if done else {}
-    extra.update({f"{k}_saebench": v for k,v in theirs.items() if "total" in k and v is not None and m[k] is not None})
-    keep = [*(nulls or {}), *([r for r in ("shuffled labels", "random latents", "residual channels", "known directions") if c.baselines])]
+        if c.n_seeds > 1:
+            extra[f"{k}_seed_sd"] = stdev(over_classes(sets, s)[k] for s in range(c.n_seeds))
+        n = int(k.split("_")[2])
+        extra[f"n_silenced_threshold_{n}"] = fmean(
+            min(n, v) for d in done for u in d["after"]["with_effect"] for v in u
+        )
+    theirs = over_classes(score("saebench", "clean_test", 0.0)) if done else {}
+    extra.update(
+        {f"{k}_saebench": v for k, v in theirs.items() if "total" in k and v is not None and m[k] is not None}
+    )
+    keep = [
+        *(nulls or {}),
+        *(
+            [
+                r
+                for r in ("shuffled labels", "random latents", "residual channels", "known directions")
+                if c.baselines
+            ]
+        ),
+    ]
     beside = {r: over_classes(score(r)) for r in keep} if done else {}
-    mean = lambda v: None if v is None else fmean(v)
-    details = [{"dataset_name": d["dataset"] + "_tpp_results", **over_classes([s])} for d,s in zip(done, sets)]
-    per_class = {d["dataset"]: {i: {k: mean(v) for k,v in o.items()} for i,o in s.items()} for d,s in zip(done, sets)}
-    un = dict(undefined=undefined, nulls=beside, intervals={k: v for k,v in draws.items() if v[0] is not None}, extra=extra, per_class=per_class)
-    if left_out: un["left_out"] = left_out
-    return envelope("tpp", replace(c, perform_scr=False, model_name=getattr(lm, "name", "")), sae, {"tpp_metrics": settle(m, undefined)}, details, un, name)
+
+    def mean(v):
+        return None if v is None else fmean(v)
+
+    details = [
+        {"dataset_name": d["dataset"] + "_tpp_results", **over_classes([s])} for d, s in zip(done, sets)
+    ]
+    per_class = {
+        d["dataset"]: {i: {k: mean(v) for k, v in o.items()} for i, o in s.items()}
+        for d, s in zip(done, sets)
+    }
+    un = dict(
+        undefined=undefined,
+        nulls=beside,
+        intervals={k: v for k, v in draws.items() if v[0] is not None},
+        extra=extra,
+        per_class=per_class,
+    )
+    if left_out:
+        un["left_out"] = left_out
+    return envelope(
+        "tpp",
+        replace(c, perform_scr=False, model_name=getattr(lm, "name", "")),
+        sae,
+        {"tpp_metrics": settle(m, undefined)},
+        details,
+        un,
+        name,
+    )
 
 # %% ../../nbs/evals/tpp.ipynb #tpp-plot
-_grey = {"random": ("0.55", "-"), "frozen": ("0.35", "-"), "shuffled labels": ("0.55", ":"), "random latents": ("0.35", ":"), "residual channels": ("0.45", "--"), "known directions": ("k", "-.")}
+_grey = {
+    "random": ("0.55", "-"),
+    "frozen": ("0.35", "-"),
+    "shuffled labels": ("0.55", ":"),
+    "random latents": ("0.35", ":"),
+    "residual channels": ("0.45", "--"),
+    "known directions": ("k", "-."),
+}
 
-def _part(m, part): return {int(k.split("_")[2]): v for k,v in m.items() if k.endswith("_" + part) and v is not None}
 
+def _part(m, part):
+    return {int(k.split("_")[2]): v for k, v in m.items() if k.endswith("_" + part) and v is not None}
+
+# %% ../../nbs/evals/tpp.ipynb #tpp-plot-plot
 @patch
-def plot(self:TPP,
-    envs:dict, # Name of SAE -> envelope
-):             # The figure
+def plot(
+    self: TPP,
+    envs: dict,  # Name of SAE -> envelope
+):  # The figure
     "Total against N with its nulls; intended against unintended."
     import matplotlib.pyplot as plt
-    fig,(a,b) = plt.subplots(1, 2, figsize=(9.5, 3.2), layout="constrained")
+
+    fig, (a, b) = plt.subplots(1, 2, figsize=(9.5, 3.2), layout="constrained")
     rows = {}
     for e in envs.values():
-        for r,m in e["eval_result_unstructured"]["nulls"].items(): rows.setdefault(r, []).append(m)
-    rows = {r: {k: fmean(v) if (v := [m[k] for m in ms if m.get(k) is not None]) else None for k in ms[0]} for r,ms in rows.items()}
+        for r, m in e["eval_result_unstructured"]["nulls"].items():
+            rows.setdefault(r, []).append(m)
+    rows = {
+        r: {k: fmean(v) if (v := [m[k] for m in ms if m.get(k) is not None]) else None for k in ms[0]}
+        for r, ms in rows.items()
+    }
+
     def draw(m, **kw):
-        t,i,u = (_part(m, p) for p in ("total_metric", "intended_diff_only", "unintended_diff_only"))
-        a.plot(list(t), list(t.values()), **kw); kw.pop("label", 0); b.plot([u[n] for n in t], [i[n] for n in t], **kw)
-    for r,(color,line) in _grey.items():
-        if r in rows: draw(rows[r], color=color, ls=line, lw=1, marker=".", ms=3, label=r)
-    for i,(n,e) in enumerate(envs.items()):
+        t, i, u = (_part(m, p) for p in ("total_metric", "intended_diff_only", "unintended_diff_only"))
+        a.plot(list(t), list(t.values()), **kw)
+        kw.pop("label", 0)
+        b.plot([u[n] for n in t], [i[n] for n in t], **kw)
+
+    for r, (color, line) in _grey.items():
+        if r in rows:
+            draw(rows[r], color=color, ls=line, lw=1, marker=".", ms=3, label=r)
+    for i, (n, e) in enumerate(envs.items()):
         draw(e["eval_result_metrics"]["tpp_metrics"], color=f"C{i}", marker="o", ms=3.5, label=n)
-        iv = e["eval_result_unstructured"]["intervals"]; x = [n for n in _part(e["eval_result_metrics"]["tpp_metrics"], "total_metric") if f"tpp_threshold_{n}_total_metric" in iv]
-        if len(envs) <= 2 and x: a.fill_between(x, *zip(*[iv[f"tpp_threshold_{n}_total_metric"] for n in x]), color=f"C{i}", alpha=.15, lw=0)
-    lim = max(.05, *b.get_xlim(), *b.get_ylim()); b.plot([0, lim], [0, lim], color="0.85", lw=.8, zorder=0); a.axhline(0, color="0.85", lw=.8, zorder=0)
-    a.set(xscale="log", xlabel="latents silenced, N", ylabel="TPP total\n(at most about 0.5)"); b.set(xlabel="unintended: loss of the other probes", ylabel="intended: loss of its own")
+        iv = e["eval_result_unstructured"]["intervals"]
+        x = [
+            n
+            for n in _part(e["eval_result_metrics"]["tpp_metrics"], "total_metric")
+            if f"tpp_threshold_{n}_total_metric" in iv
+        ]
+        if len(envs) <= 2 and x:
+            a.fill_between(
+                x, *zip(*[iv[f"tpp_threshold_{n}_total_metric"] for n in x]), color=f"C{i}", alpha=0.15, lw=0
+            )
+    lim = max(0.05, *b.get_xlim(), *b.get_ylim())
+    b.plot([0, lim], [0, lim], color="0.85", lw=0.8, zorder=0)
+    a.axhline(0, color="0.85", lw=0.8, zorder=0)
+    a.set(xscale="log", xlabel="latents silenced, N", ylabel="TPP total\n(at most about 0.5)")
+    b.set(xlabel="unintended: loss of the other probes", ylabel="intended: loss of its own")
     fig.legend(*a.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    for ax in (a, b): ax.spines[["top", "right"]].set_visible(False)
+    for ax in (a, b):
+        ax.spines[["top", "right"]].set_visible(False)
     return fig

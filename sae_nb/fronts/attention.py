@@ -7,16 +7,17 @@ __all__ = ['may_read', 'Attention']
 
 # %% ../../nbs/fronts/attention.ipynb #attention-imports
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
 from ..core import *
 from ..sae import *
 
 # %% ../../nbs/fronts/attention.ipynb #attention-allowed
 def may_read(
-    mask:Tensor,     # Document numbers, 0 where a token does not count, [B, T]
-    window:int=None, # Positions seen, the own one included; None: all earlier ones
-)->Tensor:           # True where t may read s, [B, T, T]
+    mask: Tensor,  # Document numbers, 0 where a token does not count, [B, T]
+    window: int = None,  # Positions seen, the own one included; None: all earlier ones
+) -> Tensor:  # True where t may read s, [B, T, T]
     "Earlier positions of the same document."
     t = torch.arange(mask.shape[-1], device=mask.device)
     back = t[:, None] - t
@@ -27,21 +28,37 @@ def may_read(
 # %% ../../nbs/fronts/attention.ipynb #attention-class
 class Attention(Front):
     "Adds to every token a learned weighted mean of its document so far."
+
     sequential = True
-    def __init__(self,
-        d_in:int,        # Width of the activations
-        gen=None,        # Generator of the initial weights; None: a fresh one, seed 0
-        window:int=None, # Positions seen, the own one included; None: all earlier ones
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        gen=None,  # Generator of the initial weights; None: a fresh one, seed 0
+        window: int = None,  # Positions seen, the own one included; None: all earlier ones
     ):
         super().__init__()
-        if window is not None and (not isinstance(window, int) or window < 1): raise InputError(f"window = {window} is not a number of positions; give a whole number of at least 1, or None for all")
-        self.window,gen = window,gen or torch.Generator().manual_seed(0)
-        draw = lambda: nn.Parameter(torch.randn(d_in, max(1, d_in // 4), generator=gen) / d_in**.5)
-        self.W_Q,self.W_K,self.gate = draw(),draw(),nn.Parameter(torch.tensor(.1))
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise InputError(
+                f"window = {window} is not a number of positions; give a whole number of at least 1, or None for all"
+            )
+        self.window = window
+        gen = gen or torch.Generator().manual_seed(0)
+
+        def draw():
+            return nn.Parameter(torch.randn(d_in, max(1, d_in // 4), generator=gen) / d_in**0.5)
+
+        self.W_Q = draw()
+        self.W_K = draw()
+        self.gate = nn.Parameter(torch.tensor(0.1))
 
     def read(self, x, mask=None):
         "Every token with what it attends to."
-        if x.ndim == 2: return x + self.gate * x # tokens without neighbours attend to themselves
-        if mask is None: mask = torch.ones(x.shape[:-1], dtype=torch.long, device=x.device)
+        if x.ndim == 2:  # tokens without neighbours attend to themselves
+            return x + self.gate * x
+        if mask is None:
+            mask = torch.ones(x.shape[:-1], dtype=torch.long, device=x.device)
         v = x.masked_fill((mask == 0)[..., None], 0)
-        return x + self.gate * scaled_dot_product_attention(v @ self.W_Q, v @ self.W_K, v, attn_mask=may_read(mask, self.window))
+        return x + self.gate * scaled_dot_product_attention(
+            v @ self.W_Q, v @ self.W_K, v, attn_mask=may_read(mask, self.window)
+        )

@@ -7,62 +7,84 @@ __all__ = ['standardise', 'LayerNorm', 'AdaptiveNorm', 'ScaleNorm']
 
 # %% ../../nbs/fronts/norms.ipynb #norms-imports
 import torch
-from torch import nn, Tensor
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from ..core import *
 from ..sae import *
 
 # %% ../../nbs/fronts/norms.ipynb #norms-function
 def standardise(
-    x:Tensor,        # Activations, [..., d_in]
-    eps:float=1e-5,  # ε, keeps a constant token finite
-)->Tensor:           # Same shape and dtype; each token with mean 0 and variance 1
+    x: Tensor,  # Activations, [..., d_in]
+    eps: float = 1e-5,  # ε, keeps a constant token finite
+) -> Tensor:  # Same shape and dtype; each token with mean 0 and variance 1
     "Layer norm of every token, without gain and bias."
     y = x.float()
     y = y - y.mean(-1, keepdim=True)
     return (y * (y.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
+# %% ../../nbs/fronts/norms.ipynb #norms-function-layernorm
 class LayerNorm(Front):
     "What the encoder reads has mean 0 and variance 1 in every token."
-    def __init__(self,
-        d_in:int, # Width of the activations
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
     ):
         super().__init__()
-        if d_in < 2: raise InputError(f"d_in = {d_in}: a token of one number has no variance to divide by; norms need at least 2")
-    def read(self, x, mask=None): return standardise(x)
+        if d_in < 2:
+            raise InputError(
+                f"d_in = {d_in}: a token of one number has no variance to divide by; norms need at least 2"
+            )
+
+    def read(self, x, mask=None):
+        return standardise(x)
 
 # %% ../../nbs/fronts/norms.ipynb #norms-adaptive
 class AdaptiveNorm(Front):
     "Layer norm and identity, mixed by a learned gate per coordinate."
-    def __init__(self,
-        d_in:int, # Width of the activations
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
     ):
         super().__init__()
         self.norm = LayerNorm(d_in)
-        self.a = nn.Parameter(torch.zeros(d_in)) # gate before its sigmoid
+        self.a = nn.Parameter(torch.zeros(d_in))  # gate before its sigmoid
+
     @property
-    def gate(self): return self.a.sigmoid()
-    def read(self, x, mask=None): return torch.lerp(x, self.norm.read(x), self.gate.to(x))
+    def gate(self):
+        return self.a.sigmoid()
+
+    def read(self, x, mask=None):
+        return torch.lerp(x, self.norm.read(x), self.gate.to(x))
 
 # %% ../../nbs/fronts/norms.ipynb #norms-scale
 class ScaleNorm(Front):
     "Division by a mixture of standard deviations, each with its own scale."
-    def __init__(self,
-        d_in:int,                   # Width of the activations
-        scales:tuple=(.1, .5, 1., 2.), # s, factors on the variance
-        eps:float=1.,               # ε, in squared units of training: knees lie at variances eps / s
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        scales: tuple = (0.1, 0.5, 1.0, 2.0),  # s, factors on the variance
+        eps: float = 1.0,  # ε, in squared units of training: knees lie at variances eps / s
     ):
         super().__init__()
-        if d_in < 2: raise InputError(f"d_in = {d_in}: a token of one number has no variance to divide by; norms need at least 2")
-        if not len(scales) or not all(s > 0 for s in scales): raise InputError(f"scales = {scales} must be numbers above 0, at least one")
-        if not eps > 0: raise InputError(f"eps = {eps} must be above 0, or a constant token is divided by zero")
+        if d_in < 2:
+            raise InputError(
+                f"d_in = {d_in}: a token of one number has no variance to divide by; norms need at least 2"
+            )
+        if not len(scales) or not all(s > 0 for s in scales):
+            raise InputError(f"scales = {scales} must be numbers above 0, at least one")
+        if not eps > 0:
+            raise InputError(f"eps = {eps} must be above 0, or a constant token is divided by zero")
         self.eps = eps
         self.register_buffer("scales", torch.tensor([float(s) for s in scales]))
-        self.w = nn.Parameter(torch.zeros(len(scales))) # weight of each scale, before the softmax
+        self.w = nn.Parameter(torch.zeros(len(scales)))  # weight of each scale, before the softmax
 
 # %% ../../nbs/fronts/norms.ipynb #norms-scale-read
 @patch
-def read(self:ScaleNorm, x, mask=None):
+def read(self: ScaleNorm, x, mask=None):
     "Every token divided by the mixture."
     v = x.float().var(-1, keepdim=True, correction=0)
     gain = (self.w.float().softmax(0) * (self.scales.float() * v + self.eps).rsqrt()).sum(-1, keepdim=True)

@@ -13,9 +13,16 @@ from ..train import Recipe
 @register("trainers", "accumulate")
 class Accumulate(Recipe):
     "Several batches per update."
-    def __init__(self,
-        batches:int=4, # Batches whose gradients are averaged
+
+    def __init__(
+        self,
+        batches: int = 4,  # Batches whose gradients are averaged
     ):
-        if not isinstance(batches, int) or batches < 1: raise InputError(f"batches = {batches} is not a number of batches; give a whole number of at least 1")
+        if not isinstance(batches, int) or batches < 1:
+            raise InputError(
+                f"batches = {batches} is not a number of batches; give a whole number of at least 1"
+            )
         self.batches = batches
-    def start(self, t, cfg): t.accumulate = self.batches
+
+    def start(self, t, cfg):
+        t.accumulate = self.batches

@@ -8,6 +8,7 @@ __all__ = ['AdaptiveLR']
 # %% ../../nbs/trainers/adaptive_lr.ipynb #adaptive-lr-imports
 import torch
 from fastcore.basics import patch
+
 from ..core import *
 from ..train import Recipe
 
@@ -15,27 +16,45 @@ from ..train import Recipe
 @register("trainers", "adaptive_lr")
 class AdaptiveLR(Recipe):
     "Learning rate that falls with every clipped gradient and recovers in quiet."
-    def __init__(self,
-        down:float=.9,    # Factor after a clipped update
-        up:float=1.1,     # Factor after a quiet while
-        quiet:int=100,    # Updates without clipping that make one
-        floor:float=1e-5, # Smallest learning rate, before the schedule
+
+    def __init__(
+        self,
+        down: float = 0.9,  # Factor after a clipped update
+        up: float = 1.1,  # Factor after a quiet while
+        quiet: int = 100,  # Updates without clipping that make one
+        floor: float = 1e-5,  # Smallest learning rate, before the schedule
     ):
-        if not 0 < down <= 1 <= up: raise InputError(f"down = {down} must lie above 0 and up to 1, up = {up} at 1 or above")
-        if not isinstance(quiet, int) or quiet < 1: raise InputError(f"quiet = {quiet} is not a number of updates; give a whole number of at least 1")
-        if not floor >= 0: raise InputError(f"floor = {floor} is a learning rate; give 0 or more")
-        self.down,self.up,self.quiet,self.floor,self._calm = down,up,quiet,floor,0
-    def tensors(self): return {"calm": torch.tensor(self._calm)}
-    def load_tensors(self, ts): self._calm = int(ts["calm"])
+        if not 0 < down <= 1 <= up:
+            raise InputError(f"down = {down} must lie above 0 and up to 1, up = {up} at 1 or above")
+        if not isinstance(quiet, int) or quiet < 1:
+            raise InputError(f"quiet = {quiet} is not a number of updates; give a whole number of at least 1")
+        if not floor >= 0:
+            raise InputError(f"floor = {floor} is a learning rate; give 0 or more")
+        self.down = down
+        self.up = up
+        self.quiet = quiet
+        self.floor = floor
+        self._calm = 0
+
+    def tensors(self):
+        return {"calm": torch.tensor(self._calm)}
+
+    def load_tensors(self, ts):
+        self._calm = int(ts["calm"])
 
 # %% ../../nbs/trainers/adaptive_lr.ipynb #adaptive-lr-step
 @patch
-def after_step(self:AdaptiveLR, t, o):
+def after_step(self: AdaptiveLR, t, o):
     "Move the factor by what the gradient norm was, for the next update."
-    if not t.clip: raise InputError("adaptive_lr follows how often the gradient is clipped, and clip = 0 never clips; set a clip above 0")
+    if not t.clip:
+        raise InputError(
+            "adaptive_lr follows how often the gradient is clipped, and clip = 0 never clips; set a clip above 0"
+        )
     clipped = float(t.norm) > t.clip
     self._calm = 0 if clipped else self._calm + 1
-    if clipped: t.lr_scale *= self.down
-    elif self._calm % self.quiet == 0: t.lr_scale *= self.up
-    t.lr_scale = min(1., max(t.lr_scale, self.floor / t.cfg.lr))
+    if clipped:
+        t.lr_scale *= self.down
+    elif self._calm % self.quiet == 0:
+        t.lr_scale *= self.up
+    t.lr_scale = min(1.0, max(t.lr_scale, self.floor / t.cfg.lr))
     o.logs["lr_scale"] = t.lr_scale

@@ -7,8 +7,9 @@ __all__ = ['AuxK', 'explained']
 
 # %% ../../nbs/trainers/auxk.ipynb #auxk-imports
 import torch
-from torch import Tensor
 from fastcore.basics import patch
+from torch import Tensor
+
 from ..core import *
 from ..sae import Out
 from ..sparse import Pieces, affine, choose_topk, decode_active, encode_active, encode_dense, pays
@@ -18,39 +19,52 @@ from ..train import Recipe
 @register("trainers", "auxk")
 class AuxK(Recipe):
     "Auxiliary loss that lets dead latents learn the residual."
-    def __init__(self,
-        alpha:float=1/32, # Weight of the auxiliary loss
-        k_aux:int=None,   # Dead latents used per token; None: d_in / 2
-        relax:float=.02,  # Share of a dead latent's negative bias that is removed per step
-    ): self.alpha,self.k_aux,self.relax = alpha,k_aux,relax
+
+    def __init__(
+        self,
+        alpha: float = 1 / 32,  # Weight of the auxiliary loss
+        k_aux: int = None,  # Dead latents used per token; None: d_in / 2
+        relax: float = 0.02,  # Share of a dead latent's negative bias that is removed per step
+    ):
+        self.alpha = alpha
+        self.k_aux = k_aux
+        self.relax = relax
 
 # %% ../../nbs/trainers/auxk.ipynb #auxk-explained
 def explained(
-    o:Out,       # The pass
-    dead:Tensor, # Latents, [n]
-    k:int,       # Of these, per token
-    W:Tensor,    # Their decoder rows, [n, d_in]
-)->Tensor:       # [n_tokens, d_in]
+    o: Out,  # The pass
+    dead: Tensor,  # Latents, [n]
+    k: int,  # Of these, per token
+    W: Tensor,  # Their decoder rows, [n, d_in]
+) -> Tensor:  # [n_tokens, d_in]
     "What the `k` largest of some latents reconstruct, each judged against its own mean if that is negative."
-    if o.made is None: z = o.z[:, dead]; return _largest(z - z.detach().mean(0).clamp_max(0), k) @ W
-    reads,b,c = o.made_of(dead)
-    b = b - affine([(u.mean(0, keepdim=True), V) for u,V in reads], b, c)[0].clamp_max(0)
-    make = lambda at: affine([(u, V[:, at]) for u,V in reads], b[at], c)
+    if o.made is None:
+        z = o.z[:, dead]
+        return _largest(z - z.detach().mean(0).clamp_max(0), k) @ W
+    reads, b, c = o.made_of(dead)
+    b = b - affine([(u.mean(0, keepdim=True), V) for u, V in reads], b, c)[0].clamp_max(0)
+
+    def make(at):
+        return affine([(u, V[:, at]) for u, V in reads], b[at], c)
+
     found = choose_topk(Pieces(make, len(o.x), len(dead), pays(len(o.x), W.shape[1], len(dead))), k)
-    if found is None: return _largest(encode_dense(make(slice(None)), b, reads, c), k) @ W
-    a,z = found
+    if found is None:
+        return _largest(encode_dense(make(slice(None)), b, reads, c), k) @ W
+    a, z = found
     return decode_active(a, encode_active(a, z, b, reads, c).relu(), W)
 
-def _largest(z, k): # dense
-    vals,idx = z.relu().topk(k, dim=-1, sorted=False)
+# %% ../../nbs/trainers/auxk.ipynb #auxk-explained-largest
+def _largest(z, k):  # dense
+    vals, idx = z.relu().topk(k, dim=-1, sorted=False)
     return torch.zeros_like(z).scatter(-1, idx, vals)
 
 # %% ../../nbs/trainers/auxk.ipynb #auxk-loss
 @patch
-def after_loss(self:AuxK, t, o):
+def after_loss(self: AuxK, t, o):
     "Add the auxiliary term if any latent is dead."
     dead = t.dead.nonzero()[:, 0]
-    if len(dead) == 0: return
+    if len(dead) == 0:
+        return
     want = self.k_aux or max(1, t.sae.d_in // 2)
     k = min(want, len(dead))
     e = (o.x - o.x_hat).detach()
@@ -60,7 +74,7 @@ def after_loss(self:AuxK, t, o):
 # %% ../../nbs/trainers/auxk.ipynb #auxk-relax
 @patch
 @torch.no_grad()
-def after_step(self:AuxK, t, o):
+def after_step(self: AuxK, t, o):
     "Walk the negative biases of dead latents back towards zero."
     b = t.sae.b_enc
     b.copy_(torch.where(t.dead & (b < 0), b * (1 - self.relax), b))

@@ -13,9 +13,14 @@ from ..train import Recipe
 @register("trainers", "clip")
 class Clip(Recipe):
     "Largest gradient norm of a step."
-    def __init__(self,
-        norm:float=1., # Largest norm; 0: no clipping
+
+    def __init__(
+        self,
+        norm: float = 1.0,  # Largest norm; 0: no clipping
     ):
-        if not norm >= 0: raise InputError(f"norm = {norm} must be 0 (no clipping) or more")
+        if not norm >= 0:
+            raise InputError(f"norm = {norm} must be 0 (no clipping) or more")
         self.norm = norm
-    def start(self, t, cfg): t.clip = self.norm
+
+    def start(self, t, cfg):
+        t.clip = self.norm

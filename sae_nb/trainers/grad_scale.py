@@ -7,16 +7,17 @@ __all__ = ['importance_factor', 'GradScale']
 
 # %% ../../nbs/trainers/grad_scale.ipynb #grad-scale-imports
 import torch
-from torch import Tensor
 from fastcore.basics import patch
+from torch import Tensor
+
 from ..core import *
 from ..sparse import per_latent
 from ..train import Recipe
 
 # %% ../../nbs/trainers/grad_scale.ipynb #grad-scale-share
 def importance_factor(
-    importance:Tensor, # Mean size of what each latent adds to a reconstruction, [d_sae]
-)->Tensor:             # Between 0 and 1, [d_sae]
+    importance: Tensor,  # Mean size of what each latent adds to a reconstruction, [d_sae]
+) -> Tensor:  # Between 0 and 1, [d_sae]
     "Sigmoid of the z-scored importance; 1/2 for all if all are alike."
     off = importance - importance.mean()
     return (off / off.pow(2).mean().sqrt().clamp_min(1e-12)).sigmoid()
@@ -25,41 +26,57 @@ def importance_factor(
 @register("trainers", "grad_scale")
 class GradScale(Recipe):
     "Learning of each latent scaled by its importance."
-    def __init__(self,
-        of:str="gradient", # What is scaled: "gradient" (the log's) or "update"
+
+    def __init__(
+        self,
+        of: str = "gradient",  # What is scaled: "gradient" (the log's) or "update"
     ):
-        self.of,self._sum,self._n = one_of("of", of, ["gradient", "update"]),None,0
-    def tensors(self): return {} if self._sum is None else {"sum": self._sum, "n": torch.tensor(self._n)}
-    def load_tensors(self, ts): self._sum,self._n = ts.get("sum"),int(ts.get("n", 0))
+        self.of = one_of("of", of, ["gradient", "update"])
+        self._sum = None
+        self._n = 0
+
+    def tensors(self):
+        return {} if self._sum is None else {"sum": self._sum, "n": torch.tensor(self._n)}
+
+    def load_tensors(self, ts):
+        self._sum = ts.get("sum")
+        self._n = int(ts.get("n", 0))
 
 # %% ../../nbs/trainers/grad_scale.ipynb #grad-scale-gather
 @patch
 @torch.no_grad()
-def after_loss(self:GradScale, t, o):
+def after_loss(self: GradScale, t, o):
     "Add the batch to the importances."
     v = o.v.float().abs()
     size = (v.sum(0) if o.active is None else per_latent(o.active, v)) * t.sae.W_dec.float().norm(dim=-1)
     self._sum = size if self._sum is None else self._sum.to(size) + size
     self._n += len(o.x)
 
+# %% ../../nbs/trainers/grad_scale.ipynb #grad-scale-gather-after-backward
 @patch
 @torch.no_grad()
-def after_backward(self:GradScale, t, o):
+def after_backward(self: GradScale, t, o):
     "Scale the gradients, or remember where the weights were."
     s = importance_factor(self._sum / max(1, self._n))
-    self._sum,self._n = None,0
+    self._sum = None
+    self._n = 0
     o.logs["grad_scale_least"] = s.min().item()
-    own = [(p, s.view([-1 if i == dim else 1 for i in range(p.ndim)])) for p,dim in t.sae.per_latent()]
-    if self.of == "update": self._before = [(p, v, p.detach().clone()) for p,v in own]; return
-    for p,v in own:
-        if p.grad is not None: p.grad.mul_(v.to(p.grad))
+    own = [(p, s.view([-1 if i == dim else 1 for i in range(p.ndim)])) for p, dim in t.sae.per_latent()]
+    if self.of == "update":
+        self._before = [(p, v, p.detach().clone()) for p, v in own]
+        return
+    for p, v in own:
+        if p.grad is not None:
+            p.grad.mul_(v.to(p.grad))
 
 # %% ../../nbs/trainers/grad_scale.ipynb #grad-scale-update
 @patch
 @torch.no_grad()
-def after_step(self:GradScale, t, o):
+def after_step(self: GradScale, t, o):
     "Shorten the step that was taken."
-    if self.of == "gradient": return
-    for p,v,before in self._before: p.copy_(torch.lerp(before, p, v.to(p)))
-    t.sae.after_step() # rows back to length one
+    if self.of == "gradient":
+        return
+    for p, v, before in self._before:
+        p.copy_(torch.lerp(before, p, v.to(p)))
+    t.sae.after_step()  # rows back to length one
     self._before = None

@@ -8,8 +8,9 @@ __all__ = ['Reactivate', 'conflicts']
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-imports
 import pandas as pd
 import torch
-from torch import Tensor
 from fastcore.basics import patch
+from torch import Tensor
+
 from ..core import *
 from ..sparse import Active
 from ..train import Recipe
@@ -19,97 +20,152 @@ from .resample import restart
 @register("trainers", "reactivate")
 class Reactivate(Recipe):
     "Restart silent latents where interference is highest."
+
     replaces = ("auxk", "resample")
     columns = ("update", "tokens", "latent", "nth", "by_residual", "lived_tokens", "ended")
-    def __init__(self,
-        every:int=100,       # Updates between looks; silence over that long is death
-        until:float=.8,      # Share of training after which nothing is restarted
-        heaviest:int=1000,   # Pairs that say where interference is
-        enc_norm:float=1.,   # Length of a new encoder column, in units of the living ones' mean
+
+    def __init__(
+        self,
+        every: int = 100,  # Updates between looks; silence over that long is death
+        until: float = 0.8,  # Share of training after which nothing is restarted
+        heaviest: int = 1000,  # Pairs that say where interference is
+        enc_norm: float = 1.0,  # Length of a new encoder column, in units of the living ones' mean
     ):
-        if not isinstance(every, int) or every < 1: raise InputError(f"every = {every} is not a number of updates; give a whole number of at least 1")
-        if not 0 <= until <= 1: raise InputError(f"until = {until} is a share of training; give 0 to 1")
-        self.every,self.until,self.heaviest,self.enc_norm = every,until,heaviest,enc_norm
+        if not isinstance(every, int) or every < 1:
+            raise InputError(f"every = {every} is not a number of updates; give a whole number of at least 1")
+        if not 0 <= until <= 1:
+            raise InputError(f"until = {until} is a share of training; give 0 to 1")
+        self.every = every
+        self.until = until
+        self.heaviest = heaviest
+        self.enc_norm = enc_norm
+
     def start(self, t, cfg):
-        if "interference" not in t.sae.penalties: raise InputError(f"reactivate needs the interference penalty, and {t.name} has none; use variant interference or self_correcting (ortho_coeff = 0 is enough), or the recipe resample")
+        if "interference" not in t.sae.penalties:
+            raise InputError(
+                f"reactivate needs the interference penalty, and {t.name} has none; use variant interference or self_correcting (ortho_coeff = 0 is enough), or the recipe resample"
+            )
         self.rows = torch.zeros(0, len(self.columns), dtype=torch.long)
-        self.updates,self.batches,self.seen,self.mark = 0,0,0,0   # so far; tokens at the last look
-    def after_loss(self, t, o): self.batches,self.seen = self.batches + 1,self.seen + len(o.x)
-    def tensors(self): return dict(rows=self.rows, clock=torch.tensor([self.updates, self.batches, self.seen, self.mark]))
-    def load_tensors(self, ts): self.rows,(self.updates, self.batches, self.seen, self.mark) = ts["rows"],ts["clock"].tolist()
+        self.updates = 0
+        self.batches = 0
+        self.seen = 0
+        self.mark = 0  # so far; tokens at the last look
+
+    def after_loss(self, t, o):
+        self.batches, self.seen = self.batches + 1, self.seen + len(o.x)
+
+    def tensors(self):
+        return dict(rows=self.rows, clock=torch.tensor([self.updates, self.batches, self.seen, self.mark]))
+
+    def load_tensors(self, ts):
+        self.rows, (self.updates, self.batches, self.seen, self.mark) = ts["rows"], ts["clock"].tolist()
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-where
 @torch.no_grad()
 def conflicts(
-    a:Active, v:Tensor, # Which latents are on, and how strongly, [n_on]
-    idx:Tensor,         # Latents the weights speak of, [m]
-    W:Tensor,           # Weights of their pairs, [m, m], symmetric
-    heaviest:int=1000,  # Pairs that count
-)->Tensor:              # Sum over these pairs of w_ij f_i f_j, [n_tokens]
+    a: Active,
+    v: Tensor,  # Which latents are on, and how strongly, [n_on]
+    idx: Tensor,  # Latents the weights speak of, [m]
+    W: Tensor,  # Weights of their pairs, [m, m], symmetric
+    heaviest: int = 1000,  # Pairs that count
+) -> Tensor:  # Sum over these pairs of w_ij f_i f_j, [n_tokens]
     "How much the heaviest pairs fire together on each token."
-    w,at = W.triu(1).flatten().topk(min(heaviest, W.numel())) if W.numel() else (W.flatten(), W.flatten().long())
-    at = at[w > 0]; i,j = at // max(1, len(idx)),at % max(1, len(idx))
-    own,place = torch.cat([i, j]).unique(return_inverse=True)              # the latents of these pairs, the only ones made dense
-    column = a.cols.new_full((a.d_sae,), -1); column[idx[own]] = torch.arange(len(own), device=own.device)
-    c = column[a.cols]; keep = c >= 0
-    f = v.new_zeros(len(a), len(own), dtype=torch.float32); f[a.rows[keep], c[keep]] = v[keep].float()
-    i,j = place.chunk(2)
+    w, at = (
+        W.triu(1).flatten().topk(min(heaviest, W.numel())) if W.numel() else (W.flatten(), W.flatten().long())
+    )
+    at = at[w > 0]
+    i, j = at // max(1, len(idx)), at % max(1, len(idx))
+    own, place = torch.cat([i, j]).unique(
+        return_inverse=True
+    )  # the latents of these pairs, the only ones made dense
+    column = a.cols.new_full((a.d_sae,), -1)
+    column[idx[own]] = torch.arange(len(own), device=own.device)
+    c = column[a.cols]
+    keep = c >= 0
+    f = v.new_zeros(len(a), len(own), dtype=torch.float32)
+    f[a.rows[keep], c[keep]] = v[keep].float()
+    i, j = place.chunk(2)
     return (f[:, i] * f[:, j]) @ w[w > 0]
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-draw
 @patch
 @torch.no_grad()
-def draw(self:Reactivate,
-    t,     # Trainee
-    o,     # The pass
-    k:int, # Directions wanted
-)->tuple:  # (directions [k, d_in], whether they were drawn by residual)
+def draw(
+    self: Reactivate,
+    t,  # Trainee
+    o,  # The pass
+    k: int,  # Directions wanted
+) -> tuple:  # (directions [k, d_in], whether they were drawn by residual)
     "Residuals of tokens on which the heaviest pairs fire together."
     e = (o.x - o.x_hat).detach()
     p = conflicts(*o.entries, *t.sae.penalties["interference"].pairs()[:2], self.heaviest).cpu()
-    r,by_residual = e.float().pow(2).sum(-1).cpu() + 1e-12,not bool(p.sum() > 0)
-    p = r / r.sum() if by_residual else p / p.sum() + 1e-6 * r / r.sum()  # where conflicts run out, the residual decides
-    return e[torch.multinomial(p, k, generator=t.sae.gen).to(e.device)],by_residual
+    r = e.float().pow(2).sum(-1).cpu() + 1e-12
+    by_residual = not bool(p.sum() > 0)
+    p = (
+        r / r.sum() if by_residual else p / p.sum() + 1e-6 * r / r.sum()
+    )  # where conflicts run out, the residual decides
+    return e[torch.multinomial(p, k, generator=t.sae.gen).to(e.device)], by_residual
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-look
 @patch
 @torch.no_grad()
-def look(self:Reactivate, t, o,
-    due:bool, # A full window has passed
-    may:bool, # Restarts are allowed
+def look(
+    self: Reactivate,
+    t,
+    o,
+    due: bool,  # A full window has passed
+    may: bool,  # Restarts are allowed
 ):
     "Bring the log up to date; restart what is dead."
     silent = t.silent.cpu()
     dead = (silent >= self.seen - self.mark) if due else torch.zeros_like(silent, dtype=torch.bool)
-    r = self.rows; lat,lives = r[:, 2],r[:, 6] == 0
+    r = self.rows
+    lat, lives = r[:, 2], r[:, 6] == 0
     r[:, 5] = torch.where(lives, self.seen - r[:, 1] - silent[lat] * dead[lat], r[:, 5])
     r[:, 6] = torch.where(lives, dead[lat].long(), r[:, 6])
-    if due: self.mark = self.seen
-    if may and dead.any(): self.wake(t, o, dead.nonzero()[:, 0])
-    if t.folder: write_text(t.folder/"reactivations.csv", self.events().to_csv(index=False))
+    if due:
+        self.mark = self.seen
+    if may and dead.any():
+        self.wake(t, o, dead.nonzero()[:, 0])
+    if t.folder:
+        write_text(t.folder / "reactivations.csv", self.events().to_csv(index=False))
 
+# %% ../../nbs/trainers/reactivate.ipynb #reactivate-look-wake
 @patch
 @torch.no_grad()
-def wake(self:Reactivate, t, o, idx:Tensor):
+def wake(self: Reactivate, t, o, idx: Tensor):
     "Restart latents `idx` and write them down."
-    dev,idx = t.sae.W_dec.device,idx[:len(o.x)] # one token each: two latents with one direction would never part; the rest wait
-    directions,by = self.draw(t, o, len(idx))
+    dev = t.sae.W_dec.device
+    idx = idx[: len(o.x)]  # one token each: two latents with one direction would never part; the rest wait
+    directions, by = self.draw(t, o, len(idx))
     restart(t, idx.to(dev), directions, self.enc_norm)
     nth = 1 + torch.bincount(self.rows[:, 2], minlength=t.sae.d_sae)[idx]
-    same = lambda v: torch.full_like(idx, int(v))
-    self.rows = torch.cat([self.rows, torch.stack([same(self.updates), same(self.seen), idx, nth, same(by), same(0), same(0)], 1)])
+
+    def same(v):
+        return torch.full_like(idx, int(v))
+
+    self.rows = torch.cat(
+        [
+            self.rows,
+            torch.stack([same(self.updates), same(self.seen), idx, nth, same(by), same(0), same(0)], 1),
+        ]
+    )
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-events
 @patch
-def events(self:Reactivate,
-)->pd.DataFrame: # One row per restart: update, tokens, latent, nth (restart of this latent), by_residual, lived_tokens, ended (0: still lived when last looked at)
+def events(
+    self: Reactivate,
+) -> pd.DataFrame:  # One row per restart: update, tokens, latent, nth (restart of this latent), by_residual, lived_tokens, ended (0: still lived when last looked at)
     "What was restarted, and what became of it."
     return pd.DataFrame(self.rows.tolist(), columns=list(self.columns))
 
+# %% ../../nbs/trainers/reactivate.ipynb #reactivate-events-after-step
 @patch
-def after_step(self:Reactivate, t, o):
+def after_step(self: Reactivate, t, o):
     "Look at the due updates, and once more at the end."
     self.updates += 1
-    due,end = self.updates % self.every == 0,self.batches >= t.cfg.steps
-    if due or end: self.look(t, o, due, due and self.batches <= self.until * t.cfg.steps)
+    due = self.updates % self.every == 0
+    end = self.batches >= t.cfg.steps
+    if due or end:
+        self.look(t, o, due, due and self.batches <= self.until * t.cfg.steps)
     o.logs.update(reactivated=len(self.rows), returned=int((self.rows[:, 3] > 1).sum()))

@@ -8,6 +8,7 @@ __all__ = ['Resample', 'restart']
 # %% ../../nbs/trainers/resample.ipynb #resample-imports
 import torch
 from fastcore.basics import patch
+
 from ..core import *
 from ..train import Recipe
 
@@ -15,45 +16,58 @@ from ..train import Recipe
 @register("trainers", "resample")
 class Resample(Recipe):
     "Restart dead latents on badly reconstructed tokens."
-    def __init__(self,
-        every_tokens:int=None,  # Tokens between restarts; None: twice `dead_after_tokens`
-        enc_norm:float=.2,      # Length of a new encoder column, in units of the living ones' mean
-        until:float=.8,         # Share of training after which nothing is restarted
-    ): self.every_tokens,self.enc_norm,self.until = every_tokens,enc_norm,until
-    def start(self, t, cfg): self._every = max(1, (self.every_tokens or 2 * cfg.dead_after_tokens) // cfg.batch)
+
+    def __init__(
+        self,
+        every_tokens: int = None,  # Tokens between restarts; None: twice `dead_after_tokens`
+        enc_norm: float = 0.2,  # Length of a new encoder column, in units of the living ones' mean
+        until: float = 0.8,  # Share of training after which nothing is restarted
+    ):
+        self.every_tokens = every_tokens
+        self.enc_norm = enc_norm
+        self.until = until
+
+    def start(self, t, cfg):
+        self._every = max(1, (self.every_tokens or 2 * cfg.dead_after_tokens) // cfg.batch)
 
 # %% ../../nbs/trainers/resample.ipynb #resample-restart
 @torch.no_grad()
 def restart(
-    t,                   # Trainee whose latents are replaced
-    idx,                 # Latents to restart, [n]
-    directions,          # New directions, any length, [n, d_in]
-    enc_norm:float=.2,   # Length of a new encoder column, in units of the other columns' mean
+    t,  # Trainee whose latents are replaced
+    idx,  # Latents to restart, [n]
+    directions,  # New directions, any length, [n, d_in]
+    enc_norm: float = 0.2,  # Length of a new encoder column, in units of the other columns' mean
 ):
     "Give latents `idx` new directions and forget what the optimiser knew of them."
-    sae,live = t.sae,torch.ones(t.sae.d_sae, dtype=torch.bool, device=idx.device).index_fill(0, idx, False)
+    sae, live = t.sae, torch.ones(t.sae.d_sae, dtype=torch.bool, device=idx.device).index_fill(0, idx, False)
     d = torch.nn.functional.normalize(directions.to(sae.W_dec), dim=-1)
     size = sae.W_enc[:, live].norm(dim=0).mean() if live.any() else sae.W_enc.new_ones(())
     sae.W_dec[idx] = d
     sae.W_enc[:, idx] = (enc_norm * size * d).T
     sae.b_enc[idx] = 0
     for m in sae.modules():
-        if hasattr(m, "forget"): m.forget(idx)
-    for p,dim in sae.per_latent():
+        if hasattr(m, "forget"):
+            m.forget(idx)
+    for p, dim in sae.per_latent():
         for k in ("exp_avg", "exp_avg_sq"):
-            if k in t.opt.state.get(p, {}): t.opt.state[p][k].index_fill_(dim, idx, 0)
+            if k in t.opt.state.get(p, {}):
+                t.opt.state[p][k].index_fill_(dim, idx, 0)
     t.silent[idx] = 0
 
 # %% ../../nbs/trainers/resample.ipynb #resample-after-step
 @patch
-def after_step(self:Resample, t, o):
+def after_step(self: Resample, t, o):
     "Restart the dead at the due steps."
     done = int(next(iter(t.opt.state.values()))["step"].item()) * t.accumulate  # batches
-    if done // self._every == (done - t.accumulate) // self._every or done > self.until * t.cfg.steps: return
+    if done // self._every == (done - t.accumulate) // self._every or done > self.until * t.cfg.steps:
+        return
     dead = t.dead.nonzero()[:, 0]
     o.logs["resampled"] = len(dead)
-    if len(dead) == 0: return
+    if len(dead) == 0:
+        return
     e = (o.x - o.x_hat).detach()
     w = e.pow(2).sum(-1).float().cpu()
-    pick = torch.multinomial(w / w.sum(), len(dead), replacement=len(dead) > int((w > 0).sum()), generator=t.sae.gen)
+    pick = torch.multinomial(
+        w / w.sum(), len(dead), replacement=len(dead) > int((w > 0).sum()), generator=t.sae.gen
+    )
     restart(t, dead, e[pick.to(e.device)], self.enc_norm)

@@ -7,8 +7,9 @@ __all__ = ['batch_topk', 'BatchTopKSAE']
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-imports
 import torch
-from torch import Tensor
 from fastcore.basics import patch
+from torch import Tensor
+
 from ..core import *
 from ..sae import *
 from ..sparse import Pieces, choose_batch
@@ -16,26 +17,29 @@ from .topk import TopKSAE, topk
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-function
 def batch_topk(
-    z:Tensor, # Pre-activations, [..., d_sae]
-    k:int,    # Latents kept per token, on average
-)->tuple:     # (latents of the same shape, smallest value kept)
+    z: Tensor,  # Pre-activations, [..., d_sae]
+    k: int,  # Latents kept per token, on average
+) -> tuple:  # (latents of the same shape, smallest value kept)
     "Zero all but the `k` times n_tokens largest positive entries of the whole batch."
     n = z.numel() // z.shape[-1]
-    vals,idxs = z.flatten().topk(k * n, sorted=False)
+    vals, idxs = z.flatten().topk(k * n, sorted=False)
     f = torch.zeros_like(z).flatten().scatter(0, idxs, vals.relu()).view_as(z)
     pos = vals[vals > 0]
-    return f,(pos.min() if len(pos) else vals.new_zeros(()))
+    return f, (pos.min() if len(pos) else vals.new_zeros(()))
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-class
 @register("variants", "batchtopk")
 class BatchTopKSAE(TopKSAE):
     "SAE that keeps `k` latents per token on average."
+
     scaled = ("b_enc", "b_dec", "threshold")
-    def __init__(self,
-        d_in:int,   # Width of the activations
-        d_sae:int,  # Number of latents
-        k:int=32,   # Latents kept per token, on average
-        seed:int=0, # Seeds the initial weights
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        d_sae: int,  # Number of latents
+        k: int = 32,  # Latents kept per token, on average
+        seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, k, seed)
         self.register_buffer("threshold", torch.zeros(()))
@@ -43,32 +47,38 @@ class BatchTopKSAE(TopKSAE):
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-activate
 @patch
-def activate(self:BatchTopKSAE,
-    z:Tensor, # Pre-activations, [..., d_sae]
-)->Tensor:    # Latents, same shape
+def activate(
+    self: BatchTopKSAE,
+    z: Tensor,  # Pre-activations, [..., d_sae]
+) -> Tensor:  # Latents, same shape
     "The batch's largest in training, those above the threshold afterwards."
     if self.training:
-        f,tau = batch_topk(z, self.k)
+        f, tau = batch_topk(z, self.k)
         self.follow(tau.detach())
         return f
-    if self.n_batches == 0: return topk(z, self.k)
+    if self.n_batches == 0:
+        return topk(z, self.k)
     return torch.where(z > self.threshold, z, 0).relu()
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-active
 @patch
 @torch.no_grad()
-def follow(self:BatchTopKSAE,
-    tau:Tensor, # Smallest value kept in a batch
+def follow(
+    self: BatchTopKSAE,
+    tau: Tensor,  # Smallest value kept in a batch
 ):
     "Move the threshold towards what a batch kept."
     self.n_batches += 1
-    self.threshold.lerp_(tau.to(self.threshold), max(1 / self.n_batches.item(), .1))
+    self.threshold.lerp_(tau.to(self.threshold), max(1 / self.n_batches.item(), 0.1))
 
+# %% ../../nbs/variants/batchtopk.ipynb #batchtopk-active-active
 @patch
-def active(self:BatchTopKSAE, p:Pieces)->tuple:
+def active(self: BatchTopKSAE, p: Pieces) -> tuple:
     "The batch's largest, as places."
     found = choose_batch(p, self.k)
-    if found is None: return None
-    v = found[1]; pos = v[v > 0]
+    if found is None:
+        return None
+    v = found[1]
+    pos = v[v > 0]
     self.follow(pos.min() if len(pos) else v.new_zeros(()))
     return found

@@ -6,10 +6,10 @@
 __all__ = ['GatedSAE']
 
 # %% ../../nbs/variants/gated.ipynb #gated-imports
-import math
 import torch
-from torch import nn, Tensor
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from ..core import *
 from ..sae import *
 from ..sparse import Pieces, choose_where
@@ -19,48 +19,58 @@ from .standard import Price
 @register("variants", "gated")
 class GatedSAE(SAE):
     "SAE with a gate that is taxed and a magnitude that is not."
+
     scaled = ("b_enc", "b_dec", "b_mag")
-    def __init__(self,
-        d_in:int,             # Width of the activations
-        d_sae:int,            # Number of latents
-        l1_coeff:float=1.,    # Weight of the L1 norm of the gate; with `target_l0`, where the controller starts
-        target_l0:float=None, # Latents per token to steer towards; None: `l1_coeff` is fixed
-        settle:float=.1,      # With `target_l0`: share of training during which gate biases follow quantiles; 0: the first batch
-        seed:int=0,           # Seeds the initial weights
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        d_sae: int,  # Number of latents
+        l1_coeff: float = 1.0,  # Weight of the L1 norm of the gate; with `target_l0`, where the controller starts
+        target_l0: float = None,  # Latents per token to steer towards; None: `l1_coeff` is fixed
+        settle: float = 0.1,  # With `target_l0`: share of training during which gate biases follow quantiles; 0: the first batch
+        seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, seed)
-        if not 0 <= settle <= 1: raise InputError(f"settle = {settle} is a share of training; give 0 to 1")
-        self.price,self.settle = Price(l1_coeff, target_l0, d_sae),settle
-        self.r_mag,self.b_mag = nn.Parameter(torch.zeros(d_sae)),nn.Parameter(torch.zeros(d_sae))
+        if not 0 <= settle <= 1:
+            raise InputError(f"settle = {settle} is a share of training; give 0 to 1")
+        self.price = Price(l1_coeff, target_l0, d_sae)
+        self.settle = settle
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
 # %% ../../nbs/variants/gated.ipynb #gated-activate
 @patch
-def magnitude(self:GatedSAE,
-    z:Tensor, # Gate pre-activations, [..., d_sae] or of chosen entries
-    at=lambda t: t, # Brings numbers per latent to where they are needed
-)->Tensor:    # Sizes, same shape, none negative
+def magnitude(
+    self: GatedSAE,
+    z: Tensor,  # Gate pre-activations, [..., d_sae] or of chosen entries
+    at=lambda t: t,  # Brings numbers per latent to where they are needed
+) -> Tensor:  # Sizes, same shape, none negative
     "How large each latent would be if its gate were open."
     return (at(self.r_mag.exp()) * (z - at(self.b_enc)) + at(self.b_mag)).relu()
 
+
 @patch
-def latent(self:GatedSAE, z, at)->Tensor:
+def latent(self: GatedSAE, z, at) -> Tensor:
     "The magnitude where the gate is open."
     return self.magnitude(z, at) * (z > 0)
 
+# %% ../../nbs/variants/gated.ipynb #gated-activate-active
 @patch
-def active(self:GatedSAE, p:Pieces)->tuple:
+def active(self: GatedSAE, p: Pieces) -> tuple:
     "Where the gate is open."
     return choose_where(p, 0)
 
 # %% ../../nbs/variants/gated.ipynb #gated-loss
 @patch
-def reconstruction(self:GatedSAE, o:Out)->dict:
+def reconstruction(self: GatedSAE, o: Out) -> dict:
     "Squared error of the latents, and that of the gate through a decoder it cannot change."
     gate = o.decode(o.z.relu(), self.W_dec.detach()) + self.b_dec.detach() + self.skip * o.x
     return {**SAE.reconstruction(self, o), "gate_mse": (o.x - gate).pow(2).sum(-1).mean()}
 
+
 @patch
-def sparsity(self:GatedSAE, o:Out)->dict:
+def sparsity(self: GatedSAE, o: Out) -> dict:
     "L1 penalty on the gate."
     w = self.price(self, o)
     o.logs["l1_coeff"] = w.item()
@@ -68,27 +78,32 @@ def sparsity(self:GatedSAE, o:Out)->dict:
 
 # %% ../../nbs/variants/gated.ipynb #gated-calibrate
 @patch(as_prop=True)
-def calibrates(self:GatedSAE)->bool:
+def calibrates(self: GatedSAE) -> bool:
     "While quantiles are followed."
     return bool(self.price.target_l0) and (self.price.unset or self.progress < self.settle)
 
+
 @patch
-def calibrate(self:GatedSAE, z, at)->Tensor:
+def calibrate(self: GatedSAE, z, at) -> Tensor:
     "The first training batches set the gate's biases if L0 is steered."
-    if not self.calibrates or not len(z): return z
+    if not self.calibrates or not len(z):
+        return z
     q = self.price.between(z)
     self.b_enc.data[at] -= q
     return z - q
 
 # %% ../../nbs/variants/gated.ipynb #gated-latents
 @patch
-def per_latent(self:GatedSAE)->list: # [(parameter, dimension)]
+def per_latent(self: GatedSAE) -> list:  # [(parameter, dimension)]
     "The frame's weights and those of the magnitude."
     return SAE.per_latent(self) + [(self.r_mag, 0), (self.b_mag, 0)]
 
+
 @patch
-def forget(self:GatedSAE,
-    idx:Tensor, # Latents that begin anew, [n]
+def forget(
+    self: GatedSAE,
+    idx: Tensor,  # Latents that begin anew, [n]
 ):
     "Their magnitudes have no scale and no bias of their own again."
-    self.r_mag.data[idx] = 0.; self.b_mag.data[idx] = 0.
+    self.r_mag.data[idx] = 0.0
+    self.b_mag.data[idx] = 0.0

@@ -7,145 +7,204 @@ __all__ = ['times', 'times_t', 'follow', 'Interference', 'Crossing', 'interferen
 
 # %% ../../nbs/variants/interference.ipynb #interference-imports
 import torch
-from torch import nn, Tensor
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from ..core import *
 from ..sae import *
 from ..sparse import dense, entries_of, per_latent, spmm, spmm_t
 
 # %% ../../nbs/variants/interference.ipynb #interference-follow
-def times(f, T): return f @ T if isinstance(f, Tensor) else spmm(*f, T)          # f T, [n_tokens, l]
-def times_t(f, X): return f.T @ X if isinstance(f, Tensor) else spmm_t(*f, X)    # fᵀ X, [n, l]
+def times(f, T):  # f T, [n_tokens, l]
+    return f @ T if isinstance(f, Tensor) else spmm(*f, T)
 
+
+def times_t(f, X):  # fᵀ X, [n, l]
+    return f.T @ X if isinstance(f, Tensor) else spmm_t(*f, X)
+
+# %% ../../nbs/variants/interference.ipynb #interference-follow-follow
 @torch.no_grad()
 def follow(
-    A:Tensor,            # Factor so far, rows orthogonal, [r, n]
-    f,                   # Latents of a batch: [n_tokens, n], or (places, values)
-    eta:float,           # Weight of the batch, 0 to 1
-    gen:torch.Generator, # Draws the random columns
-    extra:int=8,         # p, random columns beside the r
-)->Tensor:               # New factor, [r, n]
+    A: Tensor,  # Factor so far, rows orthogonal, [r, n]
+    f,  # Latents of a batch: [n_tokens, n], or (places, values)
+    eta: float,  # Weight of the batch, 0 to 1
+    gen: torch.Generator,  # Draws the random columns
+    extra: int = 8,  # p, random columns beside the r
+) -> Tensor:  # New factor, [r, n]
     "The best r rows for (1 - eta) AᵀA + eta fᵀf / n_tokens."
-    r,n = A.shape; l = min(r + extra, n); eta = float(eta)
+    r, n = A.shape
+    l = min(r + extra, n)
+    eta = float(eta)
     N = len(f if isinstance(f, Tensor) else f[0])
     T = torch.randn(n, l, generator=gen).to(A)
     size = A.norm(dim=1)
     known = size > 1e-5 * size.max()
     T[:, :r] = torch.where(known, A.T / size.clamp_min(1e-30), T[:, :r])
     Q = torch.linalg.qr((1 - eta) * (A.T @ (A @ T)) + eta / N * times_t(f, times(f, T)))[0]
-    a,b = A @ Q,times(f, Q)
-    val,vec = torch.linalg.eigh((1 - eta) * (a.T @ a) + eta / N * (b.T @ b))
+    a, b = A @ Q, times(f, Q)
+    val, vec = torch.linalg.eigh((1 - eta) * (a.T @ a) + eta / N * (b.T @ b))
     return (Q @ vec[:, -r:] * val[-r:].clamp_min(0).sqrt()).T.contiguous()
 
 # %% ../../nbs/variants/interference.ipynb #interference-penalty
 class Interference(nn.Module):
     "Penalty on the cosines of latents in proportion to how strongly they fire together."
-    def __init__(self,
-        n:int,              # Number of latents
-        coeff:float=.1,     # Weight in the loss
-        tau:float=.1,       # C_ij up to which a pair costs nothing, in squared units of f; a cosine with `normalise`
-        rank:int=32,        # Rows of the memory; n or more: nothing is lost
-        decay:float=.99,    # Of the memory, per batch
-        sketch:str="sketch", # "sketch" or "dense", which holds n x n numbers
-        normalise:bool=False, # Divide C_ij by sqrt(C_ii C_jj)
-        most:int=2048,      # Latents compared with each other, those with the largest C_ii
+
+    def __init__(
+        self,
+        n: int,  # Number of latents
+        coeff: float = 0.1,  # Weight in the loss
+        tau: float = 0.1,  # C_ij up to which a pair costs nothing, in squared units of f; a cosine with `normalise`
+        rank: int = 32,  # Rows of the memory; n or more: nothing is lost
+        decay: float = 0.99,  # Of the memory, per batch
+        sketch: str = "sketch",  # "sketch" or "dense", which holds n x n numbers
+        normalise: bool = False,  # Divide C_ij by sqrt(C_ii C_jj)
+        most: int = 2048,  # Latents compared with each other, those with the largest C_ii
     ):
         super().__init__()
-        if not isinstance(rank, int) or rank < 1: raise InputError(f"rank = {rank} is not a number of rows; give a whole number of at least 1")
-        if not coeff >= 0: raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
-        if tau < 0 or normalise and tau >= 1: raise InputError(f"tau = {tau} is out of range; give 0 or more" + (" and less than 1, since it is a cosine" if normalise else ""))
-        if not 0 <= decay < 1: raise InputError(f"decay = {decay} is out of range; give 0 (the last batch only) or more and less than 1")
-        if one_of("sketch", sketch, ["sketch", "dense"]) == "dense" and n > 8192: raise InputError(f"sketch = 'dense' would hold {n:,} x {n:,} numbers; use sketch = 'sketch' beyond 8,192 latents")
-        self.coeff,self.tau,self.rank,self.decay,self.sketch,self.normalise,self.most = coeff,tau,min(rank, n),decay,sketch,normalise,most
-        self.register_buffer("A" if sketch == "sketch" else "C", torch.zeros(self.rank if sketch == "sketch" else n, n))
+        if not isinstance(rank, int) or rank < 1:
+            raise InputError(f"rank = {rank} is not a number of rows; give a whole number of at least 1")
+        if not coeff >= 0:
+            raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
+        if tau < 0 or normalise and tau >= 1:
+            raise InputError(
+                f"tau = {tau} is out of range; give 0 or more"
+                + (" and less than 1, since it is a cosine" if normalise else "")
+            )
+        if not 0 <= decay < 1:
+            raise InputError(
+                f"decay = {decay} is out of range; give 0 (the last batch only) or more and less than 1"
+            )
+        if one_of("sketch", sketch, ["sketch", "dense"]) == "dense" and n > 8192:
+            raise InputError(
+                f"sketch = 'dense' would hold {n:,} x {n:,} numbers; use sketch = 'sketch' beyond 8,192 latents"
+            )
+        self.coeff = coeff
+        self.tau = tau
+        self.rank = min(rank, n)
+        self.decay = decay
+        self.sketch = sketch
+        self.normalise = normalise
+        self.most = most
+        self.register_buffer(
+            "A" if sketch == "sketch" else "C", torch.zeros(self.rank if sketch == "sketch" else n, n)
+        )
         self.register_buffer("diag", torch.zeros(n))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
 # %% ../../nbs/variants/interference.ipynb #interference-remember
 @patch
 @torch.no_grad()
-def remember(self:Interference,
-    f,                   # Latents of the tokens that count: [n_tokens, n], or (places, values)
-    gen:torch.Generator, # The SAE's
+def remember(
+    self: Interference,
+    f,  # Latents of the tokens that count: [n_tokens, n], or (places, values)
+    gen: torch.Generator,  # The SAE's
 ):
     "Take a batch into the memory."
-    if isinstance(f, Tensor): N,f = len(f),f.float(); sq = f.pow(2).sum(0)
-    else: N,f = len(f[0]),(f[0], f[1].float()); sq = per_latent(f[0], f[1]**2)
-    if N == 0: return
+    if isinstance(f, Tensor):
+        N, f = len(f), f.float()
+        sq = f.pow(2).sum(0)
+    else:
+        N, f = len(f[0]), (f[0], f[1].float())
+        sq = per_latent(f[0], f[1] ** 2)
+    if N == 0:
+        return
     self.count += 1
     eta = max(1 / self.count.item(), 1 - self.decay)
     self.diag.lerp_((sq / N).to(self.diag), eta)
-    if self.sketch == "dense": self.C.lerp_((times_t(f, f if isinstance(f, Tensor) else dense(*f)) / N).to(self.C), eta)
-    else: self.A.copy_(follow(self.A.float(), f, eta, gen))
+    if self.sketch == "dense":
+        self.C.lerp_((times_t(f, f if isinstance(f, Tensor) else dense(*f)) / N).to(self.C), eta)
+    else:
+        self.A.copy_(follow(self.A.float(), f, eta, gen))
 
 # %% ../../nbs/variants/interference.ipynb #interference-pairs
 @patch
 @torch.no_grad()
-def pairs(self:Interference,
-)->tuple: # (latents that were compared [m], weights between them [m, m], number of latents passed over)
+def pairs(
+    self: Interference,
+) -> tuple:  # (latents that were compared [m], weights between them [m, m], number of latents passed over)
     "Weights of the pairs above the threshold."
-    per = self.diag.float().clamp_min(1e-12).rsqrt() if self.normalise else torch.ones_like(self.diag, dtype=torch.float32)
+    per = (
+        self.diag.float().clamp_min(1e-12).rsqrt()
+        if self.normalise
+        else torch.ones_like(self.diag, dtype=torch.float32)
+    )
     A = self.A.float() * per if self.sketch == "sketch" else None
     size = self.C.diagonal().float().sqrt() * per if A is None else A.norm(dim=0)
     idx = (size * size.max() > self.tau).nonzero()[:, 0]
     left = max(0, len(idx) - self.most)
-    if left: idx = size.topk(self.most).indices.sort().values
+    if left:
+        idx = size.topk(self.most).indices.sort().values
     C = A[:, idx].T @ A[:, idx] if A is not None else self.C[idx][:, idx].float() * per[idx, None] * per[idx]
-    return idx,(C - self.tau).clamp_min_(0).fill_diagonal_(0),left
+    return idx, (C - self.tau).clamp_min_(0).fill_diagonal_(0), left
 
 # %% ../../nbs/variants/interference.ipynb #interference-cost
 class Crossing(torch.autograd.Function):
     "Sum of w_ij (d_i . d_j)^2 for symmetric weights, as a function of the rows."
+
     @staticmethod
     def forward(ctx, D, W):
-        S = D @ D.T; WS = W * S
+        S = D @ D.T
+        WS = W * S
         ctx.save_for_backward(D, WS)
         return WS.flatten() @ S.flatten()
+
     @staticmethod
-    def backward(ctx, up): D,WS = ctx.saved_tensors; return 4 * up * (WS @ D),None
+    def backward(ctx, up):
+        D, WS = ctx.saved_tensors
+        return 4 * up * (WS @ D), None
 
 # %% ../../nbs/variants/interference.ipynb #interference-forward
 @patch
-def forward(self:Interference,
-    sae:SAE, # Whose decoder is meant
-    o:Out,   # The pass
-)->dict:     # The term of the loss
+def forward(
+    self: Interference,
+    sae: SAE,  # Whose decoder is meant
+    o: Out,  # The pass
+) -> dict:  # The term of the loss
     "What the pairs above the threshold pay."
-    if self.training: self.remember(o.v if o.active is None else (o.active, o.v), sae.gen)
-    idx,W,left = self.pairs()
-    each = W.sum(1); total = each.sum()
-    o.logs.update(pairs=int(W.count_nonzero()) // 2, top_weight=W.max().item() if len(idx) else 0., uncompared=left)
-    if not total > 0: return {"interference": sae.W_dec.new_zeros(())}
-    if not each.all(): on = each > 0; idx,W = idx[on],W[on][:, on]
+    if self.training:
+        self.remember(o.v if o.active is None else (o.active, o.v), sae.gen)
+    idx, W, left = self.pairs()
+    each = W.sum(1)
+    total = each.sum()
+    o.logs.update(
+        pairs=int(W.count_nonzero()) // 2, top_weight=W.max().item() if len(idx) else 0.0, uncompared=left
+    )
+    if not total > 0:
+        return {"interference": sae.W_dec.new_zeros(())}
+    if not each.all():
+        on = each > 0
+        idx, W = idx[on], W[on][:, on]
     D = nn.functional.normalize(sae.W_dec.index_select(0, idx).float(), dim=-1)
     return {"interference": self.coeff / total * Crossing.apply(D, W)}
 
 # %% ../../nbs/variants/interference.ipynb #interference-forget
 @patch
 @torch.no_grad()
-def forget(self:Interference,
-    idx:Tensor, # Latents, [k]
+def forget(
+    self: Interference,
+    idx: Tensor,  # Latents, [k]
 ):
     "Forget what latents `idx` did."
     (self.A if self.sketch == "sketch" else self.C)[:, idx] = 0
-    if self.sketch == "dense": self.C[idx] = 0
+    if self.sketch == "dense":
+        self.C[idx] = 0
     self.diag[idx] = 0
 
 # %% ../../nbs/variants/interference.ipynb #interference-variant
 @composed("interference")
 def interference(
-    d_in:int,             # Width of the activations
-    d_sae:int,            # Number of latents
-    base:str="topk",      # Registered variant that is penalised
-    ortho_coeff:float=.1, # Weight in the loss
-    tau:float=.1,         # Size of C_ij up to which a pair costs nothing
-    rank:int=32,          # Rows of the memory
-    decay:float=.99,      # Of the memory, per batch
-    sketch:str="sketch",  # "sketch" or "dense"
-    normalise:bool=False, # Make C a correlation
-    seed:int=0,           # Seeds the initial weights
-    **base_options,       # Options of `base`
-)->SAE:                   # The base with the penalty in its loss
+    d_in: int,  # Width of the activations
+    d_sae: int,  # Number of latents
+    base: str = "topk",  # Registered variant that is penalised
+    ortho_coeff: float = 0.1,  # Weight in the loss
+    tau: float = 0.1,  # Size of C_ij up to which a pair costs nothing
+    rank: int = 32,  # Rows of the memory
+    decay: float = 0.99,  # Of the memory, per batch
+    sketch: str = "sketch",  # "sketch" or "dense"
+    normalise: bool = False,  # Make C a correlation
+    seed: int = 0,  # Seeds the initial weights
+    **base_options,  # Options of `base`
+) -> SAE:  # The base with the penalty in its loss
     "Penalty in proportion to running co-activation, on top of any variant."
     sae = build(base, d_in, d_sae, seed=seed, **base_options)
     sae.penalise("interference", Interference(d_sae, ortho_coeff, tau, rank, decay, sketch, normalise))

@@ -7,9 +7,11 @@ __all__ = ['kernel_sum', 'Jump', 'Step', 'JumpReLUSAE']
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-imports
 import math
+
 import torch
-from torch import nn, Tensor
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from ..core import *
 from ..sae import *
 from ..sparse import Pieces, choose_where
@@ -17,95 +19,115 @@ from .standard import Price
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-jump
 def kernel_sum(
-    up:Tensor,    # Gradient that arrives, [..., d_sae]
-    z:Tensor,     # Pre-activations, same shape
-    theta:Tensor, # Thresholds, [d_sae]
-    eps:float,    # Bandwidth, in units of z
-)->Tensor:        # [d_sae]
+    up: Tensor,  # Gradient that arrives, [..., d_sae]
+    z: Tensor,  # Pre-activations, same shape
+    theta: Tensor,  # Thresholds, [d_sae]
+    eps: float,  # Bandwidth, in units of z
+) -> Tensor:  # [d_sae]
     "`up`, summed over the tokens near the threshold, per unit of z."
     return (up * ((z - theta).abs() < eps / 2)).sum_to_size(theta.shape) / eps
 
+# %% ../../nbs/variants/jumprelu.ipynb #jumprelu-jump-jump
 class Jump(torch.autograd.Function):
     "z where z exceeds the threshold, else zero."
+
     @staticmethod
     def forward(ctx, z, theta, eps):
-        ctx.save_for_backward(z, theta); ctx.eps = eps
+        ctx.save_for_backward(z, theta)
+        ctx.eps = eps
         return torch.where(z > theta, z, 0)
+
     @staticmethod
     def backward(ctx, up):
-        z,theta = ctx.saved_tensors
-        return up * (z > theta),-theta * kernel_sum(up, z, theta, ctx.eps),None
+        z, theta = ctx.saved_tensors
+        return up * (z > theta), -theta * kernel_sum(up, z, theta, ctx.eps), None
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-step
 class Step(torch.autograd.Function):
     "One where z exceeds the threshold, else zero."
+
     @staticmethod
     def forward(ctx, z, theta, eps):
-        ctx.save_for_backward(z, theta); ctx.eps = eps
+        ctx.save_for_backward(z, theta)
+        ctx.eps = eps
         return (z > theta).to(z.dtype)
+
     @staticmethod
     def backward(ctx, up):
-        z,theta = ctx.saved_tensors
-        return None,-kernel_sum(up, z, theta, ctx.eps),None
+        z, theta = ctx.saved_tensors
+        return None, -kernel_sum(up, z, theta, ctx.eps), None
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-class
 @register("variants", "jumprelu")
 class JumpReLUSAE(SAE):
     "SAE with a learned threshold per latent and a price on every active latent."
-    def __init__(self,
-        d_in:int,             # Width of the activations
-        d_sae:int,            # Number of latents
-        l0_coeff:float=.2,    # Price of one active latent, in squared units of x; with `target_l0`, where the controller starts
-        target_l0:float=None, # Latents per token to steer towards; None: `l0_coeff` is fixed
-        bandwidth:float=.5,   # Width of the kernel, in units of z
-        threshold:float=.1,   # Where thresholds start; with `target_l0`, the lowest start
-        pace:float=5.,        # Learning rate of ln θ, in multiples of the loop's
-        settle:float=.1,      # With `target_l0`: share of training during which thresholds follow quantiles; 0: the first batch
-        penalty:str="step",   # "step" counts active latents, "tanh" is a smooth count
-        seed:int=0,           # Seeds the initial weights
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        d_sae: int,  # Number of latents
+        l0_coeff: float = 0.2,  # Price of one active latent, in squared units of x; with `target_l0`, where the controller starts
+        target_l0: float = None,  # Latents per token to steer towards; None: `l0_coeff` is fixed
+        bandwidth: float = 0.5,  # Width of the kernel, in units of z
+        threshold: float = 0.1,  # Where thresholds start; with `target_l0`, the lowest start
+        pace: float = 5.0,  # Learning rate of ln θ, in multiples of the loop's
+        settle: float = 0.1,  # With `target_l0`: share of training during which thresholds follow quantiles; 0: the first batch
+        penalty: str = "step",  # "step" counts active latents, "tanh" is a smooth count
+        seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, seed)
-        for n,v in dict(bandwidth=bandwidth, threshold=threshold, pace=pace).items():
-            if not v > 0: raise InputError(f"{n} = {v} must be above 0")
-        if not 0 <= settle <= 1: raise InputError(f"settle = {settle} is a share of training; give 0 to 1")
+        for n, v in dict(bandwidth=bandwidth, threshold=threshold, pace=pace).items():
+            if not v > 0:
+                raise InputError(f"{n} = {v} must be above 0")
+        if not 0 <= settle <= 1:
+            raise InputError(f"settle = {settle} is a share of training; give 0 to 1")
         self.price = Price(l0_coeff, target_l0, d_sae, "l0_coeff")
-        self.bandwidth,self.start,self.pace,self.settle,self.penalty = bandwidth,threshold,pace,settle,one_of("penalty", penalty, ["step", "tanh"])
+        self.bandwidth = bandwidth
+        self.start = threshold
+        self.pace = pace
+        self.settle = settle
+        self.penalty = one_of("penalty", penalty, ["step", "tanh"])
         self.slow_log_threshold = nn.Parameter(torch.full((d_sae,), math.log(threshold) / pace))
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-activate
 @patch(as_prop=True)
-def threshold(self:JumpReLUSAE)->Tensor: # [d_sae], in units of z
+def threshold(self: JumpReLUSAE) -> Tensor:  # [d_sae], in units of z
     "What a pre-activation has to exceed."
     return (self.pace * self.slow_log_threshold).exp()
 
+
 @patch
-def latent(self:JumpReLUSAE, z, at)->Tensor:
+def latent(self: JumpReLUSAE, z, at) -> Tensor:
     "Nothing below the threshold, everything above it."
     return Jump.apply(z, at(self.threshold), self.bandwidth)
 
+
 @patch
-def active(self:JumpReLUSAE, p:Pieces)->tuple:
+def active(self: JumpReLUSAE, p: Pieces) -> tuple:
     "What exceeds the threshold, and what lies close enough below it that the threshold hears of it."
     return choose_where(p, lambda at: self.threshold.detach()[at] - self.bandwidth / 2)
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-calibrate
 @patch(as_prop=True)
-def calibrates(self:JumpReLUSAE)->bool:
+def calibrates(self: JumpReLUSAE) -> bool:
     "While quantiles are followed."
     return bool(self.price.target_l0) and (self.price.unset or self.progress < self.settle)
 
+
 @patch
-def calibrate(self:JumpReLUSAE, z, at)->Tensor:
+def calibrate(self: JumpReLUSAE, z, at) -> Tensor:
     "The first training batches set the thresholds if L0 is steered."
-    if not self.calibrates or not len(z): return z
+    if not self.calibrates or not len(z):
+        return z
     q = self.price.between(z)
     up = (self.start - q).clamp_min(0)
-    self.b_enc.data[at] += up; self.slow_log_threshold.data[at] = (q + up).log() / self.pace
+    self.b_enc.data[at] += up
+    self.slow_log_threshold.data[at] = (q + up).log() / self.pace
     return z + up
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-sparsity
 @patch
-def sparsity(self:JumpReLUSAE, o:Out)->dict:
+def sparsity(self: JumpReLUSAE, o: Out) -> dict:
     "The price of the active latents."
     w = self.price(self, o)
     o.logs["l0_coeff"] = w.item()
@@ -115,14 +137,16 @@ def sparsity(self:JumpReLUSAE, o:Out)->dict:
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-steps
 @patch
 @torch.no_grad()
-def before_step(self:JumpReLUSAE):
+def before_step(self: JumpReLUSAE):
     "Also bring the thresholds' gradient to the units of the others."
     SAE.before_step(self)
-    if self.slow_log_threshold.grad is not None: self.slow_log_threshold.grad.div_(self.pace)
+    if self.slow_log_threshold.grad is not None:
+        self.slow_log_threshold.grad.div_(self.pace)
+
 
 @patch
 @torch.no_grad()
-def fold(self:JumpReLUSAE, scale:float)->SAE:
+def fold(self: JumpReLUSAE, scale: float) -> SAE:
     "The same SAE on raw activations."
     o = SAE.fold(self, scale)
     o.slow_log_threshold.sub_(math.log(scale) / self.pace)
@@ -130,13 +154,15 @@ def fold(self:JumpReLUSAE, scale:float)->SAE:
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-latents
 @patch
-def per_latent(self:JumpReLUSAE)->list: # [(parameter, dimension)]
+def per_latent(self: JumpReLUSAE) -> list:  # [(parameter, dimension)]
     "The frame's weights and the thresholds."
     return SAE.per_latent(self) + [(self.slow_log_threshold, 0)]
 
+
 @patch
-def forget(self:JumpReLUSAE,
-    idx:Tensor, # Latents that begin anew, [n]
+def forget(
+    self: JumpReLUSAE,
+    idx: Tensor,  # Latents that begin anew, [n]
 ):
     "Their thresholds are the lowest start again."
     self.slow_log_threshold.data[idx] = math.log(self.start) / self.pace

@@ -7,38 +7,56 @@ __all__ = ['nested_sizes', 'draw_sizes', 'MatryoshkaSAE']
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-imports
 from fractions import Fraction
+
 import torch
-from torch import Tensor
 from fastcore.basics import patch
+from torch import Tensor
+
 from ..core import *
-from ..sparse import decode_active
 from ..sae import *
+from ..sparse import decode_active
 from .batchtopk import BatchTopKSAE
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-sizes
 def nested_sizes(
     prefixes,  # Shares such as (1/4, 1/2, 1) or "1/4,1/2,1", or numbers of latents
-    d_sae:int, # Number of latents
-)->list:       # Numbers of latents, rising, the last one `d_sae`
+    d_sae: int,  # Number of latents
+) -> list:  # Numbers of latents, rising, the last one `d_sae`
     "How many latents each level holds."
-    def bad(why): return InputError(f"prefixes = {prefixes!r} {why}; write rising shares such as 1/4,1/2,1 or rising numbers of latents up to {d_sae}")
-    vs = prefixes.split(",") if isinstance(prefixes, str) else prefixes if isinstance(prefixes, (list, tuple)) else [prefixes]
-    try: vs = [Fraction(v) for v in vs]
-    except (ValueError, TypeError, ArithmeticError): raise bad("cannot be read") from None
+
+    def bad(why):
+        return InputError(
+            f"prefixes = {prefixes!r} {why}; write rising shares such as 1/4,1/2,1 or rising numbers of latents up to {d_sae}"
+        )
+
+    vs = (
+        prefixes.split(",")
+        if isinstance(prefixes, str)
+        else prefixes
+        if isinstance(prefixes, (list, tuple))
+        else [prefixes]
+    )
+    try:
+        vs = [Fraction(v) for v in vs]
+    except (ValueError, TypeError, ArithmeticError):
+        raise bad("cannot be read") from None
     shares = max(vs, default=2) <= 1
-    if not shares and any(v.denominator > 1 for v in vs): raise bad("mixes shares with numbers of latents")
+    if not shares and any(v.denominator > 1 for v in vs):
+        raise bad("mixes shares with numbers of latents")
     ms = [round(v * d_sae) if shares else int(v) for v in vs]
-    if not ms or ms[0] < 1 or ms[-1] > d_sae or any(b <= a for a,b in zip(ms, ms[1:])): raise bad(f"makes levels of {ms} of {d_sae} latents")
+    if not ms or ms[0] < 1 or ms[-1] > d_sae or any(b <= a for a, b in zip(ms, ms[1:])):
+        raise bad(f"makes levels of {ms} of {d_sae} latents")
     return ms if ms[-1] == d_sae else ms + [d_sae]
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-draw
 def draw_sizes(
-    n_levels:int,        # Levels wanted, with the full one
-    d_sae:int,           # Number of latents
-    gen:torch.Generator, # Source of chance, on the CPU
-)->list:                 # Numbers of latents, rising, the last one `d_sae`
+    n_levels: int,  # Levels wanted, with the full one
+    d_sae: int,  # Number of latents
+    gen: torch.Generator,  # Source of chance, on the CPU
+) -> list:  # Numbers of latents, rising, the last one `d_sae`
     "Random levels, short ones more often."
-    if n_levels == 1: return [d_sae]
+    if n_levels == 1:
+        return [d_sae]
     p = torch.arange(d_sae, dtype=torch.float64).sqrt().diff()
     return sorted((torch.multinomial(p, n_levels - 1, generator=gen) + 1).tolist()) + [d_sae]
 
@@ -46,60 +64,82 @@ def draw_sizes(
 @register("variants", "matryoshka")
 class MatryoshkaSAE(BatchTopKSAE):
     "BatchTopK SAE whose first latents also reconstruct alone."
-    def __init__(self,
-        d_in:int,       # Width of the activations
-        d_sae:int,      # Number of latents
-        k:int=32,       # Latents kept per token, on average
-        prefixes=(1/16, 1/8, 1/4, 1/2, 1), # Levels: shares of the latents, or numbers of them
-        sampled:int=0,  # Levels drawn anew for every batch, with the full one; 0: always `prefixes`
-        weights=None,   # One weight per level; None: all alike
-        seed:int=0,     # Seeds the initial weights and the drawn levels
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        d_sae: int,  # Number of latents
+        k: int = 32,  # Latents kept per token, on average
+        prefixes=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1),  # Levels: shares of the latents, or numbers of them
+        sampled: int = 0,  # Levels drawn anew for every batch, with the full one; 0: always `prefixes`
+        weights=None,  # One weight per level; None: all alike
+        seed: int = 0,  # Seeds the initial weights and the drawn levels
     ):
         super().__init__(d_in, d_sae, k, seed)
-        self.sizes,self.sampled = nested_sizes(prefixes, d_sae),sampled
-        if not isinstance(sampled, int) or not 0 <= sampled <= d_sae: raise InputError(f"sampled = {sampled} is not a number of levels; give 0 for fixed ones, or 1 to d_sae = {d_sae}")
+        self.sizes = nested_sizes(prefixes, d_sae)
+        self.sampled = sampled
+        if not isinstance(sampled, int) or not 0 <= sampled <= d_sae:
+            raise InputError(
+                f"sampled = {sampled} is not a number of levels; give 0 for fixed ones, or 1 to d_sae = {d_sae}"
+            )
         n = sampled or len(self.sizes)
         w = weights.split(",") if isinstance(weights, str) else weights
-        try: self.weights = [1.] * n if w is None else [float(o) for o in w]
-        except (TypeError, ValueError): raise InputError(f"weights = {weights!r} cannot be read; write {n} numbers, such as {','.join(['1'] * n)}") from None
-        if len(self.weights) != n or min(self.weights) < 0 or self.weights[-1] <= 0: raise InputError(f"weights = {weights!r} does not fit {n} levels; give {n} numbers of at least 0, the last above 0")
+        try:
+            self.weights = [1.0] * n if w is None else [float(o) for o in w]
+        except (TypeError, ValueError):
+            raise InputError(
+                f"weights = {weights!r} cannot be read; write {n} numbers, such as {','.join(['1'] * n)}"
+            ) from None
+        if len(self.weights) != n or min(self.weights) < 0 or self.weights[-1] <= 0:
+            raise InputError(
+                f"weights = {weights!r} does not fit {n} levels; give {n} numbers of at least 0, the last above 0"
+            )
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-nested
 @patch
-def nested(self:MatryoshkaSAE,
-    f:Tensor,   # Latents, [..., d_sae]
-    sizes:list, # Rising numbers of latents
-):              # Yields reconstructions, [..., d_in], one per level
+def nested(
+    self: MatryoshkaSAE,
+    f: Tensor,  # Latents, [..., d_sae]
+    sizes: list,  # Rising numbers of latents
+):  # Yields reconstructions, [..., d_in], one per level
     "Reconstructions from ever longer prefixes."
-    x_hat,a = self.b_dec,0
+    x_hat, a = self.b_dec, 0
     for m in sizes:
-        x_hat,a = x_hat + f[..., a:m] @ self.W_dec[a:m],m
+        x_hat, a = x_hat + f[..., a:m] @ self.W_dec[a:m], m
         yield x_hat
 
+# %% ../../nbs/variants/matryoshka.ipynb #matryoshka-nested-nested-sparse
 @patch
-def nested_sparse(self:MatryoshkaSAE,
-    o:Out,      # A sparse pass
-    sizes:list, # Rising numbers of latents
-):              # Yields reconstructions, [n_tokens, d_in], one per level
+def nested_sparse(
+    self: MatryoshkaSAE,
+    o: Out,  # A sparse pass
+    sizes: list,  # Rising numbers of latents
+):  # Yields reconstructions, [n_tokens, d_in], one per level
     "The same from places and values."
-    x_hat,a = self.b_dec,0
+    x_hat, a = self.b_dec, 0
     for m in sizes:
-        part,keep = o.active.between(a, m)
-        x_hat,a = x_hat + decode_active(part, o.v[keep], self.W_dec[a:m]),m
+        part, keep = o.active.between(a, m)
+        x_hat = x_hat + decode_active(part, o.v[keep], self.W_dec[a:m])
+        a = m
         yield x_hat
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-levels
 @patch
-def levels(self:MatryoshkaSAE)->list:
+def levels(self: MatryoshkaSAE) -> list:
     "Levels of this pass; drawn in training only."
     return draw_sizes(self.sampled, self.d_sae, self.gen) if self.sampled and self.training else self.sizes
 
+# %% ../../nbs/variants/matryoshka.ipynb #matryoshka-levels-reconstruction
 @patch
-def reconstruction(self:MatryoshkaSAE, o:Out)->dict:
+def reconstruction(self: MatryoshkaSAE, o: Out) -> dict:
     "Mean over levels of the squared error."
-    sizes,x = self.levels(),o.x - self.skip * o.x if self.skip else o.x
+    sizes = self.levels()
+    x = o.x - self.skip * o.x if self.skip else o.x
     full = SAE.reconstruction(self, o)["mse"]
-    errs = [(x - x_hat).pow(2).sum(-1).mean() for x_hat in (self.nested(o.v, sizes[:-1]) if o.active is None else self.nested_sparse(o, sizes[:-1]))] + [full]
-    w = self.weights if len(self.weights) == len(sizes) else [1.] * len(sizes)
+    errs = [
+        (x - x_hat).pow(2).sum(-1).mean()
+        for x_hat in (self.nested(o.v, sizes[:-1]) if o.active is None else self.nested_sparse(o, sizes[:-1]))
+    ] + [full]
+    w = self.weights if len(self.weights) == len(sizes) else [1.0] * len(sizes)
     o.logs["mse"] = full.item()
-    return {"nested_mse": sum(a * e for a,e in zip(w, errs)) / sum(w)}
+    return {"nested_mse": sum(a * e for a, e in zip(w, errs)) / sum(w)}

@@ -10,93 +10,165 @@ __all__ = ['runs', 'Pairs', 'joined', 'Listing', 'Listed', 'row_blocks', 'listin
 # %% ../../nbs/variants/ortho.ipynb #ortho-imports
 import math
 from functools import partial
+
 import torch
-from torch import nn, Tensor
-from torch.nn import functional as F
 from fastcore.basics import patch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import sparse
 from ..core import *
 from ..sae import *
-from .. import sparse
-from ..sparse import Active, Pieces, choose_topk, dense, encode_active, entries_of, per_latent, sampled, spmm, spmm_t
+from sae_nb.sparse import (
+    Active,
+    Pieces,
+    choose_topk,
+    dense,
+    encode_active,
+    entries_of,
+    per_latent,
+    sampled,
+    spmm,
+    spmm_t,
+)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-runs
 def runs(
-    start:Tensor, # [n], whole numbers
-    m:Tensor,     # [n], how many
-)->Tensor:        # [sum of m]
+    start: Tensor,  # [n], whole numbers
+    m: Tensor,  # [n], how many
+) -> Tensor:  # [sum of m]
     "From each `start` the next `m` numbers, one run after the other."
     ends = m.cumsum(0)
-    return (start - (ends - m)).repeat_interleave(m).add_(torch.arange(int(ends[-1]) if len(m) else 0, device=m.device))
+    return (
+        (start - (ends - m))
+        .repeat_interleave(m)
+        .add_(torch.arange(int(ends[-1]) if len(m) else 0, device=m.device))
+    )
 
-def _wide(v): return v if v.dtype == torch.float64 else v.float()
-def _at(t, i): return t.index_select(0, i) # t[i], faster where there is a million of them
+
+def _wide(v):
+    return v if v.dtype == torch.float64 else v.float()
+
+# %% ../../nbs/variants/ortho.ipynb #ortho-runs-at
+def _at(t, i):  # t[i], faster where there is a million of them
+    return t.index_select(0, i)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-pairs
 class Pairs:
     "Pairs of latents i < j in the order of (i, j), with their scores; and where they meet, if that was listed."
-    def __init__(self,
-        i:Tensor, j:Tensor, # Latents, [m]
-        s:Tensor,           # Scores, [m]
-        times:Tensor=None,  # How often each pair meets, [m]; None: not listed
-        first:Tensor=None, second:Tensor=None, # Entries that meet, pair after pair, [sum of times]
-    ): self.i,self.j,self.s,self.times,self.first,self.second = i,j,s,times,first,second
-    def __iter__(self): return iter((self.i, self.j, self.s))
-    def rank(self, w=None): return self.s if w is None else self.s * w[self.i] * w[self.j]
-    def take(self, at): # Some of them, at rising places
-        if self.times is None: return Pairs(self.i[at], self.j[at], self.s[at])
+
+    def __init__(
+        self,
+        i: Tensor,
+        j: Tensor,  # Latents, [m]
+        s: Tensor,  # Scores, [m]
+        times: Tensor = None,  # How often each pair meets, [m]; None: not listed
+        first: Tensor = None,
+        second: Tensor = None,  # Entries that meet, pair after pair, [sum of times]
+    ):
+        self.i = i
+        self.j = j
+        self.s = s
+        self.times = times
+        self.first = first
+        self.second = second
+
+    def __iter__(self):
+        return iter((self.i, self.j, self.s))
+
+    def rank(self, w=None):
+        return self.s if w is None else self.s * w[self.i] * w[self.j]
+
+    def take(self, at):  # Some of them, at rising places
+        if self.times is None:
+            return Pairs(self.i[at], self.j[at], self.s[at])
         e = runs((self.times.cumsum(0) - self.times)[at], self.times[at])
         return Pairs(self.i[at], self.j[at], self.s[at], self.times[at], self.first[e], self.second[e])
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-pairs-joined
 def joined(
-    parts:list, # `Pairs`, in order
-)->Pairs:       # All of them
+    parts: list,  # `Pairs`, in order
+) -> Pairs:  # All of them
     "Several sets of pairs as one."
     return Pairs(*(None if t[0] is None else torch.cat(t) for t in zip(*(vars(p).values() for p in parts))))
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-listing
 class Listing:
     "The entries of a batch, ready to be listed in pairs."
+
     @torch.no_grad()
-    def __init__(self,
-        a:Active, v:Tensor, # Which latents are on, and how strongly, [n_on]
+    def __init__(
+        self,
+        a: Active,
+        v: Tensor,  # Which latents are on, and how strongly, [n_on]
     ):
-        v,self.n = _wide(v),a.d_sae
-        self.order = (a.rows * a.d_sae + a.cols).argsort()   # latents of a token rise
-        self.cols,self.v = a.cols[self.order],v[self.order]
-        self.size = per_latent(a, v * v).sqrt()[self.cols]   # length of the entry's column
-        self.later = a.starts[1:][a.rows] - 1 - torch.arange(len(v), device=v.device) # entries after it in its token
-    def blocks(self,
-        budget:int=2**18, # Products per block, few enough for a cache
-    ):                    # Ranges of latents (a, b)
+        v = _wide(v)
+        self.n = a.d_sae
+        self.order = (a.rows * a.d_sae + a.cols).argsort()  # latents of a token rise
+        self.cols = a.cols[self.order]
+        self.v = v[self.order]
+        self.size = per_latent(a, v * v).sqrt()[self.cols]  # length of the entry's column
+        self.later = (
+            a.starts[1:][a.rows] - 1 - torch.arange(len(v), device=v.device)
+        )  # entries after it in its token
+
+    def blocks(
+        self,
+        budget: int = 2**18,  # Products per block, few enough for a cache
+    ):  # Ranges of latents (a, b)
         work = self.later.new_zeros(self.n).index_add_(0, self.cols, self.later).cumsum(0)
-        ends = torch.searchsorted(work, torch.arange(budget, max(budget, int(work[-1])), budget, device=work.device))
+        ends = torch.searchsorted(
+            work, torch.arange(budget, max(budget, int(work[-1])), budget, device=work.device)
+        )
         ends = sorted({0, self.n, *ends.tolist(), *range(0, self.n, max(1, (2**31 - 1) // self.n))})
         return list(zip(ends, ends[1:]))
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-listed
 class Listed:
     "Pairs (i, j) with a <= i < b that co-fire. Like `Pairs`; made of a `Listing`."
+
     @torch.no_grad()
     def __init__(self, L, a, b):
         own = ((L.cols >= a) & (L.cols < b)).nonzero()[:, 0]
-        m,c = L.later[own],L.cols.int()
-        e,f = own.repeat_interleave(m),runs(own + 1, m)
-        both = lambda t: _at(t, e).mul_(_at(t, f))
+        m, c = L.later[own], L.cols.int()
+        e, f = own.repeat_interleave(m), runs(own + 1, m)
+
+        def both(t):
+            return _at(t, e).mul_(_at(t, f))
+
         v = both(L.v).div_(both(L.size).add_(1e-8))
-        key,by = _at((c - a) * L.n, e).add_(_at(c, f)).sort(stable=True)
-        new = F.pad(key[1:] != key[:-1], (1, 0), value=True)[:len(key)]
-        start,more = new.nonzero()[:, 0],(~new).nonzero()[:, 0]; end = F.pad(start, (0, 1), value=len(key))[1:]
-        s = _at(v, _at(by, start)).index_add_(0, more - torch.arange(1, len(more) + 1, device=key.device), _at(v, _at(by, more)))
+        key, by = _at((c - a) * L.n, e).add_(_at(c, f)).sort(stable=True)
+        new = F.pad(key[1:] != key[:-1], (1, 0), value=True)[: len(key)]
+        start, more = new.nonzero()[:, 0], (~new).nonzero()[:, 0]
+        end = F.pad(start, (0, 1), value=len(key))[1:]
+        s = _at(v, _at(by, start)).index_add_(
+            0, more - torch.arange(1, len(more) + 1, device=key.device), _at(v, _at(by, more))
+        )
         key = _at(key, start)
-        if not s.all(): key,start,end,s = (t[s > 0] for t in (key, start, end, s))
-        self.a,self.n,self.key,self.start,self.end,self.s,self.entries = a,L.n,key,start,end,s,lambda t: (_at(L.order, _at(e, t := _at(by, t))), _at(L.order, _at(f, t)))
-    def pair(self, at=None): key = self.key if at is None else _at(self.key, at); i = key // self.n; return self.a + i.long(),(key - i * self.n).long()
+        if not s.all():
+            key, start, end, s = (t[s > 0] for t in (key, start, end, s))
+        self.a = a
+        self.n = L.n
+        self.key = key
+        self.start = start
+        self.end = end
+        self.s = s
+        self.entries = lambda t: (_at(L.order, _at(e, t := _at(by, t))), _at(L.order, _at(f, t)))
+
+    def pair(self, at=None):
+        key = self.key if at is None else _at(self.key, at)
+        i = key // self.n
+        return self.a + i.long(), (key - i * self.n).long()
+
     def rank(self, w=None):
-        if w is None: return self.s
-        i,j = self.pair()
+        if w is None:
+            return self.s
+        i, j = self.pair()
         return self.s * w[i] * w[j]
+
     def take(self, at):
-        start = _at(self.start, at); times = _at(self.end, at) - start
+        start = _at(self.start, at)
+        times = _at(self.end, at) - start
         return Pairs(*self.pair(at), _at(self.s, at), times, *self.entries(runs(start, times)))
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-block-dense
@@ -105,169 +177,227 @@ def _row_block(R, norm, a, b, cofire, w, cut):
     G = R[a:b] @ R[a:].T
     s = G / (norm[a:b, None] * norm[a:] + 1e-8)
     on = (s if w is None else s * (w[a:b, None] * w[a:])) >= cut
-    if cofire: on &= G > 0
-    i,j = on.triu_(1).nonzero(as_tuple=True)
+    if cofire:
+        on &= G > 0
+    i, j = on.triu_(1).nonzero(as_tuple=True)
     return Pairs(i + a, j + a, s[i, j])
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-block-dense-row-blocks
 def row_blocks(
-    R:Tensor,          # Rows, [n, d]
-    cofire:bool=False, # Leave out pairs with an inner product of 0 or less
-    w:Tensor=None,     # Weight of each row, [n]
-    budget:int=2**22,  # Products per block, bounds memory
-):                     # Functions: lowest score of interest -> `Pairs`
+    R: Tensor,  # Rows, [n, d]
+    cofire: bool = False,  # Leave out pairs with an inner product of 0 or less
+    w: Tensor = None,  # Weight of each row, [n]
+    budget: int = 2**22,  # Products per block, bounds memory
+):  # Functions: lowest score of interest -> `Pairs`
     "Cosine of every pair of rows, in blocks of ascending i."
-    R = _wide(R.detach()); norm,step = R.norm(dim=1),max(1, budget // len(R))
-    for a in range(0, len(R), step): yield partial(_row_block, R, norm, a, min(a + step, len(R)), cofire, w)
+    R = _wide(R.detach())
+    norm, step = R.norm(dim=1), max(1, budget // len(R))
+    for a in range(0, len(R), step):
+        yield partial(_row_block, R, norm, a, min(a + step, len(R)), cofire, w)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-cofiring
 def listing(
-    X,          # Not negative: [n_tokens, n], or (places, values)
-)->Listing:     # None: the whole product is shorter
+    X,  # Not negative: [n_tokens, n], or (places, values)
+) -> Listing:  # None: the whole product is shorter
     "The batch as a list, if few latents are on."
     per = (X != 0).sum(1) if isinstance(X, Tensor) else X[0].starts.diff()
     n = X.shape[1] if isinstance(X, Tensor) else X[0].d_sae
-    if (per * (per - 1)).sum() * 2048 > len(per) * n**2: return None
+    if (per * (per - 1)).sum() * 2048 > len(per) * n**2:
+        return None
     return Listing(*(entries_of(X.detach()) if isinstance(X, Tensor) else X))
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-cofiring-cofiring
 def cofiring(
-    X,                 # Not negative: [n_tokens, n], or (places, values)
-    L:Listing=None,    # Its `listing`; None: the whole product is taken
-    w:Tensor=None,     # Weight of each latent, [n]
-    budget:int=0,      # Products per block, bounds memory; 0: 2^18 of a list, 2^22 of the whole product
-):                     # Functions: lowest score of interest -> `Pairs` or `Listed`; together every pair that co-fires
+    X,  # Not negative: [n_tokens, n], or (places, values)
+    L: Listing = None,  # Its `listing`; None: the whole product is taken
+    w: Tensor = None,  # Weight of each latent, [n]
+    budget: int = 0,  # Products per block, bounds memory; 0: 2^18 of a list, 2^22 of the whole product
+):  # Functions: lowest score of interest -> `Pairs` or `Listed`; together every pair that co-fires
     "Cosine between the columns of every pair of latents that co-fires, in blocks of ascending i."
-    if L is not None: yield from ((lambda cut, a=a, b=b: Listed(L, a, b)) for a,b in L.blocks(budget or 2**18))
-    else: yield from row_blocks((X if isinstance(X, Tensor) else dense(*X)).T, True, w, budget or 2**22)
+    if L is not None:
+        yield from ((lambda cut, a=a, b=b: Listed(L, a, b)) for a, b in L.blocks(budget or 2**18))
+    else:
+        yield from row_blocks((X if isinstance(X, Tensor) else dense(*X)).T, True, w, budget or 2**22)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-scores
 def pair_scores(
-    X:Tensor, # Not negative, [n_tokens, n]
-)->tuple:     # (i [M], j [M], scores [M]) of every pair that co-fires, in the order of (i, j)
+    X: Tensor,  # Not negative, [n_tokens, n]
+) -> tuple:  # (i [M], j [M], scores [M]) of every pair that co-fires, in the order of (i, j)
     "Cosine between the columns of every pair of latents that co-fires in the batch."
-    parts = [block(-1.) for block in cofiring(X, listing(X))]
+    parts = [block(-1.0) for block in cofiring(X, listing(X))]
     parts = [p if isinstance(p, Pairs) else p.take(torch.arange(len(p.s), device=p.s.device)) for p in parts]
     return tuple(torch.cat([getattr(p, n) for p in parts]) for n in "ijs")
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-top-pairs
 def _kth(x, P):
     "The P-th largest."
-    few = x[::61]; near = x[x >= few.topk(min(len(few), P // 55 + 50)).values[-1]]
-    if len(near) < P: near = x
+    few = x[::61]
+    near = x[x >= few.topk(min(len(few), P // 55 + 50)).values[-1]]
+    if len(near) < P:
+        near = x
     return near.kthvalue(len(near) - P + 1).values
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-top-pairs-top-pairs
 def top_pairs(
-    scores:Tensor, # Of pairs in the order of (i, j), [M]
-    P:int,         # Pairs wanted
-)->Tensor:         # Places of the chosen pairs, rising, [min(P, M)]
+    scores: Tensor,  # Of pairs in the order of (i, j), [M]
+    P: int,  # Pairs wanted
+) -> Tensor:  # Places of the chosen pairs, rising, [min(P, M)]
     "The `P` highest scores; ties go to the smaller (i, j)."
-    if len(scores) <= P: return torch.arange(len(scores), device=scores.device)
-    if P == 0: return torch.arange(0, device=scores.device)
-    scores = scores.mul(1e6).round_() # sums in another order differ in the last bits; ties must not
-    cut = _kth(scores, P); at = (scores >= cut).nonzero()[:, 0]
-    if len(at) == P: return at
-    keep = torch.ones_like(at, dtype=torch.bool); keep[(scores[at] == cut).nonzero()[P - len(at):, 0]] = False
+    if len(scores) <= P:
+        return torch.arange(len(scores), device=scores.device)
+    if P == 0:
+        return torch.arange(0, device=scores.device)
+    scores = scores.mul(1e6).round_()  # sums in another order differ in the last bits; ties must not
+    cut = _kth(scores, P)
+    at = (scores >= cut).nonzero()[:, 0]
+    if len(at) == P:
+        return at
+    keep = torch.ones_like(at, dtype=torch.bool)
+    keep[(scores[at] == cut).nonzero()[P - len(at) :, 0]] = False
     return at[keep]
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-best-pairs
 def _best(parts, P, w):
     "The `P` best of several blocks."
-    at,ends = top_pairs(torch.cat([p.rank(w) for p in parts]), P),[0]
-    for p in parts: ends.append(ends[-1] + len(p.s))
+    at = top_pairs(torch.cat([p.rank(w) for p in parts]), P)
+    ends = [0]
+    for p in parts:
+        ends.append(ends[-1] + len(p.s))
     cuts = torch.searchsorted(at, torch.tensor(ends, device=at.device)).tolist()
-    return joined([p.take(at[a:b] - e) for p,a,b,e in zip(parts, cuts, cuts[1:], ends)])
+    return joined([p.take(at[a:b] - e) for p, a, b, e in zip(parts, cuts, cuts[1:], ends)])
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-best-pairs-best-pairs
 @torch.no_grad()
 def best_pairs(
-    blocks,        # Functions, as `cofiring` and `row_blocks` give them
-    P:int,         # Pairs wanted
-    w:Tensor=None, # Weight of each latent, [n]: the product of a pair's two multiplies its score
-    seen:list=None,# Gets (pairs, sum of scores, sum of squares) of every block
-    hold:int=2**21,# Pairs held before all but the best go, bounds memory
-)->Pairs:          # At most P, with unweighted scores
+    blocks,  # Functions, as `cofiring` and `row_blocks` give them
+    P: int,  # Pairs wanted
+    w: Tensor = None,  # Weight of each latent, [n]: the product of a pair's two multiplies its score
+    seen: list = None,  # Gets (pairs, sum of scores, sum of squares) of every block
+    hold: int = 2**21,  # Pairs held before all but the best go, bounds memory
+) -> Pairs:  # At most P, with unweighted scores
     "The `P` best of all blocks."
-    held,cut = [],-math.inf
+    held, cut = [], -math.inf
     for block in blocks:
         held.append(new := block(cut))
-        if seen is not None: seen.append((len(new.s), new.s.double().sum(), new.s.double().square().sum()))
-        if sum(len(p.s) for p in held) <= max(hold, 2 * P): continue
+        if seen is not None:
+            seen.append((len(new.s), new.s.double().sum(), new.s.double().square().sum()))
+        if sum(len(p.s) for p in held) <= max(hold, 2 * P):
+            continue
         held = [_best(held, P, w)]
-        if seen is None and len(held[0].s) == P > 0: cut = held[0].rank(w).min().item()
+        if seen is None and len(held[0].s) == P > 0:
+            cut = held[0].rank(w).min().item()
     return _best(held, P, w)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-pre
 def largest_pre(
-    sae:SAE, # Whose pre-activations are looked at
-    o:Out,   # The pass
-    k:int,   # Per token
-)->tuple:    # (places, their pre-activations with a graph, negative ones at 0, [n_on])
+    sae: SAE,  # Whose pre-activations are looked at
+    o: Out,  # The pass
+    k: int,  # Per token
+) -> tuple:  # (places, their pre-activations with a graph, negative ones at 0, [n_on])
     "The `k` largest pre-activations of every token."
     N = len(o.z) if o.active is None else len(o.active)
+
     def piece(at):
-        with torch.no_grad(): return o.z_of(at)
-    a,z = choose_topk(Pieces(piece, N, sae.d_sae), k)
-    if o.made is None: return a,o.z[a.rows, a.cols].relu()
-    reads,b,c = o.made
-    return a,encode_active(a, z, b, reads, c).relu()
+        with torch.no_grad():
+            return o.z_of(at)
+
+    a, z = choose_topk(Pieces(piece, N, sae.d_sae), k)
+    if o.made is None:
+        return a, o.z[a.rows, a.cols].relu()
+    reads, b, c = o.made
+    return a, encode_active(a, z, b, reads, c).relu()
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-random-pairs
 def random_pairs(
-    n:int,               # Latents
-    P:int,               # Pairs wanted, at most n (n - 1) / 2
-    gen:torch.Generator, # Source of chance
-)->tuple:                # (i [P], j [P]), i < j, all different, in the order of (i, j)
+    n: int,  # Latents
+    P: int,  # Pairs wanted, at most n (n - 1) / 2
+    gen: torch.Generator,  # Source of chance
+) -> tuple:  # (i [P], j [P]), i < j, all different, in the order of (i, j)
     "Pairs of latents drawn uniformly, without replacement."
-    if 4 * P > n * (n - 1) // 2: return tuple(torch.triu_indices(n, n, 1)[:, torch.randperm(n * (n - 1) // 2, generator=gen)[:P].sort().values])
+    if 4 * P > n * (n - 1) // 2:
+        return tuple(
+            torch.triu_indices(n, n, 1)[:, torch.randperm(n * (n - 1) // 2, generator=gen)[:P].sort().values]
+        )
     key = torch.empty(0, dtype=torch.long)
     while len(key) < P:
-        i,j = (torch.randint(m, (P - len(key),), generator=gen) for m in (n, n - 1))
+        i, j = (torch.randint(m, (P - len(key),), generator=gen) for m in (n, n - 1))
         j += j >= i
         key = torch.cat([key, torch.minimum(i, j) * n + torch.maximum(i, j)]).unique()
-    return key // n,key % n
+    return key // n, key % n
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-given
 def _places(i, j, n):
     "Pairs in the order of (i, j) as places of a sparse [n, n] matrix."
     return Active(j, F.pad(torch.bincount(i, minlength=n).cumsum(0), (1, 0)), n)
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-given-given-pairs
 @torch.no_grad()
 def given_pairs(
-    X,                       # Not negative: [n_tokens, n], or (places, values)
-    i:Tensor, j:Tensor,      # Pairs in the order of (i, j), [m]
-    L:Listing=None,          # The `listing` of X; None: it has none
-)->Pairs:                    # Those that co-fire if there is a list, else all
+    X,  # Not negative: [n_tokens, n], or (places, values)
+    i: Tensor,
+    j: Tensor,  # Pairs in the order of (i, j), [m]
+    L: Listing = None,  # The `listing` of X; None: it has none
+) -> Pairs:  # Those that co-fire if there is a list, else all
     "Scores of given pairs, and where they meet."
     if L is None:
-        R = _wide((X if isinstance(X, Tensor) else dense(*X)).detach()).T.contiguous(); norm = R.norm(dim=1)
+        R = _wide((X if isinstance(X, Tensor) else dense(*X)).detach()).T.contiguous()
+        norm = R.norm(dim=1)
         return Pairs(i, j, sampled(_places(i, j, len(R)), R, R) / (norm[i] * norm[j] + 1e-8))
+
     def found(p, at):
-        want = ((i[at] - p.a) * p.n + j[at]).int(); k = torch.searchsorted(p.key, want).clamp_max(max(0, len(p.key) - 1))
+        want = ((i[at] - p.a) * p.n + j[at]).int()
+        k = torch.searchsorted(p.key, want).clamp_max(max(0, len(p.key) - 1))
         return p.take(k[p.key[k] == want] if len(p.key) else k[:0])
-    parts = [found(Listed(L, a, b), slice(*torch.searchsorted(i, torch.tensor([a, b], device=i.device)).tolist())) for a,b in L.blocks()]
+
+    parts = [
+        found(Listed(L, a, b), slice(*torch.searchsorted(i, torch.tensor([a, b], device=i.device)).tolist()))
+        for a, b in L.blocks()
+    ]
     return joined(parts)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-cost
 class PairCost(torch.autograd.Function):
     "Sum of w max(0, s - tau)^2 over pairs, divided by `total`, as a function of what is scored."
+
     @staticmethod
-    def forward(ctx, v, a, p, w, tau, total): # v: [n_on] with places a, or [n_tokens, n] with a = None
+    def forward(ctx, v, a, p, w, tau, total):  # v: [n_on] with places a, or [n_tokens, n] with a = None
         over = (p.s - tau).clamp_min(0)
-        ctx.a,ctx.p,ctx.slope = a,p,2 * w * over / total; ctx.save_for_backward(v)
+        ctx.a = a
+        ctx.p = p
+        ctx.slope = 2 * w * over / total
+        ctx.save_for_backward(v)
         return ((w * over.square()).sum() / total).to(v.dtype)
+
     @staticmethod
     def backward(ctx, up):
-        v,a,p,g = _wide(ctx.saved_tensors[0]),ctx.a,ctx.p,ctx.slope
+        v = _wide(ctx.saved_tensors[0])
+        a = ctx.a
+        p = ctx.p
+        g = ctx.slope
         norm = v.norm(dim=0) if a is None else per_latent(a, v * v).sqrt()
-        ni,nj = norm[p.i],norm[p.j]; D = ni * nj + 1e-8; m = g / D
-        own = torch.zeros_like(norm).index_add_(0, p.i, m * p.s * nj / ni.clamp_min(1e-30)).index_add_(0, p.j, m * p.s * ni / nj.clamp_min(1e-30))
+        ni, nj = norm[p.i], norm[p.j]
+        D = ni * nj + 1e-8
+        m = g / D
+        own = (
+            torch.zeros_like(norm)
+            .index_add_(0, p.i, m * p.s * nj / ni.clamp_min(1e-30))
+            .index_add_(0, p.j, m * p.s * ni / nj.clamp_min(1e-30))
+        )
         if a is not None and p.times is not None:
             m = m.repeat_interleave(p.times)
-            G = (v * -a.at(own)).index_add_(0, p.first, m * v[p.second]).index_add_(0, p.second, m * v[p.first])
+            G = (
+                (v * -a.at(own))
+                .index_add_(0, p.first, m * v[p.second])
+                .index_add_(0, p.second, m * v[p.first])
+            )
         else:
             R = (v if a is None else dense(a, v)).T.contiguous()
             G = (_symmetric(_places(p.i, p.j, len(R)), m, R) - own[:, None] * R).T
-            if a is not None: G = G[a.rows, a.cols]
-        return (up * G).to(ctx.saved_tensors[0].dtype),*[None]*5
+            if a is not None:
+                G = G[a.rows, a.cols]
+        return (up * G).to(ctx.saved_tensors[0].dtype), *[None] * 5
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-cost-symmetric
 def _symmetric(U, m, R):
     "Product of the matrix that has `m` at the places U and at their mirror images with R."
     return spmm(U, m, R) + spmm_t(U, m, R)
@@ -275,16 +405,21 @@ def _symmetric(U, m, R):
 # %% ../../nbs/variants/ortho.ipynb #ortho-decoder-cost
 class DecoderCost(torch.autograd.Function):
     "Mean of w (d_i . d_j)^2 over pairs in the order of (i, j), as a function of the decoder."
+
     @staticmethod
     def forward(ctx, W, i, j, w):
-        wide = _wide(W); dots = sampled(U := _places(i, j, len(W)), wide, wide)
-        ctx.U = U; ctx.save_for_backward(W, w * dots / len(i))
+        wide = _wide(W)
+        dots = sampled(U := _places(i, j, len(W)), wide, wide)
+        ctx.U = U
+        ctx.save_for_backward(W, w * dots / len(i))
         return (w * dots.pow(2)).mean().to(W.dtype)
+
     @staticmethod
     def backward(ctx, up):
-        W,c = ctx.saved_tensors
-        return _symmetric(ctx.U, 2 * up * c, _wide(W)).to(W.dtype),None,None,None
+        W, c = ctx.saved_tensors
+        return _symmetric(ctx.U, 2 * up * c, _wide(W)).to(W.dtype), None, None, None
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-decoder-cost-unit-rows
 def unit_rows(sae):
     "The decoder with rows of length one; where they are kept at it, as it is."
     return F.normalize(sae.W_dec, dim=-1) if getattr(sae, "decoder", "unit") == "free" else sae.W_dec
@@ -292,164 +427,243 @@ def unit_rows(sae):
 # %% ../../nbs/variants/ortho.ipynb #ortho-penalty
 class PairPenalty(nn.Module):
     "Penalty on the pairs of latents that are most alike."
-    def __init__(self,
-        fraction:float=.001,    # Share of all pairs that is selected
-        coeff:float=.1,         # Weight in the loss
-        tau:float=.1,           # Score up to which a pair costs nothing; with an adaptive mode, where it starts
-        tau_mode:str="fixed",   # "fixed", "mean" (twice the mean score) or "mean_std"
-        penalise:str="activations", # "activations" or "decoder"
-        selector:str="post",    # "post", "pre", "geometric" or "random"
-        pre_k:int=64,           # For "pre": pre-activations per token that are looked at; 0: all
-        importance:str="none",  # "none" or "gradient"
-        d_sae:int=0,            # Number of latents; needed with importance
-        momentum:float=.9,      # Of the adaptive τ
+
+    def __init__(
+        self,
+        fraction: float = 0.001,  # Share of all pairs that is selected
+        coeff: float = 0.1,  # Weight in the loss
+        tau: float = 0.1,  # Score up to which a pair costs nothing; with an adaptive mode, where it starts
+        tau_mode: str = "fixed",  # "fixed", "mean" (twice the mean score) or "mean_std"
+        penalise: str = "activations",  # "activations" or "decoder"
+        selector: str = "post",  # "post", "pre", "geometric" or "random"
+        pre_k: int = 64,  # For "pre": pre-activations per token that are looked at; 0: all
+        importance: str = "none",  # "none" or "gradient"
+        d_sae: int = 0,  # Number of latents; needed with importance
+        momentum: float = 0.9,  # Of the adaptive τ
     ):
         super().__init__()
         _check(fraction, coeff, tau, tau_mode, penalise, pre_k)
-        self.fraction,self.coeff,self.pre_k,self.momentum = fraction,coeff,pre_k,momentum
-        self.tau_mode,self.penalise = tau_mode,penalise
+        self.fraction = fraction
+        self.coeff = coeff
+        self.pre_k = pre_k
+        self.momentum = momentum
+        self.tau_mode = tau_mode
+        self.penalise = penalise
         self.selector = one_of("selector", selector, ["post", "pre", "geometric", "random"])
         self.importance = one_of("importance", importance, ["none", "gradient"])
         self.register_buffer("tau", torch.tensor(float(tau)))
-        if importance == "gradient": self.register_buffer("mean_grad", torch.zeros(d_sae))
+        if importance == "gradient":
+            self.register_buffer("mean_grad", torch.zeros(d_sae))
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-check
 def _check(fraction, coeff, tau, tau_mode, penalise, pre_k):
     "One line for what cannot be."
-    if not 0 < fraction <= 1: raise InputError(f"fraction = {fraction} is a share of all pairs; give a number above 0 and at most 1")
-    if not coeff >= 0: raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
-    if not 0 <= tau < 1: raise InputError(f"tau = {tau} is a cosine; give 0 or more and less than 1")
-    one_of("tau_mode", tau_mode, ["fixed", "mean", "mean_std"]); one_of("penalise", penalise, ["activations", "decoder"])
-    if penalise == "decoder" and tau_mode != "fixed": raise InputError(f"tau_mode = {tau_mode!r} would change nothing: tau has no part in penalise = 'decoder'; leave it 'fixed'")
-    if not isinstance(pre_k, int) or pre_k < 0: raise InputError(f"pre_k = {pre_k} is not a number of pre-activations; give a whole number, 0 for all")
+    if not 0 < fraction <= 1:
+        raise InputError(
+            f"fraction = {fraction} is a share of all pairs; give a number above 0 and at most 1"
+        )
+    if not coeff >= 0:
+        raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
+    if not 0 <= tau < 1:
+        raise InputError(f"tau = {tau} is a cosine; give 0 or more and less than 1")
+    one_of("tau_mode", tau_mode, ["fixed", "mean", "mean_std"])
+    one_of("penalise", penalise, ["activations", "decoder"])
+    if penalise == "decoder" and tau_mode != "fixed":
+        raise InputError(
+            f"tau_mode = {tau_mode!r} would change nothing: tau has no part in penalise = 'decoder'; leave it 'fixed'"
+        )
+    if not isinstance(pre_k, int) or pre_k < 0:
+        raise InputError(
+            f"pre_k = {pre_k} is not a number of pre-activations; give a whole number, 0 for all"
+        )
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-tau
 @patch
 @torch.no_grad()
-def move_tau(self:PairPenalty,
-    seen:list, # (pairs, sum of scores, sum of squares) of every block of co-firing pairs
+def move_tau(
+    self: PairPenalty,
+    seen: list,  # (pairs, sum of scores, sum of squares) of every block of co-firing pairs
 ):
     "One step of the running threshold."
     n = sum(o[0] for o in seen)
-    if n < 2: return
+    if n < 2:
+        return
     mean = sum(o[1] for o in seen) / n
     std = ((sum(o[2] for o in seen) - n * mean**2) / (n - 1)).clamp_min(0).sqrt()
-    t = (2 * mean).clamp(.05, .3) if self.tau_mode == "mean" else mean + std
+    t = (2 * mean).clamp(0.05, 0.3) if self.tau_mode == "mean" else mean + std
     self.tau.lerp_(t.to(self.tau), 1 - self.momentum)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-importance
 @patch
-def weights(self:PairPenalty)->Tensor: # Mean 1, [n]; None: all alike
+def weights(self: PairPenalty) -> Tensor:  # Mean 1, [n]; None: all alike
     "Importance of every latent, from the gradients so far."
-    if self.importance == "none" or not self.mean_grad.any(): return None
+    if self.importance == "none" or not self.mean_grad.any():
+        return None
     return self.mean_grad / self.mean_grad.mean()
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-importance-learn
 @patch
 @torch.no_grad()
-def learn(self:PairPenalty,
-    a:Active, grad:Tensor, # Where latents are on, and the gradient of the loss there, [n_on]
-    e:Tensor,              # Gradient with respect to the reconstruction, [n_tokens, d_in]
-    W:Tensor,              # Decoder, [n, d_in]
+def learn(
+    self: PairPenalty,
+    a: Active,
+    grad: Tensor,  # Where latents are on, and the gradient of the loss there, [n_on]
+    e: Tensor,  # Gradient with respect to the reconstruction, [n_tokens, d_in]
+    W: Tensor,  # Decoder, [n, d_in]
 ):
     "One step of the running mean."
-    if not len(e): return
-    e,step = e.contiguous(),max(1, sparse.room // len(e))
-    size = torch.cat([torch.linalg.vector_norm(e @ w.T, 1, dim=0, dtype=_wide(e).dtype) for w in W.split(step)])
+    if not len(e):
+        return
+    e, step = e.contiguous(), max(1, sparse.room // len(e))
+    size = torch.cat(
+        [torch.linalg.vector_norm(e @ w.T, 1, dim=0, dtype=_wide(e).dtype) for w in W.split(step)]
+    )
     size += per_latent(a, _wide(grad).abs() - _wide(sampled(a, e, W)).abs())
-    self.mean_grad.lerp_((size / len(e)).to(self.mean_grad), .01)
+    self.mean_grad.lerp_((size / len(e)).to(self.mean_grad), 0.01)
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-importance-watch
 @patch
-def watch(self:PairPenalty, sae:SAE, o:Out):
+def watch(self: PairPenalty, sae: SAE, o: Out):
     "Learn when the gradients of this pass arrive, that of the reconstruction first."
-    e,(a,v) = [],o.entries
-    on = (v > 0).nonzero()[:, 0]; a = Active(a.cols[on], F.pad((v > 0).cumsum(0), (1, 0))[a.starts], a.d_sae)
+    e, (a, v) = [], o.entries
+    on = (v > 0).nonzero()[:, 0]
+    a = Active(a.cols[on], F.pad((v > 0).cumsum(0), (1, 0))[a.starts], a.d_sae)
     o.x_hat.register_hook(e.append)
-    o.v.register_hook(lambda g: self.learn(a, g[on] if o.active is not None else g[a.rows, a.cols], e.pop(), sae.W_dec.detach()))
+    o.v.register_hook(
+        lambda g: self.learn(
+            a, g[on] if o.active is not None else g[a.rows, a.cols], e.pop(), sae.W_dec.detach()
+        )
+    )
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-select
 @patch
 @torch.no_grad()
-def select(self:PairPenalty,
-    sae:SAE,        # Whose latents are paired
-    X,              # What is scored: [n_tokens, n], or (places, values)
-    L:Listing=None, # Its `listing`; None: the whole product is taken
-    w:Tensor=None,  # Weight of each latent, [n]
-)->Pairs:           # With scores in the selector's own measure; None for random pairs
+def select(
+    self: PairPenalty,
+    sae: SAE,  # Whose latents are paired
+    X,  # What is scored: [n_tokens, n], or (places, values)
+    L: Listing = None,  # Its `listing`; None: the whole product is taken
+    w: Tensor = None,  # Weight of each latent, [n]
+) -> Pairs:  # With scores in the selector's own measure; None for random pairs
     "The pairs of this batch; moves an adaptive τ in training."
-    n = sae.d_sae; P = int(self.fraction * (n * (n - 1) // 2) + 1e-9)
-    by_firing,seen = self.selector in ("post", "pre"),[] if self.training and self.tau_mode != "fixed" else None
-    if by_firing or seen is not None: found = best_pairs(cofiring(X, L, w), P if by_firing else 0, w, seen)
-    if seen: self.move_tau(seen)
-    if by_firing: return found
-    if self.selector == "geometric": return best_pairs(row_blocks(sae.W_dec, w=w), P, w)
+    n = sae.d_sae
+    P = int(self.fraction * (n * (n - 1) // 2) + 1e-9)
+    by_firing = self.selector in ("post", "pre")
+    seen = [] if self.training and self.tau_mode != "fixed" else None
+    if by_firing or seen is not None:
+        found = best_pairs(cofiring(X, L, w), P if by_firing else 0, w, seen)
+    if seen:
+        self.move_tau(seen)
+    if by_firing:
+        return found
+    if self.selector == "geometric":
+        return best_pairs(row_blocks(sae.W_dec, w=w), P, w)
     gen = sae.gen if self.training else torch.Generator().manual_seed(sae.seed)
     return Pairs(*(o.to(sae.W_dec.device) for o in random_pairs(n, P, gen)), None)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-forward
 @patch
-def scored(self:PairPenalty, sae:SAE, o:Out): # [n_tokens, n], or (places, values)
+def scored(self: PairPenalty, sae: SAE, o: Out):  # [n_tokens, n], or (places, values)
     "What pairs are scored on."
-    if self.selector == "pre": return largest_pre(sae, o, self.pre_k) if 0 < self.pre_k < sae.d_sae else o.z_of().relu()
+    if self.selector == "pre":
+        return largest_pre(sae, o, self.pre_k) if 0 < self.pre_k < sae.d_sae else o.z_of().relu()
     return o.v if o.active is None else (o.active, o.v)
 
+# %% ../../nbs/variants/ortho.ipynb #ortho-forward-forward
 @patch
-def forward(self:PairPenalty,
-    sae:SAE, # Whose decoder is meant by `penalise="decoder"`
-    o:Out,   # The pass; `notes["pairs"]` receives the chosen pairs, [2, m]
-)->dict:     # The term of the loss
+def forward(
+    self: PairPenalty,
+    sae: SAE,  # Whose decoder is meant by `penalise="decoder"`
+    o: Out,  # The pass; `notes["pairs"]` receives the chosen pairs, [2, m]
+) -> dict:  # The term of the loss
     "Penalty of the selected pairs of this batch."
-    X,w,by_firing = self.scored(sae, o),self.weights(),self.selector in ("post", "pre")
+    X = self.scored(sae, o)
+    w = self.weights()
+    by_firing = self.selector in ("post", "pre")
     L = listing(X) if by_firing or self.penalise == "activations" else None
-    if self.importance == "gradient" and self.training and o.v.requires_grad: self.watch(sae, o)
-    p = self.select(sae, X, L, w); n = len(p.i)
-    o.notes["pairs"] = torch.stack([p.i, p.j]); o.logs["n_pairs"] = n
-    if p.s is not None: o.logs["top_score"] = p.s.mean().item() if n else 0.
-    if self.penalise == "activations": o.logs["tau"] = self.tau.item()
-    if not n: return {"ortho": sae.W_dec.new_zeros(())}
-    if self.penalise == "activations" and not by_firing: p = given_pairs(X, p.i, p.j, L)
+    if self.importance == "gradient" and self.training and o.v.requires_grad:
+        self.watch(sae, o)
+    p = self.select(sae, X, L, w)
+    n = len(p.i)
+    o.notes["pairs"] = torch.stack([p.i, p.j])
+    o.logs["n_pairs"] = n
+    if p.s is not None:
+        o.logs["top_score"] = p.s.mean().item() if n else 0.0
+    if self.penalise == "activations":
+        o.logs["tau"] = self.tau.item()
+    if not n:
+        return {"ortho": sae.W_dec.new_zeros(())}
+    if self.penalise == "activations" and not by_firing:
+        p = given_pairs(X, p.i, p.j, L)
     w = torch.ones(len(p.i), device=p.i.device) if w is None else w[p.i] * w[p.j]
-    if self.penalise == "decoder": return {"ortho": self.coeff * DecoderCost.apply(unit_rows(sae), p.i, p.j, w)}
-    return {"ortho": self.coeff * PairCost.apply(*((X, None) if isinstance(X, Tensor) else X[::-1]), p, w, self.tau, n)}
+    if self.penalise == "decoder":
+        return {"ortho": self.coeff * DecoderCost.apply(unit_rows(sae), p.i, p.j, w)}
+    return {
+        "ortho": self.coeff
+        * PairCost.apply(*((X, None) if isinstance(X, Tensor) else X[::-1]), p, w, self.tau, n)
+    }
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-variant
 @composed("ortho")
 def ortho(
-    d_in:int,             # Width of the activations
-    d_sae:int,            # Number of latents
-    base:str="topk",      # Registered variant that is penalised
-    fraction:float=.001,  # Share of all pairs that is selected per batch
-    ortho_coeff:float=.1, # Weight in the loss
-    tau:float=.1,         # Score up to which a pair costs nothing; no part in penalise="decoder"
-    tau_mode:str="fixed", # "fixed", "mean" or "mean_std"
-    penalise:str="activations", # "activations" or "decoder"
-    selector:str="post",  # "post", "pre", "geometric" or "random"
-    pre_k:int=64,         # For "pre": pre-activations per token that are looked at; 0: all positive ones
-    importance:str="none",# "none" or "gradient"
-    seed:int=0,           # Seeds the initial weights
-    **base_options,       # Options of `base`
-)->SAE:                   # The base with the penalty in its loss
+    d_in: int,  # Width of the activations
+    d_sae: int,  # Number of latents
+    base: str = "topk",  # Registered variant that is penalised
+    fraction: float = 0.001,  # Share of all pairs that is selected per batch
+    ortho_coeff: float = 0.1,  # Weight in the loss
+    tau: float = 0.1,  # Score up to which a pair costs nothing; no part in penalise="decoder"
+    tau_mode: str = "fixed",  # "fixed", "mean" or "mean_std"
+    penalise: str = "activations",  # "activations" or "decoder"
+    selector: str = "post",  # "post", "pre", "geometric" or "random"
+    pre_k: int = 64,  # For "pre": pre-activations per token that are looked at; 0: all positive ones
+    importance: str = "none",  # "none" or "gradient"
+    seed: int = 0,  # Seeds the initial weights
+    **base_options,  # Options of `base`
+) -> SAE:  # The base with the penalty in its loss
     "Instantaneous top-k orthogonality on top of any variant."
     sae = build(base, d_in, d_sae, seed=seed, **base_options)
     all_pairs = d_sae * (d_sae - 1) // 2
-    if not all_pairs: raise InputError(f"d_sae = {d_sae} makes no pair; ortho needs at least 2 latents")
-    if 0 < fraction * all_pairs < 1: raise InputError(f"fraction = {fraction} of {all_pairs} pairs is less than one pair, so nothing would be penalised; use at least {1.001 / all_pairs:.2g}")
-    sae.penalise("ortho", PairPenalty(fraction, ortho_coeff, tau, tau_mode, penalise, selector, pre_k, importance, d_sae))
+    if not all_pairs:
+        raise InputError(f"d_sae = {d_sae} makes no pair; ortho needs at least 2 latents")
+    if 0 < fraction * all_pairs < 1:
+        raise InputError(
+            f"fraction = {fraction} of {all_pairs} pairs is less than one pair, so nothing would be penalised; use at least {1.001 / all_pairs:.2g}"
+        )
+    sae.penalise(
+        "ortho",
+        PairPenalty(fraction, ortho_coeff, tau, tau_mode, penalise, selector, pre_k, importance, d_sae),
+    )
     return sae
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-presets
-_log = dict(base="standard", l1_coeff=.04, error="norm", penalise="activations", fraction=.001, ortho_coeff=.1, tau=.1)
-for _name,_about,_more in (
+_log = dict(
+    base="standard",
+    l1_coeff=0.04,
+    error="norm",
+    penalise="activations",
+    fraction=0.001,
+    ortho_coeff=0.1,
+    tau=0.1,
+)
+for _name, _about, _more in (
     ("run_1", "the log's setting: tau fixed at 0.1", {}),
     ("run_2", "adaptive tau, from twice the mean score", dict(tau_mode="mean")),
     ("run_3", "importance weighting", dict(importance="gradient")),
-    ("run_4", "twice the weight", dict(ortho_coeff=.2)),
-    ("run_5", "twice the pairs", dict(fraction=.002)),
-    *((f"fraction_{v:g}", f"ablation: share of pairs {v:g}", dict(fraction=v)) for v in (.0005, .001, .002)),
-    *((f"coeff_{v:g}", f"ablation: weight {v:g}", dict(ortho_coeff=v)) for v in (.1, .2, .5)),
+    ("run_4", "twice the weight", dict(ortho_coeff=0.2)),
+    ("run_5", "twice the pairs", dict(fraction=0.002)),
+    *(
+        (f"fraction_{v:g}", f"ablation: share of pairs {v:g}", dict(fraction=v))
+        for v in (0.0005, 0.001, 0.002)
+    ),
+    *((f"coeff_{v:g}", f"ablation: weight {v:g}", dict(ortho_coeff=v)) for v in (0.1, 0.2, 0.5)),
     ("tau_fixed", "ablation: tau fixed at 0.1", {}),
     ("tau_adaptive", "ablation: adaptive tau, from twice the mean score", dict(tau_mode="mean")),
     ("tau_mean_std", "ablation: adaptive tau, mean plus spread of the scores", dict(tau_mode="mean_std")),
     ("importance", "ablation: importance weighting", dict(importance="gradient")),
     ("importance_off", "ablation: no importance weighting", {}),
-    *((f"selector_{v}", f"pairs chosen by {v}, decoder penalised", dict(selector=v, penalise="decoder")) for v in ("post", "pre", "geometric", "random"))):
+    *(
+        (f"selector_{v}", f"pairs chosen by {v}, decoder penalised", dict(selector=v, penalise="decoder"))
+        for v in ("post", "pre", "geometric", "random")
+    ),
+):
     add_preset("ortho", _name, _about, **{**_log, **_more})

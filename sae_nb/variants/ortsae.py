@@ -7,9 +7,11 @@ __all__ = ['nearest', 'Nearness', 'crowding', 'Crowding', 'ortsae']
 
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-imports
 import math
+
 import torch
-from torch import nn, Tensor
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from ..core import *
 from ..sae import *
 from ..sparse import Active, sampled, spmm, spmm_t
@@ -17,15 +19,16 @@ from ..sparse import Active, sampled, spmm, spmm_t
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-nearest
 @torch.no_grad()
 def nearest(
-    D:Tensor,           # Unit rows, [n, d_in]
-    chunks:list,        # Index tensors that partition the rows
-    absolute:bool=False,# Opposite rows are near too
-)->Tensor:              # Row nearest to each within its chunk, [n]; itself if it is alone there
+    D: Tensor,  # Unit rows, [n, d_in]
+    chunks: list,  # Index tensors that partition the rows
+    absolute: bool = False,  # Opposite rows are near too
+) -> Tensor:  # Row nearest to each within its chunk, [n]; itself if it is alone there
     "Where each row's largest cosine is."
     out = torch.arange(len(D), device=D.device)
     for c in chunks:
         C = D[c] @ D[c].T
-        if absolute: C = C.abs()
+        if absolute:
+            C = C.abs()
         C.fill_diagonal_(-math.inf)
         out[c] = c[C.argmax(1)]
     return out
@@ -33,75 +36,98 @@ def nearest(
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-cost
 class Nearness(torch.autograd.Function):
     "Mean over rows of the squared largest cosine within the chunk."
+
     @staticmethod
     def forward(ctx, W, chunks, absolute):
         wide = W if W.dtype == torch.float64 else W.float()
-        size = wide.norm(dim=-1, keepdim=True).clamp_min(1e-12); D = wide / size
-        j = nearest(D, chunks, absolute); i = torch.arange(len(j) + 1, device=j.device)
-        ctx.U = U = Active(j, i, len(j)); cos = sampled(U, D, D).masked_fill(j == i[:-1], 0.)
-        if not absolute: cos = cos.relu()
-        ctx.save_for_backward(D, size, cos); ctx.dtype = W.dtype
+        size = wide.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        D = wide / size
+        j = nearest(D, chunks, absolute)
+        i = torch.arange(len(j) + 1, device=j.device)
+        ctx.U = U = Active(j, i, len(j))
+        cos = sampled(U, D, D).masked_fill(j == i[:-1], 0.0)
+        if not absolute:
+            cos = cos.relu()
+        ctx.save_for_backward(D, size, cos)
+        ctx.dtype = W.dtype
         return cos.square().mean()
+
     @staticmethod
     def backward(ctx, up):
-        D,size,cos = ctx.saved_tensors; g = 2 * up / max(1, len(cos)) * cos
+        D, size, cos = ctx.saved_tensors
+        g = 2 * up / max(1, len(cos)) * cos
         G = spmm(ctx.U, g, D).add_(spmm_t(ctx.U, g, D))
-        return G.addcmul_(D, (G * D).sum(-1, keepdim=True), value=-1).div_(size).to(ctx.dtype),None,None
+        return G.addcmul_(D, (G * D).sum(-1, keepdim=True), value=-1).div_(size).to(ctx.dtype), None, None
 
+# %% ../../nbs/variants/ortsae.ipynb #ortsae-cost-crowding
 def crowding(
-    W:Tensor,           # Decoder rows, [n, d_in]
-    chunks:list,        # Index tensors that partition the rows
-    absolute:bool=False,# Opposite rows count as alike
-)->Tensor:              # Scalar, 0 if all rows are orthogonal, 1 if each has a copy
+    W: Tensor,  # Decoder rows, [n, d_in]
+    chunks: list,  # Index tensors that partition the rows
+    absolute: bool = False,  # Opposite rows count as alike
+) -> Tensor:  # Scalar, 0 if all rows are orthogonal, 1 if each has a copy
     "Mean over rows of the squared largest cosine within the chunk."
     return Nearness.apply(W, chunks, absolute)
 
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-penalty
 class Crowding(nn.Module):
     "Penalty on decoder rows that are alike."
-    def __init__(self,
-        coeff:float,        # Weight, as a share of the variance of the activations
-        chunk:int=1024,     # Most latents compared with each other
-        every:int=1,        # Steps from one evaluation to the next
-        cosine:str="positive", # "positive" or "absolute"
+
+    def __init__(
+        self,
+        coeff: float,  # Weight, as a share of the variance of the activations
+        chunk: int = 1024,  # Most latents compared with each other
+        every: int = 1,  # Steps from one evaluation to the next
+        cosine: str = "positive",  # "positive" or "absolute"
     ):
         super().__init__()
-        if not coeff >= 0: raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
-        if not isinstance(chunk, int) or chunk < 2: raise InputError(f"chunk = {chunk} leaves no pair to compare; give a whole number of at least 2")
-        if not isinstance(every, int) or every < 1: raise InputError(f"every = {every} is not a number of steps; give 1 or more")
-        self.coeff,self.chunk,self.every,self.cosine = coeff,chunk,every,one_of("cosine", cosine, ["positive", "absolute"])
+        if not coeff >= 0:
+            raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
+        if not isinstance(chunk, int) or chunk < 2:
+            raise InputError(f"chunk = {chunk} leaves no pair to compare; give a whole number of at least 2")
+        if not isinstance(every, int) or every < 1:
+            raise InputError(f"every = {every} is not a number of steps; give 1 or more")
+        self.coeff = coeff
+        self.chunk = chunk
+        self.every = every
+        self.cosine = one_of("cosine", cosine, ["positive", "absolute"])
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-forward
 @patch
-def forward(self:Crowding,
-    sae:SAE, # Whose decoder is meant, and whose generator deals the chunks
-    o:Out,   # The pass
-)->dict:     # The term of the loss
+def forward(
+    self: Crowding,
+    sae: SAE,  # Whose decoder is meant, and whose generator deals the chunks
+    o: Out,  # The pass
+) -> dict:  # The term of the loss
     "Penalty of this step, if it is its turn."
-    n,due = sae.d_sae,True
+    n, due = sae.d_sae, True
     if self.training:
         due = self.step.item() % self.every == 0
         self.step += 1
-    if not due: return {}
+    if not due:
+        return {}
     order = torch.randperm(n, generator=sae.gen) if self.training else torch.arange(n)
-    cost = crowding(sae.W_dec, order.to(sae.W_dec.device).tensor_split(math.ceil(n / self.chunk)), self.cosine == "absolute")
+    cost = crowding(
+        sae.W_dec,
+        order.to(sae.W_dec.device).tensor_split(math.ceil(n / self.chunk)),
+        self.cosine == "absolute",
+    )
     V = (o.x - o.x.mean(0)).detach().float().pow(2).sum(-1).mean()
     return {"ortsae": self.coeff * (self.every if self.training else 1) * V * cost}
 
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-variant
 @composed("ortsae")
 def ortsae(
-    d_in:int,             # Width of the activations
-    d_sae:int,            # Number of latents
-    base:str="batchtopk", # Registered variant that is penalised
-    ortho_coeff:float=.25,# Weight, as a share of the variance of the activations
-    chunk:int=1024,       # Most latents compared with each other
-    every:int=1,          # Steps from one evaluation of the penalty to the next
-    cosine:str="positive",# "positive" or "absolute"
-    seed:int=0,           # Seeds the initial weights and the chunks
-    **base_options,       # Options of `base`
-)->SAE:                   # The base with the penalty in its loss
+    d_in: int,  # Width of the activations
+    d_sae: int,  # Number of latents
+    base: str = "batchtopk",  # Registered variant that is penalised
+    ortho_coeff: float = 0.25,  # Weight, as a share of the variance of the activations
+    chunk: int = 1024,  # Most latents compared with each other
+    every: int = 1,  # Steps from one evaluation of the penalty to the next
+    cosine: str = "positive",  # "positive" or "absolute"
+    seed: int = 0,  # Seeds the initial weights and the chunks
+    **base_options,  # Options of `base`
+) -> SAE:  # The base with the penalty in its loss
     "Orthogonal decoder rows on top of any variant."
     sae = build(base, d_in, d_sae, seed=seed, **base_options)
     sae.penalise("ortsae", Crowding(ortho_coeff, chunk, every, cosine))

@@ -7,69 +7,86 @@ __all__ = ['power_cost', 'PAnnealSAE']
 
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-imports
 import torch
-from torch import Tensor
 from fastcore.basics import patch
+from torch import Tensor
+
 from ..core import *
 from ..sae import *
 from .standard import StandardSAE
 
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-power
 def power_cost(
-    f:Tensor,  # Latents, any shape, none negative
-    p:float,   # Exponent, above 0
-    eps:float, # Size below which the cost is nearly linear, in units of f
-)->Tensor:     # Same shape, 0 where f is 0
+    f: Tensor,  # Latents, any shape, none negative
+    p: float,  # Exponent, above 0
+    eps: float,  # Size below which the cost is nearly linear, in units of f
+) -> Tensor:  # Same shape, 0 where f is 0
     "f^p, with a finite slope at zero."
-    return f if p == 1 else (f + eps)**p - eps**p
+    return f if p == 1 else (f + eps) ** p - eps**p
 
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-class
 @register("variants", "p_anneal")
 class PAnnealSAE(StandardSAE):
     "ReLU SAE whose penalty bends from L1 towards a count."
-    def __init__(self,
-        d_in:int,               # Width of the activations
-        d_sae:int,              # Number of latents
-        l1_coeff:float=.1,      # Weight of the penalty while p = 1; with `target_l0`, where the controller starts
-        target_l0:float=None,   # Latents per token to steer towards; None: the weight follows from `l1_coeff`
-        p_end:float=.2,         # Exponent at the end
-        anneal_start:float=.2,  # Share of training after which p falls
-        notches:int=10,         # Steps in which it falls
-        queue:int=10,           # Batches from which the weight is rescaled
-        eps:float=.001,         # Size of a latent below which its cost is nearly linear, in units of f
-        error:str="squared",    # "norm" or "squared"
-        decoder:str="unit",     # As in `standard`
-        seed:int=0,             # Seeds the initial weights
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        d_sae: int,  # Number of latents
+        l1_coeff: float = 0.1,  # Weight of the penalty while p = 1; with `target_l0`, where the controller starts
+        target_l0: float = None,  # Latents per token to steer towards; None: the weight follows from `l1_coeff`
+        p_end: float = 0.2,  # Exponent at the end
+        anneal_start: float = 0.2,  # Share of training after which p falls
+        notches: int = 10,  # Steps in which it falls
+        queue: int = 10,  # Batches from which the weight is rescaled
+        eps: float = 0.001,  # Size of a latent below which its cost is nearly linear, in units of f
+        error: str = "squared",  # "norm" or "squared"
+        decoder: str = "unit",  # As in `standard`
+        seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, l1_coeff, target_l0, error, decoder, seed)
-        if not 0 < p_end <= 1: raise InputError(f"p_end = {p_end} must lie above 0 and up to 1")
-        if not 0 <= anneal_start < 1: raise InputError(f"anneal_start = {anneal_start} is a share of training; give 0 or more and less than 1")
-        if not eps > 0: raise InputError(f"eps = {eps} must be above 0")
-        for n,v in dict(notches=notches, queue=queue).items():
-            if not isinstance(v, int) or v < 1: raise InputError(f"{n} = {v} is not a number of them; give a whole number of at least 1")
-        self.p_end,self.anneal_start,self.notches,self.eps = p_end,anneal_start,notches,eps
-        self.register_buffer("notch", torch.zeros((), dtype=torch.long)) # how often p has been lowered
-        self.register_buffer("recent", torch.zeros(queue, 2))            # cost at p and at the next p, newest batch first
+        if not 0 < p_end <= 1:
+            raise InputError(f"p_end = {p_end} must lie above 0 and up to 1")
+        if not 0 <= anneal_start < 1:
+            raise InputError(
+                f"anneal_start = {anneal_start} is a share of training; give 0 or more and less than 1"
+            )
+        if not eps > 0:
+            raise InputError(f"eps = {eps} must be above 0")
+        for n, v in dict(notches=notches, queue=queue).items():
+            if not isinstance(v, int) or v < 1:
+                raise InputError(f"{n} = {v} is not a number of them; give a whole number of at least 1")
+        self.p_end = p_end
+        self.anneal_start = anneal_start
+        self.notches = notches
+        self.eps = eps
+        self.register_buffer("notch", torch.zeros((), dtype=torch.long))  # how often p has been lowered
+        self.register_buffer(
+            "recent", torch.zeros(queue, 2)
+        )  # cost at p and at the next p, newest batch first
 
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-p
 @patch
-def p_at(self:PAnnealSAE,
-    notch:int, # How often p has been lowered
-)->float:      # The exponent
+def p_at(
+    self: PAnnealSAE,
+    notch: int,  # How often p has been lowered
+) -> float:  # The exponent
     "The exponent after so many notches."
     return 1 - (1 - self.p_end) * min(notch, self.notches) / self.notches
 
+
 @patch
-def due(self:PAnnealSAE)->int: # 0 to `notches`
+def due(self: PAnnealSAE) -> int:  # 0 to `notches`
     "How many notches p should have come down at this point of training."
     u = (self.progress - self.anneal_start) / (1 - self.anneal_start)
     return 0 if u < 0 else min(self.notches, 1 + int(u * self.notches))
 
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-cost
 @patch
-def cost(self:PAnnealSAE,
-    o:Out,         # The pass
-    notch:int=None # Which exponent; None: the present one
-)->Tensor:         # Scalar
+def cost(
+    self: PAnnealSAE,
+    o: Out,  # The pass
+    notch: int = None,  # Which exponent; None: the present one
+) -> Tensor:  # Scalar
     "What is paid for, before its weight."
     v = o.v * o.at(self.W_dec.norm(dim=-1)) if self.decoder == "free" else o.v
     return o.per_token(power_cost(v, self.p_at(int(self.notch) if notch is None else notch), self.eps))
@@ -77,21 +94,29 @@ def cost(self:PAnnealSAE,
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-anneal
 @patch
 @torch.no_grad()
-def anneal(self:PAnnealSAE,
-    o:Out, # A training pass
+def anneal(
+    self: PAnnealSAE,
+    o: Out,  # A training pass
 ):
     "Lower p if it is time, and keep the penalty where it was."
     n = int(self.notch)
-    if n == self.notches: return
-    self.recent.copy_(self.recent.roll(1, 0)); self.recent[0] = torch.stack([self.cost(o, n), self.cost(o, n + 1)])
-    if n >= self.due(): return
-    now,then = self.recent.sum(0)
-    if then > 0: self.price.coeff.mul_(now / then)
-    self.notch += 1; self.recent.zero_()
+    if n == self.notches:
+        return
+    self.recent.copy_(self.recent.roll(1, 0))
+    self.recent[0] = torch.stack([self.cost(o, n), self.cost(o, n + 1)])
+    if n >= self.due():
+        return
+    now, then = self.recent.sum(0)
+    if then > 0:
+        self.price.coeff.mul_(now / then)
+    self.notch += 1
+    self.recent.zero_()
 
+# %% ../../nbs/variants/p_anneal.ipynb #p-anneal-anneal-sparsity
 @patch
-def sparsity(self:PAnnealSAE, o:Out)->dict:
+def sparsity(self: PAnnealSAE, o: Out) -> dict:
     "The bent penalty."
-    if self.training: self.anneal(o)
+    if self.training:
+        self.anneal(o)
     o.logs["p"] = self.p_at(int(self.notch))
     return StandardSAE.sparsity(self, o)

@@ -8,15 +8,16 @@ __all__ = ['norms', 'common', 'self_correcting', 'skip_scores']
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-imports
 import torch
 from torch import Tensor
+
 from ..core import *
-from ..sae import *
-from ..metrics import explained_variance
-from ..fronts.norms import *
 from ..fronts.attention import Attention
-from ..trainers.clip import Clip
-from ..trainers.adaptive_lr import AdaptiveLR
-from ..trainers.grad_scale import GradScale
+from ..fronts.norms import *
+from ..metrics import explained_variance
+from ..sae import *
 from ..trainers.accumulate import Accumulate
+from ..trainers.adaptive_lr import AdaptiveLR
+from ..trainers.clip import Clip
+from ..trainers.grad_scale import GradScale
 from ..trainers.reactivate import Reactivate
 from .interference import Interference
 
@@ -26,69 +27,119 @@ norms = dict(layer=LayerNorm, adaptive=AdaptiveNorm, scales=ScaleNorm)
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-variant
 @composed("self_correcting")
 def self_correcting(
-    d_in:int,             # Width of the activations
-    d_sae:int,            # Number of latents
-    base:str="zscore",    # Registered variant that everything is added to
-    ortho_coeff:float=.1, # Weight of the interference penalty
-    tau:float=.1,         # C_ij up to which a pair costs nothing
-    rank:int=32,          # Rows of the penalty's memory
-    reactivate_every:int=100, # Updates between looks at dead latents; 0: never
-    clip:float=1.,        # Largest gradient norm; 0: no clipping
-    adaptive_lr:bool=False, # Learning rate that follows clipping
-    skip:float=0.,        # Share of the input added to the reconstruction
-    grad_scale:bool=False, # Gradients scaled by importance
-    norm:str="none",      # "none", "layer", "adaptive" or "scales"
-    attention:bool=False, # Attention before the encoder
-    accumulate:int=1,     # Batches per update
-    seed:int=0,           # Seeds the initial weights
-    **base_options,       # Options of `base`, e.g. c, l1_coeff, error, init_scale
-)->SAE:                   # The base with everything asked for
+    d_in: int,  # Width of the activations
+    d_sae: int,  # Number of latents
+    base: str = "zscore",  # Registered variant that everything is added to
+    ortho_coeff: float = 0.1,  # Weight of the interference penalty
+    tau: float = 0.1,  # C_ij up to which a pair costs nothing
+    rank: int = 32,  # Rows of the penalty's memory
+    reactivate_every: int = 100,  # Updates between looks at dead latents; 0: never
+    clip: float = 1.0,  # Largest gradient norm; 0: no clipping
+    adaptive_lr: bool = False,  # Learning rate that follows clipping
+    skip: float = 0.0,  # Share of the input added to the reconstruction
+    grad_scale: bool = False,  # Gradients scaled by importance
+    norm: str = "none",  # "none", "layer", "adaptive" or "scales"
+    attention: bool = False,  # Attention before the encoder
+    accumulate: int = 1,  # Batches per update
+    seed: int = 0,  # Seeds the initial weights
+    **base_options,  # Options of `base`, e.g. c, l1_coeff, error, init_scale
+) -> SAE:  # The base with everything asked for
     "Z-score thresholds, interference penalty and reactivation, with their ablations as switches."
-    if not 0 <= skip < 1: raise InputError(f"skip = {skip} is a share of the input; give 0 or more and less than 1 (the log's: 0.1)")
-    if not isinstance(reactivate_every, int) or reactivate_every < 0: raise InputError(f"reactivate_every = {reactivate_every} is not a number of updates; give a whole number, 0 for never")
-    if adaptive_lr and not clip: raise InputError("adaptive_lr follows clipping, and clip = 0 turns that off; give clip = 1 or another norm")
+    if not 0 <= skip < 1:
+        raise InputError(
+            f"skip = {skip} is a share of the input; give 0 or more and less than 1 (the log's: 0.1)"
+        )
+    if not isinstance(reactivate_every, int) or reactivate_every < 0:
+        raise InputError(
+            f"reactivate_every = {reactivate_every} is not a number of updates; give a whole number, 0 for never"
+        )
+    if adaptive_lr and not clip:
+        raise InputError(
+            "adaptive_lr follows clipping, and clip = 0 turns that off; give clip = 1 or another norm"
+        )
     one_of("norm", norm, ["none", *norms])
     sae = build(base, d_in, d_sae, seed=seed, **base_options)
-    if norm != "none": sae.fronts["norm"] = norms[norm](d_in)
-    if attention: sae.fronts["attention"] = Attention(d_in, sae.gen)
-    if ortho_coeff or reactivate_every: sae.penalise("interference", Interference(d_sae, ortho_coeff, tau, rank))
-    sae.skip,sae.recipes = skip,[*sae.recipes, Clip(clip)]
-    for on,recipe in ((adaptive_lr, AdaptiveLR), (grad_scale, GradScale)):
-        if on: sae.recipes.append(recipe())
-    if accumulate != 1: sae.recipes.append(Accumulate(accumulate))
-    if reactivate_every: sae.recipes.append(Reactivate(reactivate_every))
+    if norm != "none":
+        sae.fronts["norm"] = norms[norm](d_in)
+    if attention:
+        sae.fronts["attention"] = Attention(d_in, sae.gen)
+    if ortho_coeff or reactivate_every:
+        sae.penalise("interference", Interference(d_sae, ortho_coeff, tau, rank))
+    sae.skip, sae.recipes = skip, [*sae.recipes, Clip(clip)]
+    for on, recipe in ((adaptive_lr, AdaptiveLR), (grad_scale, GradScale)):
+        if on:
+            sae.recipes.append(recipe())
+    if accumulate != 1:
+        sae.recipes.append(Accumulate(accumulate))
+    if reactivate_every:
+        sae.recipes.append(Reactivate(reactivate_every))
     return sae
 
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-skip
 @torch.no_grad()
 def skip_scores(
-    sae:SAE,          # Any SAE
-    x:Tensor,         # Activations, [N, d_in] or [B, T, d_in]
-    mask:Tensor=None, # Document numbers, [N] or [B, T]
-)->dict:              # explained variance: as reported, of the latents' part alone, of the skip alone
+    sae: SAE,  # Any SAE
+    x: Tensor,  # Activations, [N, d_in] or [B, T, d_in]
+    mask: Tensor = None,  # Document numbers, [N] or [B, T]
+) -> dict:  # explained variance: as reported, of the latents' part alone, of the skip alone
     "What an SAE explains with its skip connection, without it, and what the skip explains without latents."
-    f = sae.encode(x, mask); x,f = counted(x, mask),counted(f, mask)
+    f = sae.encode(x, mask)
+    x, f = counted(x, mask), counted(f, mask)
     nothing = sae.skip * x + (1 - sae.skip) * x.mean(0)
-    return {n: explained_variance(x, v).item() for n,v in dict(with_skip=sae.rebuild(f, x), latents_only=sae.decode(f), skip_only=nothing).items()}
+    return {
+        n: explained_variance(x, v).item()
+        for n, v in dict(with_skip=sae.rebuild(f, x), latents_only=sae.decode(f), skip_only=nothing).items()
+    }
 
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-presets
-common = dict(c=2., ortho_coeff=.1, tau=.1, rank=32, reactivate_every=100, l1_coeff=.04, error="norm", clip=0.)
-def _preset(name, about, **o): add_preset("self_correcting", name, about, **{**common, **o})
+common = dict(
+    c=2.0, ortho_coeff=0.1, tau=0.1, rank=32, reactivate_every=100, l1_coeff=0.04, error="norm", clip=0.0
+)
+
+
+def _preset(name, about, **o):
+    add_preset("self_correcting", name, about, **{**common, **o})
+
+
 _preset("base", "common settings, no switch")
+
+
 _preset("run_1", "encoder scaled by 1/sqrt(d)", init_scale="sqrt_d")
-_preset("run_2", "gradients clipped at norm 1", clip=1.)
-_preset("run_3", "adaptive learning rate, which needs clipping", clip=1., adaptive_lr=True)
-_preset("run_4", "skip connection of 0.1", skip=.1)
+
+
+_preset("run_2", "gradients clipped at norm 1", clip=1.0)
+
+
+_preset("run_3", "adaptive learning rate, which needs clipping", clip=1.0, adaptive_lr=True)
+
+
+_preset("run_4", "skip connection of 0.1", skip=0.1)
+
+
 _preset("run_5", "gradients scaled by importance", grad_scale=True)
+
+
 _preset("run_6", "layer norm before the encoder", norm="layer")
+
+
 _preset("run_7", "adaptive layer norm", norm="adaptive")
+
+
 _preset("run_8", "attention before the encoder", attention=True)
+
+# %% ../../nbs/variants/self_correcting.ipynb #selfc-presets-more
 _preset("run_9", "normalisation at several scales", norm="scales")
 _preset("run_10", "gradients of 4 batches per update", accumulate=4)
-_preset("ortho_0.01", "a tenth of the penalty", ortho_coeff=.01)
+_preset("ortho_0.01", "a tenth of the penalty", ortho_coeff=0.01)
 _preset("c_1.5", "lower thresholds", c=1.5)
 
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-clip-presets
 _preset("base_squared", "squared error", error="squared")
-_preset("run_2_squared", "squared error, gradients clipped at norm 1", error="squared", clip=1.)
-_preset("run_3_squared", "squared error, adaptive learning rate with clipping", error="squared", clip=1., adaptive_lr=True)
+_preset("run_2_squared", "squared error, gradients clipped at norm 1", error="squared", clip=1.0)
+_preset(
+    "run_3_squared",
+    "squared error, adaptive learning rate with clipping",
+    error="squared",
+    clip=1.0,
+    adaptive_lr=True,
+)

@@ -7,9 +7,11 @@ __all__ = ['Price', 'StandardSAE']
 
 # %% ../../nbs/variants/standard.ipynb #standard-imports
 import math
+
 import torch
-from torch import nn, Tensor
 from fastcore.basics import patch
+from torch import Tensor, nn
+
 from ..core import *
 from ..sae import *
 from ..sparse import Pieces, choose_where
@@ -17,124 +19,161 @@ from ..sparse import Pieces, choose_where
 # %% ../../nbs/variants/standard.ipynb #standard-price
 class Price(nn.Module):
     "Weight of a sparsity term: fixed and warmed up, or steered so that L0 meets a target."
-    def __init__(self,
-        coeff:float,          # Weight; with a target, where it starts
-        target_l0:float=None, # Latents per token to steer towards; None: the weight is fixed
-        d_sae:int=None,       # Number of latents
-        name:str="l1_coeff",  # For messages
+
+    def __init__(
+        self,
+        coeff: float,  # Weight; with a target, where it starts
+        target_l0: float = None,  # Latents per token to steer towards; None: the weight is fixed
+        d_sae: int = None,  # Number of latents
+        name: str = "l1_coeff",  # For messages
     ):
         super().__init__()
-        if not coeff >= 0: raise InputError(f"{name} = {coeff} is negative or no number; give 0 or more")
-        if target_l0 is not None and not isinstance(target_l0, (int, float)): raise InputError(f"target_l0 = {target_l0!r} is not a number; give one between 0 and d_sae, or None")
-        if target_l0 is not None and not 0 < target_l0 <= d_sae: raise InputError(f"target_l0 = {target_l0} must lie between 0 and d_sae = {d_sae}")
-        if target_l0 and not coeff: raise InputError(f"{name} = 0 leaves nothing to steer towards target_l0 = {target_l0}; give a start above 0")
-        self.target_l0,self.d_sae = target_l0,d_sae
+        if not coeff >= 0:
+            raise InputError(f"{name} = {coeff} is negative or no number; give 0 or more")
+        if target_l0 is not None and not isinstance(target_l0, (int, float)):
+            raise InputError(
+                f"target_l0 = {target_l0!r} is not a number; give one between 0 and d_sae, or None"
+            )
+        if target_l0 is not None and not 0 < target_l0 <= d_sae:
+            raise InputError(f"target_l0 = {target_l0} must lie between 0 and d_sae = {d_sae}")
+        if target_l0 and not coeff:
+            raise InputError(
+                f"{name} = 0 leaves nothing to steer towards target_l0 = {target_l0}; give a start above 0"
+            )
+        self.target_l0 = target_l0
+        self.d_sae = d_sae
         self.register_buffer("coeff", torch.tensor(float(coeff)))
-        self.register_buffer("log_l0", torch.tensor(math.inf))     # of the last step; infinite before the first
-        self.register_buffer("trend", torch.zeros(()))              # change of log_l0 per step, running mean
+        self.register_buffer("log_l0", torch.tensor(math.inf))  # of the last step; infinite before the first
+        self.register_buffer("trend", torch.zeros(()))  # change of log_l0 per step, running mean
 
     @property
-    def unset(self): return bool(self.target_l0) and bool(self.log_l0.isinf())
+    def unset(self):
+        return bool(self.target_l0) and bool(self.log_l0.isinf())
 
 # %% ../../nbs/variants/standard.ipynb #standard-quantile
 @patch
 @torch.no_grad()
-def start(self:Price,
-    z:Tensor, # Pre-activations of some latents on a batch, [n_tokens, n]
-)->Tensor:    # [n]
+def start(
+    self: Price,
+    z: Tensor,  # Pre-activations of some latents on a batch, [n_tokens, n]
+) -> Tensor:  # [n]
     "Where each latent would have to be cut to fire on its share of the tokens."
     return self._top(z).amin(0).to(z.dtype)
 
+# %% ../../nbs/variants/standard.ipynb #standard-quantile-top
 @patch
-def _top(self:Price, z): # the largest of each latent: those of its share, and one more
-    n = len(z); return z.detach().float().topk(min(n, 1 + round(n * self.target_l0 / self.d_sae)), dim=0, sorted=False).values
+def _top(self: Price, z):  # the largest of each latent: those of its share, and one more
+    n = len(z)
+    return (
+        z.detach()
+        .float()
+        .topk(min(n, 1 + round(n * self.target_l0 / self.d_sae)), dim=0, sorted=False)
+        .values
+    )
 
+# %% ../../nbs/variants/standard.ipynb #standard-quantile-between
 @patch
 @torch.no_grad()
-def between(self:Price,
-    z:Tensor, # Pre-activations of some latents on a batch, [n_tokens, n]
-)->Tensor:    # [n]
+def between(
+    self: Price,
+    z: Tensor,  # Pre-activations of some latents on a batch, [n_tokens, n]
+) -> Tensor:  # [n]
     "`start`, moved halfway to the next larger pre-activation, so that no token sits on it."
-    top = self._top(z); q = top.amin(0)
-    return (q + torch.where(top > q, top - q, math.inf).amin(0).nan_to_num(posinf=0.) / 2).to(z.dtype)
+    top = self._top(z)
+    q = top.amin(0)
+    return (q + torch.where(top > q, top - q, math.inf).amin(0).nan_to_num(posinf=0.0) / 2).to(z.dtype)
 
+# %% ../../nbs/variants/standard.ipynb #standard-quantile-follow
 @patch
 @torch.no_grad()
-def follow(self:Price,
-    l0:Tensor,         # Latents per token of the batch
-    rate:float=.06,    # η, how fast the weight moves
-    horizon:float=40., # h, steps looked ahead
+def follow(
+    self: Price,
+    l0: Tensor,  # Latents per token of the batch
+    rate: float = 0.06,  # η, how fast the weight moves
+    horizon: float = 40.0,  # h, steps looked ahead
 ):
     "Move the weight towards where L0 would be `target_l0`."
     now = l0.detach().float().clamp_min(1e-2).log().to(self.trend)
-    if not self.log_l0.isinf(): self.trend.lerp_((now - self.log_l0).clamp(-.2, .2), .1)
+    if not self.log_l0.isinf():
+        self.trend.lerp_((now - self.log_l0).clamp(-0.2, 0.2), 0.1)
     self.log_l0.copy_(now)
     ahead = now - math.log(self.target_l0) + horizon * self.trend
     self.coeff.mul_((rate * ahead.clamp(-1.5, 1.5)).exp())
 
+# %% ../../nbs/variants/standard.ipynb #standard-quantile-forward
 @patch
-def forward(self:Price,
-    sae:SAE, # Whose price it is
-    o:Out,   # The pass
-)->Tensor:   # Scalar
+def forward(
+    self: Price,
+    sae: SAE,  # Whose price it is
+    o: Out,  # The pass
+) -> Tensor:  # Scalar
     "The weight for this batch; in training a steered one moves first."
-    if self.target_l0 and sae.training: self.follow(o.l0)
-    return self.coeff.to(o.v.dtype) * (1. if self.target_l0 else sae.sparsity_scale)
+    if self.target_l0 and sae.training:
+        self.follow(o.l0)
+    return self.coeff.to(o.v.dtype) * (1.0 if self.target_l0 else sae.sparsity_scale)
 
 # %% ../../nbs/variants/standard.ipynb #standard-class
 @register("variants", "standard")
 class StandardSAE(SAE):
     "ReLU SAE with an L1 penalty."
-    def __init__(self,
-        d_in:int,             # Width of the activations
-        d_sae:int,            # Number of latents
-        l1_coeff:float=.04,   # Weight of the penalty; with `target_l0`, where the controller starts
-        target_l0:float=None, # Latents per token to steer towards; None: `l1_coeff` is fixed
-        error:str="norm",     # "norm" (the logs') or "squared"
-        decoder:str="unit",   # Rows of the decoder: "unit", or "free" and the penalty weighted by their length
-        seed:int=0,           # Seeds the initial weights
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        d_sae: int,  # Number of latents
+        l1_coeff: float = 0.04,  # Weight of the penalty; with `target_l0`, where the controller starts
+        target_l0: float = None,  # Latents per token to steer towards; None: `l1_coeff` is fixed
+        error: str = "norm",  # "norm" (the logs') or "squared"
+        decoder: str = "unit",  # Rows of the decoder: "unit", or "free" and the penalty weighted by their length
+        seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, seed)
         self.price = Price(l1_coeff, target_l0, d_sae)
-        self.error,self.decoder = one_of("error", error, ["norm", "squared"]),one_of("decoder", decoder, ["unit", "free"])
+        self.error = one_of("error", error, ["norm", "squared"])
+        self.decoder = one_of("decoder", decoder, ["unit", "free"])
 
 # %% ../../nbs/variants/standard.ipynb #standard-activate
 @patch
-def active(self:StandardSAE, p:Pieces)->tuple:
+def active(self: StandardSAE, p: Pieces) -> tuple:
     "What is above zero; a ReLU does the rest."
     return choose_where(p, 0)
 
 # %% ../../nbs/variants/standard.ipynb #standard-error
 @patch
-def reconstruction(self:StandardSAE, o:Out)->dict:
+def reconstruction(self: StandardSAE, o: Out) -> dict:
     "Error as a norm per token, or squared."
-    if self.error == "squared": return SAE.reconstruction(self, o)
+    if self.error == "squared":
+        return SAE.reconstruction(self, o)
     return {"norm_error": (o.x - o.x_hat).pow(2).sum(-1).clamp_min(1e-12).sqrt().mean()}
 
 # %% ../../nbs/variants/standard.ipynb #standard-calibrate
 @patch(as_prop=True)
-def calibrates(self:StandardSAE)->bool:
+def calibrates(self: StandardSAE) -> bool:
     "On the first batch, if L0 is steered."
     return self.price.unset
 
+
 @patch
-def calibrate(self:StandardSAE, z, at)->Tensor:
+def calibrate(self: StandardSAE, z, at) -> Tensor:
     "The first training batch sets the biases if L0 is steered."
-    if not self.calibrates or not len(z): return z
+    if not self.calibrates or not len(z):
+        return z
     q = self.price.start(z)
     self.b_enc.data[at] -= q
     return z - q
 
 # %% ../../nbs/variants/standard.ipynb #standard-sparsity
 @patch
-def cost(self:StandardSAE,
-    o:Out, # The pass
-)->Tensor: # Scalar
+def cost(
+    self: StandardSAE,
+    o: Out,  # The pass
+) -> Tensor:  # Scalar
     "What is paid for, before its weight: the L1 norm per token, in units of reconstruction."
     return o.per_token(o.v * o.at(self.W_dec.norm(dim=-1)) if self.decoder == "free" else o.v)
 
+
 @patch
-def sparsity(self:StandardSAE, o:Out)->dict:
+def sparsity(self: StandardSAE, o: Out) -> dict:
     "L1 penalty."
     w = self.price(self, o)
     o.logs["l1_coeff"] = w.item()
@@ -142,25 +181,37 @@ def sparsity(self:StandardSAE, o:Out)->dict:
 
 # %% ../../nbs/variants/standard.ipynb #standard-free
 @patch
-def before_step(self:StandardSAE):
+def before_step(self: StandardSAE):
     "Unit rows lose the gradient along themselves."
-    if self.decoder == "unit": SAE.before_step(self)
+    if self.decoder == "unit":
+        SAE.before_step(self)
+
 
 @patch
-def after_step(self:StandardSAE):
+def after_step(self: StandardSAE):
     "Unit rows are brought back to length one."
-    if self.decoder == "unit": SAE.after_step(self)
+    if self.decoder == "unit":
+        SAE.after_step(self)
 
+# %% ../../nbs/variants/standard.ipynb #standard-free-fold
 @patch
 @torch.no_grad()
-def fold(self:StandardSAE, scale:float)->SAE:
+def fold(self: StandardSAE, scale: float) -> SAE:
     "The same SAE on raw activations, its decoder rows of length one."
     o = SAE.fold(self, scale)
     n = o.W_dec.norm(dim=-1).clamp_min(1e-8)
-    for p,dim in o.per_latent():
-        if p is o.W_dec: p.div_(n[:, None])
-        else: p.mul_(n.view([-1 if i == dim else 1 for i in range(p.ndim)]))
+    for p, dim in o.per_latent():
+        if p is o.W_dec:
+            p.div_(n[:, None])
+        else:
+            p.mul_(n.view([-1 if i == dim else 1 for i in range(p.ndim)]))
     return o
 
 # %% ../../nbs/variants/standard.ipynb #standard-preset
-add_preset("standard", "run_0", "the logs' baseline: fixed l1_coeff 0.04, error as a norm", l1_coeff=.04, error="norm")
+add_preset(
+    "standard",
+    "run_0",
+    "the logs' baseline: fixed l1_coeff 0.04, error as a norm",
+    l1_coeff=0.04,
+    error="norm",
+)

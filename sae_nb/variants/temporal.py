@@ -8,10 +8,12 @@ __all__ = ['same_document', 'look_back', 'Branches', 'nearest_row', 'overlap', '
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-imports
 import functools
+
 import torch
-from torch import nn, Tensor
-from torch.nn import functional as F
 from fastcore.basics import patch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from ..core import *
 from ..sae import *
 from ..sparse import by_columns
@@ -21,129 +23,178 @@ from ..train import Recipe
 def _shift(x, lag):
     "Entry t of the second axis becomes entry t - lag, zero where there is none."
     T = x.shape[1]
-    if abs(lag) >= T: return torch.zeros_like(x)
-    z = torch.zeros_like(x[:, :abs(lag)])
-    return torch.cat([z, x[:, :T - lag]], 1) if lag > 0 else torch.cat([x[:, -lag:], z], 1) if lag < 0 else x
+    if abs(lag) >= T:
+        return torch.zeros_like(x)
+    z = torch.zeros_like(x[:, : abs(lag)])
+    return torch.cat([z, x[:, : T - lag]], 1) if lag > 0 else torch.cat([x[:, -lag:], z], 1) if lag < 0 else x
+
 
 def same_document(
-    mask:Tensor, # Document numbers, 0 where a token does not count, [B, T]
-    lag:int,     # Tokens to look back; negative: ahead
-)->Tensor:       # bool, [B, T]
+    mask: Tensor,  # Document numbers, 0 where a token does not count, [B, T]
+    lag: int,  # Tokens to look back; negative: ahead
+) -> Tensor:  # bool, [B, T]
     "Where position t - lag holds a counted token of the document of t."
     return (mask > 0) & (_shift(mask, lag) == mask)
 
+# %% ../../nbs/variants/temporal.ipynb #temporal-same-look-back
 def look_back(
-    x:Tensor,    # [B, T, d]
-    mask:Tensor, # Document numbers, [B, T]
-    lag:int,     # Tokens to look back; negative: ahead
-)->Tensor:       # [B, T, d]
+    x: Tensor,  # [B, T, d]
+    mask: Tensor,  # Document numbers, [B, T]
+    lag: int,  # Tokens to look back; negative: ahead
+) -> Tensor:  # [B, T, d]
     "What each position finds `lag` tokens ago in its own document, zero where there is nothing."
-    return _shift(x, lag).masked_fill(~same_document(mask, lag)[..., None], 0.)
+    return _shift(x, lag).masked_fill(~same_document(mask, lag)[..., None], 0.0)
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-class
 class Branches(Front):
     "Depth-wise dilated convolutions along the row, added to the pre-activations."
+
     sequential = True
-    def __init__(self,
-        d_in:int,                  # Width of the activations
-        d_sae:int,                 # Number of latents
-        dilations=(1, 2, 4, 8),    # One branch each
-        kernel:int=3,              # Taps per branch
-        padding:str="causal",      # "causal": t, t - r, t - 2r; "centered": t - r, t, t + r
-        branch_norm:bool=False,    # Layer norm on each branch's output, without weights of its own
-        shuffled:bool=False,       # Control: taps read random tokens of the window
-        gen=None,                  # Generator for the shuffling, the SAE's
-        seed:int=0,                # Seeds the initial weights
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        d_sae: int,  # Number of latents
+        dilations=(1, 2, 4, 8),  # One branch each
+        kernel: int = 3,  # Taps per branch
+        padding: str = "causal",  # "causal": t, t - r, t - 2r; "centered": t - r, t, t + r
+        branch_norm: bool = False,  # Layer norm on each branch's output, without weights of its own
+        shuffled: bool = False,  # Control: taps read random tokens of the window
+        gen=None,  # Generator for the shuffling, the SAE's
+        seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__()
         dilations = ints("dilations", dilations)
-        if not isinstance(kernel, int) or kernel < 2: raise InputError(f"kernel = {kernel} sees no other token; give a whole number of at least 2")
-        if one_of("padding", padding, ["causal", "centered"]) == "centered" and kernel % 2 == 0: raise InputError(f"kernel = {kernel} has no middle; with padding = 'centered' give an odd number")
-        if shuffled and padding != "causal": raise InputError("padding = 'centered' cannot be shuffled: the control deals out the past; use padding = 'causal'")
+        if not isinstance(kernel, int) or kernel < 2:
+            raise InputError(f"kernel = {kernel} sees no other token; give a whole number of at least 2")
+        if one_of("padding", padding, ["causal", "centered"]) == "centered" and kernel % 2 == 0:
+            raise InputError(f"kernel = {kernel} has no middle; with padding = 'centered' give an odd number")
+        if shuffled and padding != "causal":
+            raise InputError(
+                "padding = 'centered' cannot be shuffled: the control deals out the past; use padding = 'causal'"
+            )
         first = kernel // 2 if padding == "centered" else 0
-        self.lags = [[(j - first) * r for j in range(kernel)] for r in dilations]         # lag of each tap
-        self.taken = sorted({l for ls in self.lags for l in ls}, key=lambda l: (abs(l), l))  # all lags, nearest first
-        self.dilations,self.branch_norm,self.shuffled,self.gen = dilations,bool(branch_norm),shuffled,gen
-        g,R = torch.Generator().manual_seed(seed + 5077),len(dilations)
-        self.conv = nn.Parameter((1 + .5 * torch.randn(R, kernel, d_in, generator=g)) / kernel)
-        self.W_ctx = nn.Parameter(by_columns((.01 * torch.randn(R, d_in, d_sae, generator=g) / d_in**.5).flatten(0, 1)).unflatten(0, (R, d_in)))
-        if shuffled: self.register_buffer("order", torch.rand(257, max(self.taken), generator=torch.Generator().manual_seed(0)).argsort(-1), persistent=False)
+        self.lags = [[(j - first) * r for j in range(kernel)] for r in dilations]  # lag of each tap
+        self.taken = sorted(
+            {l for ls in self.lags for l in ls}, key=lambda l: (abs(l), l)
+        )  # all lags, nearest first
+        self.dilations = dilations
+        self.branch_norm = bool(branch_norm)
+        self.shuffled = shuffled
+        self.gen = gen
+        g, R = torch.Generator().manual_seed(seed + 5077), len(dilations)
+        self.conv = nn.Parameter((1 + 0.5 * torch.randn(R, kernel, d_in, generator=g)) / kernel)
+        self.W_ctx = nn.Parameter(
+            by_columns((0.01 * torch.randn(R, d_in, d_sae, generator=g) / d_in**0.5).flatten(0, 1)).unflatten(
+                0, (R, d_in)
+            )
+        )
+        if shuffled:
+            self.register_buffer(
+                "order",
+                torch.rand(257, max(self.taken), generator=torch.Generator().manual_seed(0)).argsort(-1),
+                persistent=False,
+            )
 
     @property
-    def field(self): return max(self.taken) - min(self.taken) + 1     # receptive field, in positions
-    def per_latent(self): return [(self.W_ctx, 2)]
+    def field(self):  # receptive field, in positions
+        return max(self.taken) - min(self.taken) + 1
+
+    def per_latent(self):
+        return [(self.W_ctx, 2)]
+
     @torch.no_grad()
-    def forget(self, idx): self.W_ctx[:, :, idx] = 0                  # a latent that starts anew starts without context
-    def __getstate__(self): return {**self.__dict__, "notes": {}}     # a copy does not carry the graph of the last pass
+    def forget(self, idx):  # a latent that starts anew starts without context
+        self.W_ctx[:, :, idx] = 0
+
+    def __getstate__(self):  # a copy does not carry the graph of the last pass
+        return {**self.__dict__, "notes": {}}
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-taps
 @patch
-def taps(self:Branches,
-    x:Tensor,    # Centred activations, [B, T, d_in]
-    mask:Tensor, # Document numbers, [B, T]
-)->dict:         # lag -> what the tap of that lag reads, [B, T, d_in]
+def taps(
+    self: Branches,
+    x: Tensor,  # Centred activations, [B, T, d_in]
+    mask: Tensor,  # Document numbers, [B, T]
+) -> dict:  # lag -> what the tap of that lag reads, [B, T, d_in]
     "The shifted copies of the row."
     return self.dealt(x, mask) if self.shuffled else {l: look_back(x, mask, l) for l in self.taken}
 
+# %% ../../nbs/variants/temporal.ipynb #temporal-taps-branches
 @patch
-def branches(self:Branches,
-    x:Tensor,         # Centred activations, [..., T, d_in]; [N, d_in] are N rows of one token
-    mask:Tensor=None, # Document numbers, [..., T]; None: a document per row
-)->Tensor:            # Branch outputs, [..., R, d_in]
+def branches(
+    self: Branches,
+    x: Tensor,  # Centred activations, [..., T, d_in]; [N, d_in] are N rows of one token
+    mask: Tensor = None,  # Document numbers, [..., T]; None: a document per row
+) -> Tensor:  # Branch outputs, [..., R, d_in]
     "u of every branch."
-    lead,T = x.shape[:-1],x.shape[-2] if x.ndim > 2 else 1
+    lead, T = x.shape[:-1], x.shape[-2] if x.ndim > 2 else 1
     x = x.reshape(-1, T, x.shape[-1])
     mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.reshape(-1, T)
     taps = self.taps(x, mask)
-    u = torch.stack([sum(w[j] * taps[l] for j,l in enumerate(ls)) for w,ls in zip(self.conv, self.lags)], -2)
-    if self.branch_norm: u = F.layer_norm(u, u.shape[-1:])
+    u = torch.stack(
+        [sum(w[j] * taps[l] for j, l in enumerate(ls)) for w, ls in zip(self.conv, self.lags)], -2
+    )
+    if self.branch_norm:
+        u = F.layer_norm(u, u.shape[-1:])
     return u.reshape(*lead, *u.shape[-2:])
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-add
 @patch
-def add(self:Branches,
-    x:Tensor,         # Centred activations, [..., d_in]
-    mask:Tensor=None, # Document numbers, [...]
-)->tuple:             # (branch outputs side by side [..., R * d_in], their weights [R * d_in, d_sae])
+def add(
+    self: Branches,
+    x: Tensor,  # Centred activations, [..., d_in]
+    mask: Tensor = None,  # Document numbers, [...]
+) -> tuple:  # (branch outputs side by side [..., R * d_in], their weights [R * d_in, d_sae])
     "What else the encoder reads: the past."
     u = self.branches(x, mask)
-    if self.training and torch.is_grad_enabled(): self.notes = {"u": u}
-    return u.flatten(-2),self.W_ctx.flatten(0, 1)
+    if self.training and torch.is_grad_enabled():
+        self.notes = {"u": u}
+    return u.flatten(-2), self.W_ctx.flatten(0, 1)
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-dealt
 @patch
-def dealt(self:Branches, x, mask):
+def dealt(self: Branches, x, mask):
     "As `taps`, with the lags of each position permuted among those its document has."
-    B,T,_ = x.shape; L = self.order.shape[1]; t = torch.arange(T, device=x.device)
+    B, T, _ = x.shape
+    L = self.order.shape[1]
+    t = torch.arange(T, device=x.device)
     there = torch.stack([same_document(mask, l) for l in range(1, L + 1)], -1)
-    score = torch.rand(B, T, L, generator=self.gen).to(x.device) * L if self.training else self.order[t % len(self.order)].expand(B, T, L).float()
-    pick = score.masked_fill(~there, L + 1.).argsort(-1) + 1      # lags in the order they are dealt, existing ones first
+    score = (
+        torch.rand(B, T, L, generator=self.gen).to(x.device) * L
+        if self.training
+        else self.order[t % len(self.order)].expand(B, T, L).float()
+    )
+    pick = (
+        score.masked_fill(~there, L + 1.0).argsort(-1) + 1
+    )  # lags in the order they are dealt, existing ones first
     out = {0: look_back(x, mask, 0)}
-    for j,l in enumerate(l for l in self.taken if l):
+    for j, l in enumerate(l for l in self.taken if l):
         lag = pick[..., j]
         ok = same_document(mask, l) & there.gather(-1, lag[..., None] - 1)[..., 0]
         got = x.gather(1, (t - lag).clamp_min(0)[..., None].expand_as(x))
-        out[l] = got.masked_fill(~ok[..., None], 0.)
+        out[l] = got.masked_fill(~ok[..., None], 0.0)
     return out
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-nearest
 @torch.no_grad()
 def nearest_row(
-    D:Tensor,       # Unit rows, [n, d]
-    chunk:int=1024, # Rows compared at a time
-)->Tensor:          # Index of the row with the largest cosine, itself excluded, [n]
+    D: Tensor,  # Unit rows, [n, d]
+    chunk: int = 1024,  # Rows compared at a time
+) -> Tensor:  # Index of the row with the largest cosine, itself excluded, [n]
     "The nearest other row of every row."
     out = []
     for i in range(0, len(D), chunk):
-        c = D[i:i+chunk] @ D.T
+        c = D[i : i + chunk] @ D.T
         r = torch.arange(len(c), device=D.device)
-        c[r, i + r] = -2.
+        c[r, i + r] = -2.0
         out.append(c.argmax(1))
     return torch.cat(out)
 
+# %% ../../nbs/variants/temporal.ipynb #temporal-nearest-overlap
 def overlap(
-    u:Tensor, # Branch outputs, [n_tokens, R, d_in]
-)->Tensor:    # Scalar
+    u: Tensor,  # Branch outputs, [n_tokens, R, d_in]
+) -> Tensor:  # Scalar
     "Sum over ordered pairs of branches of their positive cosine, averaged over tokens."
     v = F.normalize(u, dim=-1)
     c = (v @ v.transpose(-1, -2)).relu()
@@ -152,173 +203,234 @@ def overlap(
 # %% ../../nbs/variants/temporal.ipynb #temporal-separation
 class Separation(nn.Module):
     "Penalty on branches, or on latents, that point the same way."
-    def __init__(self,
-        kind:str="scales", # "scales": cosines between branches; "latents": between decoder rows
-        coeff:float=.1,    # Weight in the loss
+
+    def __init__(
+        self,
+        kind: str = "scales",  # "scales": cosines between branches; "latents": between decoder rows
+        coeff: float = 0.1,  # Weight in the loss
     ):
         super().__init__()
-        if coeff < 0: raise InputError(f"separation_coeff = {coeff} is negative; give 0 or more")
-        self.kind,self.coeff = one_of("separation", kind, ["scales", "latents"]),coeff
+        if coeff < 0:
+            raise InputError(f"separation_coeff = {coeff} is negative; give 0 or more")
+        self.kind = one_of("separation", kind, ["scales", "latents"])
+        self.coeff = coeff
+
     def forward(self, sae, o):
         if self.kind == "latents":
             D = F.normalize(sae.W_dec, dim=-1)
             return {"separation": self.coeff * (D * D.index_select(0, nearest_row(D))).sum(-1).mean()}
-        u = o.notes["temporal"].get("u")                    # noted in training only
-        if u is None: return {}
-        return {"separation": self.coeff * overlap(counted(u.flatten(-2), o.mask).unflatten(-1, u.shape[-2:]))}
+        u = o.notes["temporal"].get("u")  # noted in training only
+        if u is None:
+            return {}
+        return {
+            "separation": self.coeff * overlap(counted(u.flatten(-2), o.mask).unflatten(-1, u.shape[-2:]))
+        }
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-watch
 class Watch(Recipe):
     "Logs the branches; if asked to, also gradients and the shape of the batch."
-    def __init__(self,
-        gradients:bool=False, # Also norms of gradients, rows and tokens of the batch
-    ): self.gradients = gradients
+
+    def __init__(
+        self,
+        gradients: bool = False,  # Also norms of gradients, rows and tokens of the batch
+    ):
+        self.gradients = gradients
 
     @torch.no_grad()
     def after_loss(self, t, o):
         u = o.notes["temporal"].get("u")
-        if u is None: return
+        if u is None:
+            return
         v = counted(u.flatten(-2), o.mask).unflatten(-1, u.shape[-2:]).float()
-        stats = dict(norm=v.norm(dim=-1).mean(0), mean=v.mean((0, 2)), std=v.transpose(0, 1).flatten(1).std(1))
-        o.logs.update({f"branch_{r}_{k}": s[r] for k,s in stats.items() for r in range(v.shape[1])})
-        if self.gradients: o.logs.update(batch_rows=u.shape[0], batch_tokens=len(v))
+        stats = dict(
+            norm=v.norm(dim=-1).mean(0), mean=v.mean((0, 2)), std=v.transpose(0, 1).flatten(1).std(1)
+        )
+        o.logs.update({f"branch_{r}_{k}": s[r] for k, s in stats.items() for r in range(v.shape[1])})
+        if self.gradients:
+            o.logs.update(batch_rows=u.shape[0], batch_tokens=len(v))
 
     def after_backward(self, t, o):
-        if self.gradients: o.logs.update({f"grad_{n}": p.grad.norm() for n,p in t.sae.named_parameters() if p.grad is not None})
+        if self.gradients:
+            o.logs.update(
+                {f"grad_{n}": p.grad.norm() for n, p in t.sae.named_parameters() if p.grad is not None}
+            )
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-variant
 @composed("temporal")
 def temporal(
-    d_in:int,                    # Width of the activations
-    d_sae:int,                   # Number of latents
-    base:str="topk",             # Registered variant that reads the context
-    dilations=(1, 2, 4, 8),      # One branch each
-    kernel:int=3,                # Taps per branch
-    padding:str="causal",        # "causal", or "centered": sees the future, not comparable where a next token is predicted
-    branch_norm:bool=False,      # Layer norm on each branch's output
-    separation:str="scales",     # "scales", "latents" or "none"
-    separation_coeff:float=.1,   # Weight of the separation in the loss
-    diagnostics:bool=False,      # Log gradient norms and batch shapes too
-    seed:int=0,                  # Seeds the initial weights
-    **base_options,              # Options of `base`
-)->SAE:                          # The base with branches
+    d_in: int,  # Width of the activations
+    d_sae: int,  # Number of latents
+    base: str = "topk",  # Registered variant that reads the context
+    dilations=(1, 2, 4, 8),  # One branch each
+    kernel: int = 3,  # Taps per branch
+    padding: str = "causal",  # "causal", or "centered": sees the future, not comparable where a next token is predicted
+    branch_norm: bool = False,  # Layer norm on each branch's output
+    separation: str = "scales",  # "scales", "latents" or "none"
+    separation_coeff: float = 0.1,  # Weight of the separation in the loss
+    diagnostics: bool = False,  # Log gradient norms and batch shapes too
+    seed: int = 0,  # Seeds the initial weights
+    **base_options,  # Options of `base`
+) -> SAE:  # The base with branches
     "Multi-scale context for any variant."
     return _with_branches(locals())
 
+# %% ../../nbs/variants/temporal.ipynb #temporal-variant-with-branches
 def _with_branches(a, shuffled=False):
     "The SAE that the arguments of a temporal variant describe."
     sae = build(a["base"], a["d_in"], a["d_sae"], seed=a["seed"], **a["base_options"])
-    if "temporal" in sae.fronts: raise InputError(f"base = {a['base']!r} has branches already; choose a per-token variant")
-    front = Branches(a["d_in"], a["d_sae"], a["dilations"], a["kernel"], a["padding"], a["branch_norm"], shuffled, sae.gen, a["seed"])
-    if one_of("separation", a["separation"], ["scales", "latents", "none"]) == "scales" and len(front.dilations) < 2:
-        raise InputError(f"separation = 'scales' needs at least 2 branches and dilations = {front.dilations} is one; use separation = 'none'")
+    if "temporal" in sae.fronts:
+        raise InputError(f"base = {a['base']!r} has branches already; choose a per-token variant")
+    front = Branches(
+        a["d_in"],
+        a["d_sae"],
+        a["dilations"],
+        a["kernel"],
+        a["padding"],
+        a["branch_norm"],
+        shuffled,
+        sae.gen,
+        a["seed"],
+    )
+    if (
+        one_of("separation", a["separation"], ["scales", "latents", "none"]) == "scales"
+        and len(front.dilations) < 2
+    ):
+        raise InputError(
+            f"separation = 'scales' needs at least 2 branches and dilations = {front.dilations} is one; use separation = 'none'"
+        )
     sae.fronts["temporal"] = front
-    if a["separation"] != "none": sae.penalties["separation"] = Separation(a["separation"], a["separation_coeff"])
+    if a["separation"] != "none":
+        sae.penalties["separation"] = Separation(a["separation"], a["separation_coeff"])
     sae.recipes.append(Watch(a["diagnostics"]))
     return sae
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-shuffled-variant
 @composed("temporal_shuffled")
 def temporal_shuffled(
-    d_in:int,                    # Width of the activations
-    d_sae:int,                   # Number of latents
-    base:str="topk",             # Registered variant that reads the context
-    dilations=(1, 2, 4, 8),      # One branch each
-    kernel:int=3,                # Taps per branch
-    branch_norm:bool=False,      # Layer norm on each branch's output
-    separation:str="scales",     # "scales", "latents" or "none"
-    separation_coeff:float=.1,   # Weight of the separation in the loss
-    diagnostics:bool=False,      # Log gradient norms and batch shapes too
-    seed:int=0,                  # Seeds the initial weights
-    **base_options,              # Options of `base`
-)->SAE:                          # `temporal` with the order of its window destroyed
+    d_in: int,  # Width of the activations
+    d_sae: int,  # Number of latents
+    base: str = "topk",  # Registered variant that reads the context
+    dilations=(1, 2, 4, 8),  # One branch each
+    kernel: int = 3,  # Taps per branch
+    branch_norm: bool = False,  # Layer norm on each branch's output
+    separation: str = "scales",  # "scales", "latents" or "none"
+    separation_coeff: float = 0.1,  # Weight of the separation in the loss
+    diagnostics: bool = False,  # Log gradient norms and batch shapes too
+    seed: int = 0,  # Seeds the initial weights
+    **base_options,  # Options of `base`
+) -> SAE:  # `temporal` with the order of its window destroyed
     "Control: the same window, its tokens in random order."
     return _with_branches({**locals(), "padding": "causal"}, shuffled=True)
 
+# %% ../../nbs/variants/temporal.ipynb #temporal-shuffled-variant-temporal-wide
 @composed("temporal_wide")
 def temporal_wide(
-    d_in:int,                    # Width of the activations
-    d_sae:int,                   # Number of latents
-    base:str="topk",             # Registered variant that reads the context
-    field:int=17,                # Receptive field, in positions
-    n_branches:int=4,            # As many as `temporal` has
-    branch_norm:bool=False,      # Layer norm on each branch's output
-    separation:str="scales",     # "scales", "latents" or "none"
-    separation_coeff:float=.1,   # Weight of the separation in the loss
-    diagnostics:bool=False,      # Log gradient norms and batch shapes too
-    seed:int=0,                  # Seeds the initial weights
-    **base_options,              # Options of `base`
-)->SAE:                          # `temporal` without dilation
+    d_in: int,  # Width of the activations
+    d_sae: int,  # Number of latents
+    base: str = "topk",  # Registered variant that reads the context
+    field: int = 17,  # Receptive field, in positions
+    n_branches: int = 4,  # As many as `temporal` has
+    branch_norm: bool = False,  # Layer norm on each branch's output
+    separation: str = "scales",  # "scales", "latents" or "none"
+    separation_coeff: float = 0.1,  # Weight of the separation in the loss
+    diagnostics: bool = False,  # Log gradient norms and batch shapes too
+    seed: int = 0,  # Seeds the initial weights
+    **base_options,  # Options of `base`
+) -> SAE:  # `temporal` without dilation
     "Control: one wide kernel per branch over the same receptive field."
-    if not isinstance(n_branches, int) or n_branches < 1: raise InputError(f"n_branches = {n_branches} is not a number of branches; give at least 1")
+    if not isinstance(n_branches, int) or n_branches < 1:
+        raise InputError(f"n_branches = {n_branches} is not a number of branches; give at least 1")
     return _with_branches({**locals(), "padding": "causal", "dilations": (1,) * n_branches, "kernel": field})
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-average
 def average(
-    f:Tensor,    # Latents, [B, T, d_sae]
-    mask:Tensor, # Document numbers, [B, T]
-    window:int,  # Tokens averaged, the current one included
-)->Tensor:       # [B, T, d_sae]
+    f: Tensor,  # Latents, [B, T, d_sae]
+    mask: Tensor,  # Document numbers, [B, T]
+    window: int,  # Tokens averaged, the current one included
+) -> Tensor:  # [B, T, d_sae]
     "Causal moving average inside each document; near its start, over the tokens there are."
     n = sum(same_document(mask, l) for l in range(window))
     return sum(look_back(f, mask, l) for l in range(window)) / n.clamp_min(1).to(f.dtype)[..., None]
 
+# %% ../../nbs/variants/temporal.ipynb #temporal-average-keep
 def keep(
-    f:Tensor, # Latents, [..., d_sae]
-    n:Tensor, # How many to keep of each token, [...]
-)->Tensor:    # Same shape as `f`
+    f: Tensor,  # Latents, [..., d_sae]
+    n: Tensor,  # How many to keep of each token, [...]
+) -> Tensor:  # Same shape as `f`
     "The `n` largest of each row."
-    vals,idx = f.topk(max(1, int(n.max())), dim=-1)
-    vals = vals.masked_fill(torch.arange(vals.shape[-1], device=f.device) >= n[..., None], 0.)
+    vals, idx = f.topk(max(1, int(n.max())), dim=-1)
+    vals = vals.masked_fill(torch.arange(vals.shape[-1], device=f.device) >= n[..., None], 0.0)
     return torch.zeros_like(f).scatter(-1, idx, vals)
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-average-class
 @functools.cache
 def _averaged(cls):
     "A subclass of `cls` that reads averages."
+
     class Averaged(cls):
         sequential = True
+
         def encode(self, x, mask=None):
             f = super().encode(x, mask)
-            if self.training or f.ndim < 3: return f
+            if self.training or f.ndim < 3:
+                return f
             y = f.reshape(-1, *f.shape[-2:])
-            m = torch.ones(y.shape[:2], dtype=torch.long, device=f.device) if mask is None else mask.reshape(-1, f.shape[-2])
-            n = (y > 1e-6 * y.amax(-1, keepdim=True)).sum(-1)     # a latent that is on by rounding only is not on
+            m = (
+                torch.ones(y.shape[:2], dtype=torch.long, device=f.device)
+                if mask is None
+                else mask.reshape(-1, f.shape[-2])
+            )
+            n = (y > 1e-6 * y.amax(-1, keepdim=True)).sum(
+                -1
+            )  # a latent that is on by rounding only is not on
             return keep(average(y, m, self.window), n).view_as(f)
+
     return Averaged
 
+# %% ../../nbs/variants/temporal.ipynb #temporal-average-class-moving-average
 @composed("moving_average")
 def moving_average(
-    d_in:int,         # Width of the activations
-    d_sae:int,        # Number of latents
-    base:str="topk",  # Registered per-token variant
-    window:int=17,    # Tokens averaged, the current one included
-    seed:int=0,       # Seeds the initial weights
-    **base_options,   # Options of `base`
-)->SAE:               # The base; in evaluation `encode` gives averaged latents
+    d_in: int,  # Width of the activations
+    d_sae: int,  # Number of latents
+    base: str = "topk",  # Registered per-token variant
+    window: int = 17,  # Tokens averaged, the current one included
+    seed: int = 0,  # Seeds the initial weights
+    **base_options,  # Options of `base`
+) -> SAE:  # The base; in evaluation `encode` gives averaged latents
     "Control: a per-token SAE's latents, averaged over the recent past."
-    if not isinstance(window, int) or window < 1: raise InputError(f"window = {window} is not a number of tokens; give a whole number of at least 1")
+    if not isinstance(window, int) or window < 1:
+        raise InputError(f"window = {window} is not a number of tokens; give a whole number of at least 1")
     sae = build(base, d_in, d_sae, seed=seed, **base_options)
-    if sae.sequential: raise InputError(f"base = {base!r} reads the row already; choose a per-token variant")
-    sae.window,sae.__class__ = window,_averaged(type(sae))
+    if sae.sequential:
+        raise InputError(f"base = {base!r} reads the row already; choose a per-token variant")
+    sae.window, sae.__class__ = window, _averaged(type(sae))
     return sae
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-params
 def n_parameters(
-    sae, # Any SAE
-)->int:  # Numbers that are trained
+    sae,  # Any SAE
+) -> int:  # Numbers that are trained
     "How many parameters an SAE has."
     return sum(p.numel() for p in sae.parameters())
 
+
 def equal_width(
-    sae,    # A temporal SAE
-)->int:     # Latents of a per-token SAE with as many parameters
+    sae,  # A temporal SAE
+) -> int:  # Latents of a per-token SAE with as many parameters
     "How many latents a per-token SAE of the same size has."
     return round((n_parameters(sae) - sae.d_in) / (2 * sae.d_in + 1))
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-presets
-_common = dict(base="standard", l1_coeff=.04, error="norm", dilations=(1, 2, 4, 8), kernel=3)
+_common = dict(base="standard", l1_coeff=0.04, error="norm", dilations=(1, 2, 4, 8), kernel=3)
 add_preset("temporal", "run_1", "four branches, nothing that separates them", separation="none", **_common)
-add_preset("temporal", "run_2", "branches pushed apart", separation="scales", separation_coeff=.1, **_common)
-add_preset("temporal", "run_3", "latents pushed apart", separation="latents", separation_coeff=.1, **_common)
-add_preset("temporal", "run_4", "branches pushed apart, layer norm on each", separation="scales", separation_coeff=.1, branch_norm=True, **_common)
+add_preset("temporal", "run_2", "branches pushed apart", separation="scales", separation_coeff=0.1, **_common)
+add_preset("temporal", "run_3", "latents pushed apart", separation="latents", separation_coeff=0.1, **_common)
+add_preset(
+    "temporal",
+    "run_4",
+    "branches pushed apart, layer norm on each",
+    separation="scales",
+    separation_coeff=0.1,
+    branch_norm=True,
+    **_common,
+)

@@ -7,54 +7,60 @@ __all__ = ['topk', 'check_k', 'TopKSAE']
 
 # %% ../../nbs/variants/topk.ipynb #topk-imports
 import torch
-from torch import Tensor
 from fastcore.basics import patch
+from torch import Tensor
+
 from ..core import *
 from ..sae import *
 from ..sparse import Pieces, choose_topk
 
 # %% ../../nbs/variants/topk.ipynb #topk-function
 def topk(
-    z:Tensor, # Pre-activations, [..., d_sae]
-    k:int,    # Latents kept per token
-)->Tensor:    # Same shape, at most `k` nonzero per row, none negative
+    z: Tensor,  # Pre-activations, [..., d_sae]
+    k: int,  # Latents kept per token
+) -> Tensor:  # Same shape, at most `k` nonzero per row, none negative
     "Zero all but the `k` largest entries of each row, then clip at zero."
-    vals,idxs = z.topk(k, dim=-1, sorted=False)
+    vals, idxs = z.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(z).scatter(-1, idxs, vals.relu())
 
 # %% ../../nbs/variants/topk.ipynb #topk-check-k
 def check_k(
-    k,         # Latents per token
-    d_sae:int, # Latents there are
-):             # `k`, if it makes sense
+    k,  # Latents per token
+    d_sae: int,  # Latents there are
+):  # `k`, if it makes sense
     "One line for a `k` that cannot be."
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1: raise InputError(f"k = {k} is not a number of latents; give a whole number from 1 to d_sae = {d_sae}")
-    if k > d_sae: raise InputError(f"k = {k} is more than d_sae = {d_sae}; keep fewer latents or have more of them")
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise InputError(f"k = {k} is not a number of latents; give a whole number from 1 to d_sae = {d_sae}")
+    if k > d_sae:
+        raise InputError(f"k = {k} is more than d_sae = {d_sae}; keep fewer latents or have more of them")
     return k
 
 # %% ../../nbs/variants/topk.ipynb #topk-class
 @register("variants", "topk")
 class TopKSAE(SAE):
     "SAE whose sparsity is a count: `k` latents per token."
-    def __init__(self,
-        d_in:int,   # Width of the activations
-        d_sae:int,  # Number of latents
-        k:int=32,   # Latents kept per token
-        seed:int=0, # Seeds the initial weights
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        d_sae: int,  # Number of latents
+        k: int = 32,  # Latents kept per token
+        seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, seed)
         self.k = check_k(k, d_sae)
 
 # %% ../../nbs/variants/topk.ipynb #topk-activate
 @patch
-def activate(self:TopKSAE,
-    z:Tensor, # Pre-activations, [..., d_sae]
-)->Tensor:    # Latents, same shape
+def activate(
+    self: TopKSAE,
+    z: Tensor,  # Pre-activations, [..., d_sae]
+) -> Tensor:  # Latents, same shape
     "The `k` largest of each token."
     return topk(z, self.k)
 
 # %% ../../nbs/variants/topk.ipynb #topk-active
 @patch
-def active(self:TopKSAE, p:Pieces)->tuple:
+def active(self: TopKSAE, p: Pieces) -> tuple:
     "The same, as places."
     return choose_topk(p, self.k)

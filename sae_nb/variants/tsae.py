@@ -7,105 +7,143 @@ __all__ = ['partners', 'info_nce', 'codes', 'similarities', 'Contrast', 'tsae']
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-imports
 import torch
-from torch import nn, Tensor
-from torch.nn import functional as F
 from fastcore.basics import patch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import sparse
 from ..core import *
 from ..sae import *
-from .. import sparse
 from ..sparse import Active, decode_active, dense
 from .matryoshka import MatryoshkaSAE
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-partners
 @torch.no_grad()
 def partners(
-    mask:Tensor,           # Document numbers, 0 where a token does not count, [B, T]; else there are no pairs
-    partner:str="previous",# "previous" or "random"
-    gen=None,              # Draws the random ones, on the CPU; None: the one halfway back
-)->tuple:                  # (a, b, doc), each [M]: token, partner (both as numbers of counted tokens), document of the pair
+    mask: Tensor,  # Document numbers, 0 where a token does not count, [B, T]; else there are no pairs
+    partner: str = "previous",  # "previous" or "random"
+    gen=None,  # Draws the random ones, on the CPU; None: the one halfway back
+) -> tuple:  # (a, b, doc), each [M]: token, partner (both as numbers of counted tokens), document of the pair
     "Pairs of a token and an earlier one of its document."
-    if mask is None or mask.dim() != 2: return (torch.zeros(0, dtype=torch.long, device=getattr(mask, "device", "cpu")),) * 3
-    row,col = (mask > 0).nonzero(as_tuple=True)
-    i,doc = torch.arange(len(row), device=mask.device),mask[row, col]
+    if mask is None or mask.dim() != 2:
+        return (torch.zeros(0, dtype=torch.long, device=getattr(mask, "device", "cpu")),) * 3
+    row, col = (mask > 0).nonzero(as_tuple=True)
+    i = torch.arange(len(row), device=mask.device)
+    doc = mask[row, col]
     new = torch.ones_like(i, dtype=torch.bool)
     new[1:] = (row[1:] != row[:-1]) | (doc[1:] != doc[:-1])
-    start,name = torch.where(new, i, 0).cummax(0).values,new.cumsum(0)
+    start = torch.where(new, i, 0).cummax(0).values
+    name = new.cumsum(0)
     if partner == "previous":
-        has,b = ~new & (col == col.roll(1) + 1),i - 1
+        has, b = ~new & (col == col.roll(1) + 1), i - 1
     else:
-        u = torch.rand(len(i), generator=gen).to(i.device) if gen is not None else torch.full(i.shape, .5, device=i.device)
-        has,b = ~new,start + torch.minimum((u * (i - start)).long(), i - start - 1)
-    return i[has],b[has],name[has]
+        u = (
+            torch.rand(len(i), generator=gen).to(i.device)
+            if gen is not None
+            else torch.full(i.shape, 0.5, device=i.device)
+        )
+        has = ~new
+        b = start + torch.minimum((u * (i - start)).long(), i - start - 1)
+    return i[has], b[has], name[has]
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-nce
 def info_nce(
-    S:Tensor,   # Similarity of codes of tokens (rows) and of partners, [M, M]
-    doc:Tensor, # Documents of the pairs, [M]
-)->Tensor:      # Scalar: 0 for a single document, log(1 + pairs of other documents) if all codes are alike
+    S: Tensor,  # Similarity of codes of tokens (rows) and of partners, [M, M]
+    doc: Tensor,  # Documents of the pairs, [M]
+) -> Tensor:  # Scalar: 0 for a single document, log(1 + pairs of other documents) if all codes are alike
     "How badly codes pick out their partners among the pairs of other documents, both ways."
     own = torch.eye(len(S), dtype=torch.bool, device=S.device)
     S = S.masked_fill((doc[:, None] == doc) & ~own, -torch.inf)
-    return .5 * sum((o.logsumexp(1) - S.diagonal()).mean() for o in (S, S.T))
+    return 0.5 * sum((o.logsumexp(1) - S.diagonal()).mean() for o in (S, S.T))
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-similar
 def codes(
-    a:Active, v:Tensor, # Which latents are on, and how strongly, [n_on]
-    t:Tensor,           # Numbers of tokens, [M]
-    n_high:int,         # Latents to read, the first ones
-)->tuple:               # (places, values) of a sparse [M, n_high]
+    a: Active,
+    v: Tensor,  # Which latents are on, and how strongly, [n_on]
+    t: Tensor,  # Numbers of tokens, [M]
+    n_high: int,  # Latents to read, the first ones
+) -> tuple:  # (places, values) of a sparse [M, n_high]
     "What the first latents say on some tokens."
     m = a.starts.diff()[t]
     at = (a.starts[t] - m.cumsum(0) + m).repeat_interleave(m) + torch.arange(int(m.sum()), device=m.device)
-    a,keep = Active(a.cols[at], F.pad(m.cumsum(0), (1, 0)), a.d_sae).between(0, n_high)
-    return a,v[at][keep]
+    a, keep = Active(a.cols[at], F.pad(m.cumsum(0), (1, 0)), a.d_sae).between(0, n_high)
+    return a, v[at][keep]
 
+# %% ../../nbs/variants/tsae.ipynb #tsae-similar-similarities
 def similarities(
-    p:tuple, # Codes of tokens, (places, values) of a sparse [M, n_high]
-    q:tuple, # Codes of their partners, the same
-    similarity:str="cosine", # "cosine" or "dot"
-    temperature:float=1.,    # Similarities are divided by it
-)->Tensor:   # [M, M]
+    p: tuple,  # Codes of tokens, (places, values) of a sparse [M, n_high]
+    q: tuple,  # Codes of their partners, the same
+    similarity: str = "cosine",  # "cosine" or "dot"
+    temperature: float = 1.0,  # Similarities are divided by it
+) -> Tensor:  # [M, M]
     "How alike each token is to each partner."
+
     def sized(a, v):
         v = v.to(torch.promote_types(v.dtype, torch.float32))
-        return (a, v / v.new_zeros(len(a)).index_add(0, a.rows, v * v).clamp_min(1e-12).sqrt()[a.rows]) if similarity == "cosine" else (a, v)
-    p,q = sized(*p),dense(*sized(*q)).T.contiguous()
+        return (
+            (a, v / v.new_zeros(len(a)).index_add(0, a.rows, v * v).clamp_min(1e-12).sqrt()[a.rows])
+            if similarity == "cosine"
+            else (a, v)
+        )
+
+    p, q = sized(*p), dense(*sized(*q)).T.contiguous()
     few = len(p[1]) <= sparse.pays(q.shape[1], q.shape[1], q.shape[0])
     return (decode_active(*p, q) if few else dense(*p) @ q) / temperature
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-penalty
 class Contrast(nn.Module):
     "Penalty on first latents that do not agree along a document."
+
     sequential = True
-    def __init__(self,
-        n_high:int,            # Latents it reads, the first ones
-        coeff:float,           # Weight, in shares of the variance of the activations per nat
-        similarity:str="cosine", # "cosine" or "dot"
-        temperature:float=.1,  # Similarities are divided by it
-        partner:str="previous",# "previous" or "random"
-        max_pairs:int=1024,    # Most pairs compared with each other
+
+    def __init__(
+        self,
+        n_high: int,  # Latents it reads, the first ones
+        coeff: float,  # Weight, in shares of the variance of the activations per nat
+        similarity: str = "cosine",  # "cosine" or "dot"
+        temperature: float = 0.1,  # Similarities are divided by it
+        partner: str = "previous",  # "previous" or "random"
+        max_pairs: int = 1024,  # Most pairs compared with each other
     ):
         super().__init__()
-        if coeff < 0: raise InputError(f"contrast_coeff = {coeff} is negative; give 0 or more")
-        if not temperature > 0: raise InputError(f"temperature = {temperature} must be above 0")
-        if not isinstance(max_pairs, int) or max_pairs < 2: raise InputError(f"max_pairs = {max_pairs} leaves nothing to compare; give a whole number of at least 2")
-        self.n_high,self.coeff,self.temperature,self.max_pairs = n_high,coeff,temperature,max_pairs
-        self.similarity,self.partner = one_of("similarity", similarity, ["cosine", "dot"]),one_of("partner", partner, ["previous", "random"])
+        if coeff < 0:
+            raise InputError(f"contrast_coeff = {coeff} is negative; give 0 or more")
+        if not temperature > 0:
+            raise InputError(f"temperature = {temperature} must be above 0")
+        if not isinstance(max_pairs, int) or max_pairs < 2:
+            raise InputError(
+                f"max_pairs = {max_pairs} leaves nothing to compare; give a whole number of at least 2"
+            )
+        self.n_high = n_high
+        self.coeff = coeff
+        self.temperature = temperature
+        self.max_pairs = max_pairs
+        self.similarity = one_of("similarity", similarity, ["cosine", "dot"])
+        self.partner = one_of("partner", partner, ["previous", "random"])
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-forward
 @patch
-def forward(self:Contrast,
-    sae:SAE, # Whose generator draws partners
-    o:Out,   # The pass
-)->dict:     # The term of the loss
+def forward(
+    self: Contrast,
+    sae: SAE,  # Whose generator draws partners
+    o: Out,  # The pass
+) -> dict:  # The term of the loss
     "Contrast of this batch."
     gen = sae.gen if self.training else None
-    a,b,doc = partners(o.mask, self.partner, gen)
+    a, b, doc = partners(o.mask, self.partner, gen)
     if len(a) > self.max_pairs:
-        i = torch.randperm(len(a), generator=gen)[:self.max_pairs] if self.training else torch.linspace(0, len(a) - 1, self.max_pairs).long()
-        a,b,doc = (t[i.to(t.device)] for t in (a, b, doc))
-    if len(a) == 0: return {"contrast": o.v.sum() * 0}
-    cost = info_nce(similarities(*(codes(*o.entries, t, self.n_high) for t in (a, b)), self.similarity, self.temperature), doc)
+        i = (
+            torch.randperm(len(a), generator=gen)[: self.max_pairs]
+            if self.training
+            else torch.linspace(0, len(a) - 1, self.max_pairs).long()
+        )
+        a, b, doc = (t[i.to(t.device)] for t in (a, b, doc))
+    if len(a) == 0:
+        return {"contrast": o.v.sum() * 0}
+    cost = info_nce(
+        similarities(*(codes(*o.entries, t, self.n_high) for t in (a, b)), self.similarity, self.temperature),
+        doc,
+    )
     V = (o.x - o.x.mean(0)).detach().float().pow(2).sum(-1).mean()
     o.logs["nce"] = cost.item()
     return {"contrast": self.coeff * V * cost}
@@ -113,21 +151,26 @@ def forward(self:Contrast,
 # %% ../../nbs/variants/tsae.ipynb #tsae-variant
 @composed("tsae")
 def tsae(
-    d_in:int,              # Width of the activations
-    d_sae:int,             # Number of latents
-    k:int=32,              # Latents kept per token, on average
-    high:float=.2,         # Share of the latents that are high-level, or their number
-    weights=None,          # Weights of the two reconstructions, high-level and all; None: alike
-    contrast_coeff:float=.05, # Weight of the contrast, in shares of the variance of the activations per nat
-    similarity:str="cosine", # "cosine" or "dot"
-    temperature:float=.1,  # Similarities are divided by it
-    partner:str="previous",# "previous" or "random"
-    max_pairs:int=1024,    # Most pairs compared with each other
-    seed:int=0,            # Seeds the initial weights and what is drawn
-)->SAE:                    # A two-level Matryoshka SAE with the contrast in its loss
+    d_in: int,  # Width of the activations
+    d_sae: int,  # Number of latents
+    k: int = 32,  # Latents kept per token, on average
+    high: float = 0.2,  # Share of the latents that are high-level, or their number
+    weights=None,  # Weights of the two reconstructions, high-level and all; None: alike
+    contrast_coeff: float = 0.05,  # Weight of the contrast, in shares of the variance of the activations per nat
+    similarity: str = "cosine",  # "cosine" or "dot"
+    temperature: float = 0.1,  # Similarities are divided by it
+    partner: str = "previous",  # "previous" or "random"
+    max_pairs: int = 1024,  # Most pairs compared with each other
+    seed: int = 0,  # Seeds the initial weights and what is drawn
+) -> SAE:  # A two-level Matryoshka SAE with the contrast in its loss
     "Temporal SAE."
     n = round(high * d_sae) if 0 < high <= 1 else high
-    if n != n or n != int(n) or not 1 <= n < d_sae: raise InputError(f"high = {high} does not make a part of d_sae = {d_sae} latents; give a share such as 0.2, or a number of latents above 1")
+    if n != n or n != int(n) or not 1 <= n < d_sae:
+        raise InputError(
+            f"high = {high} does not make a part of d_sae = {d_sae} latents; give a share such as 0.2, or a number of latents above 1"
+        )
     sae = MatryoshkaSAE(d_in, d_sae, k, prefixes=(int(n), d_sae), weights=weights, seed=seed)
-    sae.penalties["tsae"] = Contrast(sae.sizes[0], contrast_coeff, similarity, temperature, partner, max_pairs)
+    sae.penalties["tsae"] = Contrast(
+        sae.sizes[0], contrast_coeff, similarity, temperature, partner, max_pairs
+    )
     return sae

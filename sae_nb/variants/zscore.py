@@ -7,9 +7,11 @@ __all__ = ['zscore_gate', 'ema_weight', 'ZScoreSAE', 'mean_std']
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-imports
 import math
+
 import torch
-from torch import Tensor
 from fastcore.basics import patch
+from torch import Tensor
+
 from ..core import *
 from ..sae import *
 from ..sparse import Pieces, choose_where
@@ -17,19 +19,19 @@ from .standard import StandardSAE
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-gate
 def zscore_gate(
-    z:Tensor,    # Pre-activations, [..., d_sae]
-    mean:Tensor, # Usual value of each latent, [d_sae]
-    std:Tensor,  # Its usual deviation, [d_sae]
-    c:float,     # Deviations above the mean from which a latent fires
-)->Tensor:       # Latents, same shape, none negative
+    z: Tensor,  # Pre-activations, [..., d_sae]
+    mean: Tensor,  # Usual value of each latent, [d_sae]
+    std: Tensor,  # Its usual deviation, [d_sae]
+    c: float,  # Deviations above the mean from which a latent fires
+) -> Tensor:  # Latents, same shape, none negative
     "Keep what is more than `c` deviations above the mean, cut at zero."
     return torch.where(z > mean + c * std, z, 0).relu()
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-weight
 def ema_weight(
-    n:Tensor,    # How many values were seen, this one included
-    decay:float, # What a running mean keeps per value, once it runs
-)->Tensor:       # Weight of this value
+    n: Tensor,  # How many values were seen, this one included
+    decay: float,  # What a running mean keeps per value, once it runs
+) -> Tensor:  # Weight of this value
     "Weight of the n-th value in a running mean that does not remember its start."
     return ((1 - decay) / (1 - decay**n)).clamp_max(1)
 
@@ -37,106 +39,131 @@ def ema_weight(
 @register("variants", "zscore")
 class ZScoreSAE(StandardSAE):
     "SAE whose latents fire when they are unusually large for themselves."
+
     scaled = ("b_enc", "b_dec", "mean", "std")
-    fold = SAE.fold # rows are of length one already
-    def __init__(self,
-        d_in:int,              # Width of the activations
-        d_sae:int,             # Number of latents
-        c:float=2.,            # Deviations above its mean from which a latent fires; with `target_l0`, where c starts
-        decay:float=.99,       # Of the running mean and deviation, per batch
-        l1_coeff:float=0.,     # Weight of an L1 penalty
-        target_l0:float=None,  # Latents per token to steer c towards; None: c is fixed
-        error:str="squared",   # "squared" or "norm" (the logs')
-        init_scale:str="unit", # Columns of the first encoder: "unit", or "sqrt_d" for length 1 / sqrt(d_in)
-        seed:int=0,            # Seeds the initial weights
+    fold = SAE.fold  # rows are of length one already
+
+    def __init__(
+        self,
+        d_in: int,  # Width of the activations
+        d_sae: int,  # Number of latents
+        c: float = 2.0,  # Deviations above its mean from which a latent fires; with `target_l0`, where c starts
+        decay: float = 0.99,  # Of the running mean and deviation, per batch
+        l1_coeff: float = 0.0,  # Weight of an L1 penalty
+        target_l0: float = None,  # Latents per token to steer c towards; None: c is fixed
+        error: str = "squared",  # "squared" or "norm" (the logs')
+        init_scale: str = "unit",  # Columns of the first encoder: "unit", or "sqrt_d" for length 1 / sqrt(d_in)
+        seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, l1_coeff, None, error, "unit", seed)
-        if not math.isfinite(c): raise InputError(f"c = {c} is not a number of deviations; give something like 2")
-        if not 0 <= decay < 1: raise InputError(f"decay = {decay} must be at least 0 and below 1; 0.99 remembers 100 batches")
-        if target_l0 is not None and not 0 < target_l0 <= d_sae: raise InputError(f"target_l0 = {target_l0} must lie between 0 and d_sae = {d_sae}")
-        self.decay,self.target_l0 = decay,target_l0
-        if one_of("init_scale", init_scale, ["unit", "sqrt_d"]) == "sqrt_d": self.W_enc.data.div_(math.sqrt(d_in))
+        if not math.isfinite(c):
+            raise InputError(f"c = {c} is not a number of deviations; give something like 2")
+        if not 0 <= decay < 1:
+            raise InputError(f"decay = {decay} must be at least 0 and below 1; 0.99 remembers 100 batches")
+        if target_l0 is not None and not 0 < target_l0 <= d_sae:
+            raise InputError(f"target_l0 = {target_l0} must lie between 0 and d_sae = {d_sae}")
+        self.decay = decay
+        self.target_l0 = target_l0
+        if one_of("init_scale", init_scale, ["unit", "sqrt_d"]) == "sqrt_d":
+            self.W_enc.data.div_(math.sqrt(d_in))
         self.register_buffer("c", torch.tensor(float(c)))
-        for n in ("mean", "std"): self.register_buffer(n, torch.zeros(d_sae))
-        self.register_buffer("n_batches", torch.zeros(d_sae, dtype=torch.long)) # seen by each latent
+        for n in ("mean", "std"):
+            self.register_buffer(n, torch.zeros(d_sae))
+        self.register_buffer("n_batches", torch.zeros(d_sae, dtype=torch.long))  # seen by each latent
 
     @property
-    def threshold(self): return self.mean + self.c * self.std # [d_sae], in units of z
+    def threshold(self):  # [d_sae], in units of z
+        return self.mean + self.c * self.std
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-moments
 def mean_std(
-    z:Tensor,      # [n_tokens, n]
-    rows:int=128,  # Tokens taken at a time
-)->tuple:          # Mean and standard deviation over the tokens, each [n], float32 or better
+    z: Tensor,  # [n_tokens, n]
+    rows: int = 128,  # Tokens taken at a time
+) -> tuple:  # Mean and standard deviation over the tokens, each [n], float32 or better
     "In two passes that stay in the cache; a tenth of the time of `torch.var_mean` over the first axis."
-    z = z if z.dtype == torch.float64 else z.float(); n = len(z)
+    z = z if z.dtype == torch.float64 else z.float()
+    n = len(z)
     mean = z.new_full((n,), 1 / n) @ z
-    return mean,sum(z.new_full((len(p),), 1 / n) @ (p - mean).square_() for p in z.split(rows)).sqrt()
+    return mean, sum(z.new_full((len(p),), 1 / n) @ (p - mean).square_() for p in z.split(rows)).sqrt()
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-observe
 @patch
 @torch.no_grad()
-def observe(self:ZScoreSAE,
-    z:Tensor, # Pre-activations of some latents on the tokens that count, [n_tokens, n]
-    at:slice=slice(None), # Which latents
+def observe(
+    self: ZScoreSAE,
+    z: Tensor,  # Pre-activations of some latents on the tokens that count, [n_tokens, n]
+    at: slice = slice(None),  # Which latents
 ):
     "Take a batch into the running mean and deviation."
-    if len(z) == 0: return
+    if len(z) == 0:
+        return
     self.n_batches[at] += 1
     w = ema_weight(self.n_batches[at].float(), self.decay)
-    for kept,now in zip((self.mean, self.std), mean_std(z)): kept[at] = torch.lerp(kept[at].to(now), now, w.to(now)).to(kept)
+    for kept, now in zip((self.mean, self.std), mean_std(z)):
+        kept[at] = torch.lerp(kept[at].to(now), now, w.to(now)).to(kept)
 
+# %% ../../nbs/variants/zscore.ipynb #zscore-observe-calibrates
 @patch(as_prop=True)
-def calibrates(self:ZScoreSAE)->bool:
+def calibrates(self: ZScoreSAE) -> bool:
     "Always."
     return True
 
+
 @patch
-def calibrate(self:ZScoreSAE, z, at)->Tensor:
+def calibrate(self: ZScoreSAE, z, at) -> Tensor:
     "Every training batch moves the statistics."
     self.observe(z.detach(), at)
     return z
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-activate
 @patch
-def activate(self:ZScoreSAE,
-    z:Tensor, # Pre-activations, [..., d_sae]
-)->Tensor:    # Latents, same shape
+def activate(
+    self: ZScoreSAE,
+    z: Tensor,  # Pre-activations, [..., d_sae]
+) -> Tensor:  # Latents, same shape
     "What is unusually large for its latent."
-    mean,std,new = self.mean,self.std,self.n_batches == 0
+    mean = self.mean
+    std = self.std
+    new = self.n_batches == 0
     if new.any():
         mean = torch.where(new, z.detach().float().mean(-1, keepdim=True), mean)
         std = torch.where(new, z.detach().float().std(-1, keepdim=True, correction=0), std)
     return zscore_gate(z, mean, std, self.c)
 
+# %% ../../nbs/variants/zscore.ipynb #zscore-activate-active
 @patch
-def active(self:ZScoreSAE, p:Pieces)->tuple:
+def active(self: ZScoreSAE, p: Pieces) -> tuple:
     "The same in training, where the batch itself has given every latent its statistics."
     return choose_where(p, lambda at: self.threshold[at].clamp_min(0))
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-sparsity
 @patch
 @torch.no_grad()
-def follow(self:ZScoreSAE,
-    l0:Tensor,      # Latents per token of the batch
-    rate:float=.05, # η
+def follow(
+    self: ZScoreSAE,
+    l0: Tensor,  # Latents per token of the batch
+    rate: float = 0.05,  # η
 ):
     "Move c towards where L0 is `target_l0`."
     off = (l0.clamp_min(1e-2) / self.target_l0).log().clamp(-1.5, 1.5)
-    self.c.add_((rate * off).to(self.c)).clamp_min_(-5.)
+    self.c.add_((rate * off).to(self.c)).clamp_min_(-5.0)
 
+# %% ../../nbs/variants/zscore.ipynb #zscore-sparsity-sparsity
 @patch
-def sparsity(self:ZScoreSAE, o:Out)->dict:
+def sparsity(self: ZScoreSAE, o: Out) -> dict:
     "Nothing to pay, unless an L1 penalty is asked for."
-    if self.training and self.target_l0: self.follow(o.l0)
+    if self.training and self.target_l0:
+        self.follow(o.l0)
     o.logs["c"] = self.c.item()
     return StandardSAE.sparsity(self, o) if self.price.coeff > 0 else {}
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-forget
 @patch
 @torch.no_grad()
-def forget(self:ZScoreSAE,
-    idx:Tensor, # Latents whose weights were replaced, [n]
+def forget(
+    self: ZScoreSAE,
+    idx: Tensor,  # Latents whose weights were replaced, [n]
 ):
     "Start the statistics of some latents anew."
-    for b in (self.mean, self.std, self.n_batches): b[idx] = 0
+    for b in (self.mean, self.std, self.n_batches):
+        b[idx] = 0
