@@ -7,8 +7,6 @@ from pathlib import Path
 import inputs as I
 import torch
 
-from sae_nb import world
-from sae_nb.codes import pooled
 from sae_nb.evals.absorption import (
     absorption_fraction,
     ascii_words,
@@ -19,11 +17,13 @@ from sae_nb.evals.absorption import (
     k_sparse,
     word_scores,
 )
+from sae_nb.evals.codes import pooled
 from sae_nb.evals.core import Core
 from sae_nb.evals.sparse_probing import best_epoch, sparse_probe, top_k
+from sae_nb.evals.store import Store
 from sae_nb.lm import load_lm
 from sae_nb.metrics import unit
-from sae_nb.store import Store
+from sae_nb.world import language as world
 
 
 def fixture(what):

@@ -29,10 +29,10 @@ import torch
 from torch.nn import functional as F
 
 spec = importlib.util.spec_from_file_location(
-    "sparse_cuda", Path(__file__).resolve().parent.parent / "sae_nb/sparse_cuda.py"
+    "cuda", Path(__file__).resolve().parent.parent / "sae_nb/speed/cuda.py"
 )
 S = importlib.util.module_from_spec(spec)
-sys.modules["sparse_cuda"] = S
+sys.modules["cuda"] = S
 spec.loader.exec_module(S)
 LR, BETAS, CLIP = 1e-4, (0.9, 0.999), 1.0
 

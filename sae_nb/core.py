@@ -96,8 +96,8 @@ def names(
 ) -> list:  # Registered names, sorted
     "Every name registered under `kind`, after importing every module of it."
     pkg = importlib.import_module(f"sae_nb.{kind}")
-    for m in pkgutil.iter_modules(pkg.__path__):
-        importlib.import_module(f"{pkg.__name__}.{m.name}")
+    for m in pkgutil.walk_packages(pkg.__path__, f"{pkg.__name__}."):
+        importlib.import_module(m.name)
     return sorted(n for k, n in found if k == kind)
 
 # %% ../nbs/00_core.ipynb #core-find-find

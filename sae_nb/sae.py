@@ -20,9 +20,9 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from . import sparse
 from .core import *
-from sae_nb.sparse import (
+from .speed import sparse
+from sae_nb.speed.sparse import (
     Active,
     Pieces,
     Rough,

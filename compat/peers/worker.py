@@ -33,7 +33,7 @@ class Ours:
     def __init__(self, w, x):
         from sae_nb.core import Batch
         from sae_nb.sae import build, options, parts_of
-        from sae_nb.sparse import only
+        from sae_nb.speed.sparse import only
         from sae_nb.train import Trainee, TrainConfig
         o = dict(w["options"])
         self.road, self.batch, self.i = (lambda road=o.pop("road", ""): only(road)), Batch(x), 0

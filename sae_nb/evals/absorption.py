@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .. import world as W
 from ..acts import WorldSource, count_mask
-from ..codes import bootstrap, dictionary_sae, latents_of, wilson
 from ..core import InputError, register
-from ..envelope import configure, envelope, settle
+from .codes import bootstrap, dictionary_sae, latents_of, wilson
+from .envelope import configure, envelope, settle
+from .store import Store
 from ..lm import LM
 from ..metrics import unit
-from ..store import Store
+from ..world import language as W
 
 # %% ../../nbs/evals/absorption.ipynb #abs-config
 alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import Batch, InputError, counted, register
-from ..envelope import configure, envelope, settle
+from .envelope import configure, envelope, settle
+from .store import Store
 from ..lm import next_in_doc
 from ..metrics import Running, loss_recovered, nearest_cos, random_like, ratio_se, unit
 from ..sae import SAE
-from ..store import Store
 
 # %% ../../nbs/evals/core.ipynb #core-eval-config
 @dataclass

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .. import world as W
-from ..codes import bootstrap, latents_of
 from ..core import *
-from ..envelope import configure, envelope, settle
-from ..store import Store, blocks
-from ..texts import why_not
+from .codes import bootstrap, latents_of
+from .envelope import configure, envelope, settle
+from .store import Store, blocks
+from .texts import why_not
+from ..world import language as W
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config
 @dataclass

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..codes import latents_of, mean_pool
 from ..core import *
-from ..envelope import configure, envelope, settle
-from ..store import Store, blocks, digest
-from ..texts import Texts, saebench_sets, text_set, world_sets
+from .codes import latents_of, mean_pool
+from .envelope import configure, envelope, settle
+from .store import Store, blocks, digest
+from .texts import Texts, saebench_sets, text_set, world_sets
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-config
 schema_ks = (1, 2, 5, 10, 20, 50, 100)  # The ones SAEBench's file has names for

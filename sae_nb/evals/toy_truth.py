@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import InputError, register
-from ..envelope import configure, envelope, settle
 from .core import random_sae
+from .envelope import configure, envelope, settle
 from ..metrics import *
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-config

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import Out
-from ..sparse import Pieces, affine, choose_topk, decode_active, encode_active, encode_dense, pays
+from ..speed.sparse import Pieces, affine, choose_topk, decode_active, encode_active, encode_dense, pays
 from ..train import Recipe
 
 # %% ../../nbs/trainers/auxk.ipynb #auxk-class

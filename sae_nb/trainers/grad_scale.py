@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import *
-from ..sparse import per_latent
+from ..speed.sparse import per_latent
 from ..train import Recipe
 
 # %% ../../nbs/trainers/grad_scale.ipynb #grad-scale-share

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import *
-from ..sparse import Active
+from ..speed.sparse import Active
 from ..train import Recipe
 from .resample import restart
 

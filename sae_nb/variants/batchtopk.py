@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import *
-from ..sparse import Pieces, choose_batch
+from ..speed.sparse import Pieces, choose_batch
 from .topk import TopKSAE, topk
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-function

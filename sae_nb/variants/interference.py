@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from ..sparse import dense, entries_of, per_latent, spmm, spmm_t
+from ..speed.sparse import dense, entries_of, per_latent, spmm, spmm_t
 
 # %% ../../nbs/variants/interference.ipynb #interference-follow
 def times(f, T):  # f T, [n_tokens, l]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from ..sparse import Pieces, choose_where
+from ..speed.sparse import Pieces, choose_where
 from .standard import Price
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-jump

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import *
-from ..sparse import decode_active
+from ..speed.sparse import decode_active
 from .batchtopk import BatchTopKSAE
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-sizes

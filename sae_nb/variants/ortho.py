@@ -16,10 +16,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import sparse
 from ..core import *
 from ..sae import *
-from sae_nb.sparse import (
+from ..speed import sparse
+from sae_nb.speed.sparse import (
     Active,
     Pieces,
     choose_topk,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from ..sparse import Active, sampled, spmm, spmm_t
+from ..speed.sparse import Active, sampled, spmm, spmm_t
 
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-nearest
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from ..sparse import Pieces, choose_where
+from ..speed.sparse import Pieces, choose_where
 
 # %% ../../nbs/variants/standard.ipynb #standard-price
 class Price(nn.Module):

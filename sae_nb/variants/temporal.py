@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..core import *
 from ..sae import *
-from ..sparse import by_columns
+from ..speed.sparse import by_columns
 from ..train import Recipe
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-same

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import *
-from ..sparse import Pieces, choose_topk
+from ..speed.sparse import Pieces, choose_topk
 
 # %% ../../nbs/variants/topk.ipynb #topk-function
 def topk(

@@ -11,10 +11,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import sparse
 from ..core import *
 from ..sae import *
-from ..sparse import Active, decode_active, dense
+from ..speed import sparse
+from ..speed.sparse import Active, decode_active, dense
 from .matryoshka import MatryoshkaSAE
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-partners
