@@ -610,7 +610,7 @@ def train(
         for t in ts:
             gone = {
                 n: type(r).registered
-                for r in t.sae.recipes
+                for r in t.sae.trainers
                 for n in (*r.replaces, getattr(r, "registered", ""))
                 if n in self.recipes
             }

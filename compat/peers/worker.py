@@ -33,10 +33,10 @@ class Ours:
     def __init__(self, w, x):
         from sae_nb.core import Batch
         from sae_nb.sae import build, options, parts_of
-        from sae_nb.speed.sparse import only
+        from sae_nb.speed.sparse import using
         from sae_nb.train import Trainee, TrainConfig
         o = dict(w["options"])
-        self.road, self.batch, self.i = (lambda road=o.pop("road", ""): only(road)), Batch(x), 0
+        self.road, self.batch, self.i = (lambda road=o.pop("road", ""): using(road=road)), Batch(x), 0
         if w["variant"] == "matryoshka": o["prefixes"] = tuple(w["prefixes"])
         if "k" in options(*parts_of(w["variant"], o.get("base"))): o["k"] = w["k"]
         self.sae = build(w["variant"], w["d_in"], w["d_sae"], seed=w["seed"], **o).to(x.dtype)

@@ -247,7 +247,7 @@ def shuffle_test(
     stream,  # Stream of rows
     held: list,  # Held-out batches of rows
     cfg: TrainConfig,  # Resolved
-    recipes=(),  # Names of recipes
+    trainers=(),  # Names of trainers
     seed: int = 0,  # Seeds the dealing
 ) -> tuple:  # ({base, context, base_shuffled, context_shuffled: explained variance}, the four trainees)
     "Train base and context in order and between strangers, and judge each on rows of its own kind."
@@ -260,7 +260,7 @@ def shuffle_test(
         ("_shuffled", Strangers(stream, seed), [deal(b, gen) for b in held]),
     ):
         stream.load_state(start)
-        ts = [Trainee(sae, cfg, recipes, n + suffix) for n, sae in make().items()]
+        ts = [Trainee(sae, cfg, trainers, n + suffix) for n, sae in make().items()]
         for t in train(ts, s, quiet=True):
             if t.failed:
                 raise TrainingError(t.failed)

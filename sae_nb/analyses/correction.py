@@ -14,11 +14,11 @@ import torch
 
 from ..core import *
 from ..metrics import effective_rank, nearest_cos
-from ..train import Recipe
+from ..train import Trainer
 from ..variants.interference import follow
 
 # %% ../../nbs/analyses/correction.ipynb #correction-watch
-class Watch(Recipe):
+class Watch(Trainer):
     "Write thresholds and the diversity of the decoder into the history."
 
     quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -20,12 +20,12 @@ from ..core import *
 from ..metrics import cosines, unit
 from ..sae import SAE
 from ..toy import Toy
-from ..train import Recipe
+from ..train import Trainer
 from ..variants.ortho import pair_scores
 from ..variants.topk import topk
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-watch
-class PairWatch(Recipe):
+class PairWatch(Trainer):
     "Records which pairs a `PairPenalty` selected."
 
     def __init__(
@@ -148,7 +148,7 @@ def plot_stability(
     return fig
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-snapshots
-class Snapshots(Recipe):
+class Snapshots(Trainer):
     "Keeps copies of the SAE; for toys, and not carried by checkpoints."
 
     def __init__(

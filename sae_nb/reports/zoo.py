@@ -25,7 +25,7 @@ def anatomy(
         sparsifier=type(sae).registered,
         fronts=plus(sae.fronts),
         penalties=plus(sae.penalties),
-        recipes=plus(getattr(r, "registered", type(r).__name__.lower()) for r in sae.recipes),
+        recipes=plus(getattr(r, "registered", type(r).__name__.lower()) for r in sae.trainers),
         looks_along_rows="yes" if sae.sequential else "",
         parameters=sum(p.numel() for p in sae.parameters()),
     )

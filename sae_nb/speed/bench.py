@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..core import *
 from ..sae import *
-from . import sparse
+from . import choose, rough
 from ..train import *
 
 # %% ../../nbs/speed/bench.ipynb #bench-interleave
@@ -314,13 +314,13 @@ def record(
         *(
             (o, n, "choose")
             for o, n in (
-                (sparse.Rough, "__init__"),
-                (sparse.Rough, "topk"),
-                (sparse.Rough, "where"),
-                (sparse.Rough, "largest"),
-                (sparse, "_topk"),
-                (sparse, "_found"),
-                (sparse, "largest"),
+                (rough.Rough, "__init__"),
+                (rough.Rough, "topk"),
+                (rough.Rough, "where"),
+                (rough.Rough, "largest"),
+                (choose, "_topk"),
+                (choose, "true_places"),
+                (choose, "largest"),
             )
         ),
     ]

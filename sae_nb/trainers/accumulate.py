@@ -7,11 +7,11 @@ __all__ = ['Accumulate']
 
 # %% ../../nbs/trainers/accumulate.ipynb #accumulate-imports
 from ..core import *
-from ..train import Recipe
+from ..train import Trainer
 
 # %% ../../nbs/trainers/accumulate.ipynb #accumulate-class
 @register("trainers", "accumulate")
-class Accumulate(Recipe):
+class Accumulate(Trainer):
     "Several batches per update."
 
     def __init__(

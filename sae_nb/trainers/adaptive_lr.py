@@ -10,11 +10,11 @@ import torch
 from fastcore.basics import patch
 
 from ..core import *
-from ..train import Recipe
+from ..train import Trainer
 
 # %% ../../nbs/trainers/adaptive_lr.ipynb #adaptive-lr-class
 @register("trainers", "adaptive_lr")
-class AdaptiveLR(Recipe):
+class AdaptiveLR(Trainer):
     "Learning rate that falls with every clipped gradient and recovers in quiet."
 
     def __init__(

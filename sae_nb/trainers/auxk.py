@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import Out
-from ..speed.sparse import Pieces, affine, choose_topk, decode_active, encode_active, encode_dense, pays
-from ..train import Recipe
+from ..speed.choose import Pieces, choose_topk
+from ..speed.sparse import affine, decode_active, encode_active, encode_dense, pays
+from ..train import Trainer
 
 # %% ../../nbs/trainers/auxk.ipynb #auxk-class
 @register("trainers", "auxk")
-class AuxK(Recipe):
+class AuxK(Trainer):
     "Auxiliary loss that lets dead latents learn the residual."
 
     def __init__(
@@ -38,7 +39,7 @@ def explained(
     W: Tensor,  # Their decoder rows, [n, d_in]
 ) -> Tensor:  # [n_tokens, d_in]
     "What the `k` largest of some latents reconstruct, each judged against its own mean if that is negative."
-    if o.made is None:
+    if getattr(o, "made", None) is None:
         z = o.z[:, dead]
         return _largest(z - z.detach().mean(0).clamp_max(0), k) @ W
     reads, b, c = o.made_of(dead)

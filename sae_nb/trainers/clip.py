@@ -7,11 +7,11 @@ __all__ = ['Clip']
 
 # %% ../../nbs/trainers/clip.ipynb #clip-imports
 from ..core import *
-from ..train import Recipe
+from ..train import Trainer
 
 # %% ../../nbs/trainers/clip.ipynb #clip-class
 @register("trainers", "clip")
-class Clip(Recipe):
+class Clip(Trainer):
     "Largest gradient norm of a step."
 
     def __init__(

@@ -11,8 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import *
-from ..speed.sparse import per_latent
-from ..train import Recipe
+from ..train import Trainer
 
 # %% ../../nbs/trainers/grad_scale.ipynb #grad-scale-share
 def importance_factor(
@@ -24,7 +23,7 @@ def importance_factor(
 
 # %% ../../nbs/trainers/grad_scale.ipynb #grad-scale-class
 @register("trainers", "grad_scale")
-class GradScale(Recipe):
+class GradScale(Trainer):
     "Learning of each latent scaled by its importance."
 
     def __init__(
@@ -47,8 +46,8 @@ class GradScale(Recipe):
 @torch.no_grad()
 def after_loss(self: GradScale, t, o):
     "Add the batch to the importances."
-    v = o.v.float().abs()
-    size = (v.sum(0) if o.active is None else per_latent(o.active, v)) * t.sae.W_dec.float().norm(dim=-1)
+    v = o.values.float().abs()
+    size = o.per_latent(v) * t.sae.W_dec.float().norm(dim=-1)
     self._sum = size if self._sum is None else self._sum.to(size) + size
     self._n += len(o.x)
 

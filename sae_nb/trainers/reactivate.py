@@ -12,13 +12,14 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import *
-from ..speed.sparse import Active
-from ..train import Recipe
+from ..speed.roads import entries
+from ..speed.sparse import Places
+from ..train import Trainer
 from .resample import restart
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-class
 @register("trainers", "reactivate")
-class Reactivate(Recipe):
+class Reactivate(Trainer):
     "Restart silent latents where interference is highest."
 
     replaces = ("auxk", "resample")
@@ -63,7 +64,7 @@ class Reactivate(Recipe):
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-where
 @torch.no_grad()
 def conflicts(
-    a: Active,
+    a: Places,
     v: Tensor,  # Which latents are on, and how strongly, [n_on]
     idx: Tensor,  # Latents the weights speak of, [m]
     W: Tensor,  # Weights of their pairs, [m, m], symmetric
@@ -98,7 +99,7 @@ def draw(
 ) -> tuple:  # (directions [k, d_in], whether they were drawn by residual)
     "Residuals of tokens on which the heaviest pairs fire together."
     e = (o.x - o.x_hat).detach()
-    p = conflicts(*o.entries, *t.sae.penalties["interference"].pairs()[:2], self.heaviest).cpu()
+    p = conflicts(*entries(o), *t.sae.penalties["interference"].pairs()[:2], self.heaviest).cpu()
     r = e.float().pow(2).sum(-1).cpu() + 1e-12
     by_residual = not bool(p.sum() > 0)
     p = (

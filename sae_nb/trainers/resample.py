@@ -10,11 +10,11 @@ import torch
 from fastcore.basics import patch
 
 from ..core import *
-from ..train import Recipe
+from ..train import Trainer
 
 # %% ../../nbs/trainers/resample.ipynb #resample-class
 @register("trainers", "resample")
-class Resample(Recipe):
+class Resample(Trainer):
     "Restart dead latents on badly reconstructed tokens."
 
     def __init__(

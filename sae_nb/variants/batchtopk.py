@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import *
-from ..speed.sparse import Pieces, choose_batch
 from .topk import TopKSAE, topk
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-function
@@ -33,6 +32,7 @@ class BatchTopKSAE(TopKSAE):
     "SAE that keeps `k` latents per token on average."
 
     scaled = ("b_enc", "b_dec", "threshold")
+    road = "batchtopk"
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ def activate(
         return topk(z, self.k)
     return torch.where(z > self.threshold, z, 0).relu()
 
-# %% ../../nbs/variants/batchtopk.ipynb #batchtopk-active
+# %% ../../nbs/variants/batchtopk.ipynb #batchtopk-follow
 @patch
 @torch.no_grad()
 def follow(
@@ -70,15 +70,3 @@ def follow(
     "Move the threshold towards what a batch kept."
     self.n_batches += 1
     self.threshold.lerp_(tau.to(self.threshold), max(1 / self.n_batches.item(), 0.1))
-
-# %% ../../nbs/variants/batchtopk.ipynb #batchtopk-active-active
-@patch
-def active(self: BatchTopKSAE, p: Pieces) -> tuple:
-    "The batch's largest, as places."
-    found = choose_batch(p, self.k)
-    if found is None:
-        return None
-    v = found[1]
-    pos = v[v > 0]
-    self.follow(pos.min() if len(pos) else v.new_zeros(()))
-    return found

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from ..speed.sparse import Pieces, choose_where
-from .standard import Price
+from .standard import Price, StandardSAE
 
 # %% ../../nbs/variants/gated.ipynb #gated-class
 @register("variants", "gated")
@@ -21,6 +20,7 @@ class GatedSAE(SAE):
     "SAE with a gate that is taxed and a magnitude that is not."
 
     scaled = ("b_enc", "b_dec", "b_mag")
+    road = "threshold"
 
     def __init__(
         self,
@@ -55,11 +55,17 @@ def latent(self: GatedSAE, z, at) -> Tensor:
     "The magnitude where the gate is open."
     return self.magnitude(z, at) * (z > 0)
 
-# %% ../../nbs/variants/gated.ipynb #gated-activate-active
+# %% ../../nbs/variants/gated.ipynb #gated-level
 @patch
-def active(self: GatedSAE, p: Pieces) -> tuple:
-    "Where the gate is open."
-    return choose_where(p, 0)
+def level(self: GatedSAE, latents: slice) -> float:
+    "Only where the gate is open can a latent be on."
+    return 0.0
+
+
+@patch(cls_method=True)
+def aim(cls: GatedSAE, k, l1, given) -> dict:
+    "L0 is steered to `k`, unless a coefficient is given."
+    return StandardSAE.aim(k, l1, given)
 
 # %% ../../nbs/variants/gated.ipynb #gated-loss
 @patch

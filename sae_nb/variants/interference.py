@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from ..speed.sparse import dense, entries_of, per_latent, spmm, spmm_t
+from ..speed.roads import stored
+from ..speed.sparse import dense, entries_of, latent_sums, spmm, spmm_t
 
 # %% ../../nbs/variants/interference.ipynb #interference-follow
 def times(f, T):  # f T, [n_tokens, l]
@@ -105,7 +106,7 @@ def remember(
         sq = f.pow(2).sum(0)
     else:
         N, f = len(f[0]), (f[0], f[1].float())
-        sq = per_latent(f[0], f[1] ** 2)
+        sq = latent_sums(f[0], f[1] ** 2)
     if N == 0:
         return
     self.count += 1
@@ -162,7 +163,7 @@ def forward(
 ) -> dict:  # The term of the loss
     "What the pairs above the threshold pay."
     if self.training:
-        self.remember(o.v if o.active is None else (o.active, o.v), sae.gen)
+        self.remember(stored(o), sae.gen)
     idx, W, left = self.pairs()
     each = W.sum(1)
     total = each.sum()

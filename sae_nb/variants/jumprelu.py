@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from ..speed.sparse import Pieces, choose_where
 from .standard import Price
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-jump
@@ -62,6 +61,8 @@ class Step(torch.autograd.Function):
 class JumpReLUSAE(SAE):
     "SAE with a learned threshold per latent and a price on every active latent."
 
+    road = "threshold"
+
     def __init__(
         self,
         d_in: int,  # Width of the activations
@@ -103,9 +104,15 @@ def latent(self: JumpReLUSAE, z, at) -> Tensor:
 
 
 @patch
-def active(self: JumpReLUSAE, p: Pieces) -> tuple:
-    "What exceeds the threshold, and what lies close enough below it that the threshold hears of it."
-    return choose_where(p, lambda at: self.threshold.detach()[at] - self.bandwidth / 2)
+def level(self: JumpReLUSAE, latents: slice) -> Tensor:
+    "What lies close below the threshold counts too: the threshold hears of it."
+    return self.threshold.detach()[latents] - self.bandwidth / 2
+
+# %% ../../nbs/variants/jumprelu.ipynb #jumprelu-aim
+@patch(cls_method=True)
+def aim(cls: JumpReLUSAE, k, l1, given) -> dict:
+    "L0 is steered to `k`, unless the price of a latent is given."
+    return {} if "l0_coeff" in given else {"target_l0": float(k)}
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-calibrate
 @patch(as_prop=True)
@@ -131,7 +138,11 @@ def sparsity(self: JumpReLUSAE, o: Out) -> dict:
     "The price of the active latents."
     w = self.price(self, o)
     o.logs["l0_coeff"] = w.item()
-    n = Step.apply(o.z, o.at(self.threshold), self.bandwidth) if self.penalty == "step" else (4 * o.v).tanh()
+    n = (
+        Step.apply(o.z, o.at(self.threshold), self.bandwidth)
+        if self.penalty == "step"
+        else (4 * o.values).tanh()
+    )
     return {"l0_cost": w * o.per_token(n)}
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-steps

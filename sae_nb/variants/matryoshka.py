@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import *
-from ..speed.sparse import decode_active
 from .batchtopk import BatchTopKSAE
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-sizes
@@ -108,19 +107,18 @@ def nested(
         x_hat, a = x_hat + f[..., a:m] @ self.W_dec[a:m], m
         yield x_hat
 
-# %% ../../nbs/variants/matryoshka.ipynb #matryoshka-nested-nested-sparse
+# %% ../../nbs/variants/matryoshka.ipynb #matryoshka-inner-levels
 @patch
-def nested_sparse(
+def inner_levels(
     self: MatryoshkaSAE,
-    o: Out,  # A sparse pass
+    o: Out,  # A pass
     sizes: list,  # Rising numbers of latents
 ):  # Yields reconstructions, [n_tokens, d_in], one per level
-    "The same from places and values."
-    x_hat, a = self.b_dec, 0
-    for m in sizes:
-        part, keep = o.active.between(a, m)
-        x_hat = x_hat + decode_active(part, o.v[keep], self.W_dec[a:m])
-        a = m
+    "The same from the latents of a pass, whatever form they have."
+    x_hat, first = self.b_dec, 0
+    for stop in sizes:
+        x_hat = x_hat + o.decode(o.values, self.W_dec, slice(first, stop))
+        first = stop
         yield x_hat
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-levels
@@ -135,11 +133,9 @@ def reconstruction(self: MatryoshkaSAE, o: Out) -> dict:
     "Mean over levels of the squared error."
     sizes = self.levels()
     x = o.x - self.skip * o.x if self.skip else o.x
+    errors = [(x - x_hat).pow(2).sum(-1).mean() for x_hat in self.inner_levels(o, sizes[:-1])]
     full = SAE.reconstruction(self, o)["mse"]
-    errs = [
-        (x - x_hat).pow(2).sum(-1).mean()
-        for x_hat in (self.nested(o.v, sizes[:-1]) if o.active is None else self.nested_sparse(o, sizes[:-1]))
-    ] + [full]
-    w = self.weights if len(self.weights) == len(sizes) else [1.0] * len(sizes)
     o.logs["mse"] = full.item()
-    return {"nested_mse": sum(a * e for a, e in zip(w, errs)) / sum(w)}
+    weights = self.weights if len(self.weights) == len(sizes) else [1.0] * len(sizes)
+    weighted = [weight * error for weight, error in zip(weights, [*errors, full])]
+    return {"nested_mse": sum(weighted) / sum(weights)}

@@ -18,16 +18,16 @@ from torch.nn import functional as F
 
 from ..core import *
 from ..sae import *
-from ..speed import sparse
+from ..speed.choose import Pieces, choose_topk
+from ..speed.roads import entries, stored
 from sae_nb.speed.sparse import (
-    Active,
-    Pieces,
-    choose_topk,
+    Places,
     dense,
     encode_active,
     entries_of,
-    per_latent,
+    latent_sums,
     sampled,
+    settings,
     spmm,
     spmm_t,
 )
@@ -99,7 +99,7 @@ class Listing:
     @torch.no_grad()
     def __init__(
         self,
-        a: Active,
+        a: Places,
         v: Tensor,  # Which latents are on, and how strongly, [n_on]
     ):
         v = _wide(v)
@@ -107,7 +107,7 @@ class Listing:
         self.order = (a.rows * a.d_sae + a.cols).argsort()  # latents of a token rise
         self.cols = a.cols[self.order]
         self.v = v[self.order]
-        self.size = per_latent(a, v * v).sqrt()[self.cols]  # length of the entry's column
+        self.size = latent_sums(a, v * v).sqrt()[self.cols]  # length of the entry's column
         self.later = (
             a.starts[1:][a.rows] - 1 - torch.arange(len(v), device=v.device)
         )  # entries after it in its token
@@ -295,17 +295,17 @@ def largest_pre(
     k: int,  # Per token
 ) -> tuple:  # (places, their pre-activations with a graph, negative ones at 0, [n_on])
     "The `k` largest pre-activations of every token."
-    N = len(o.z) if o.active is None else len(o.active)
 
-    def piece(at):
+    def piece(latents):
         with torch.no_grad():
-            return o.z_of(at)
+            return o.pre_of(latents)
 
-    a, z = choose_topk(Pieces(piece, N, sae.d_sae), k)
-    if o.made is None:
-        return a, o.z[a.rows, a.cols].relu()
-    reads, b, c = o.made
-    return a, encode_active(a, z, b, reads, c).relu()
+    places, z = choose_topk(Pieces(piece, len(o.x), sae.d_sae), k)
+    made = getattr(o, "made", None)
+    if made is None:
+        return places, o.z[places.rows, places.cols].relu()
+    reads, b, c = made
+    return places, encode_active(places, z, b, reads, c).relu()
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-random-pairs
 def random_pairs(
@@ -328,7 +328,7 @@ def random_pairs(
 # %% ../../nbs/variants/ortho.ipynb #ortho-given
 def _places(i, j, n):
     "Pairs in the order of (i, j) as places of a sparse [n, n] matrix."
-    return Active(j, F.pad(torch.bincount(i, minlength=n).cumsum(0), (1, 0)), n)
+    return Places(j, F.pad(torch.bincount(i, minlength=n).cumsum(0), (1, 0)), n)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-given-given-pairs
 @torch.no_grad()
@@ -374,7 +374,7 @@ class PairCost(torch.autograd.Function):
         a = ctx.a
         p = ctx.p
         g = ctx.slope
-        norm = v.norm(dim=0) if a is None else per_latent(a, v * v).sqrt()
+        norm = v.norm(dim=0) if a is None else latent_sums(a, v * v).sqrt()
         ni, nj = norm[p.i], norm[p.j]
         D = ni * nj + 1e-8
         m = g / D
@@ -506,7 +506,7 @@ def weights(self: PairPenalty) -> Tensor:  # Mean 1, [n]; None: all alike
 @torch.no_grad()
 def learn(
     self: PairPenalty,
-    a: Active,
+    a: Places,
     grad: Tensor,  # Where latents are on, and the gradient of the loss there, [n_on]
     e: Tensor,  # Gradient with respect to the reconstruction, [n_tokens, d_in]
     W: Tensor,  # Decoder, [n, d_in]
@@ -514,26 +514,28 @@ def learn(
     "One step of the running mean."
     if not len(e):
         return
-    e, step = e.contiguous(), max(1, sparse.room // len(e))
+    e, step = e.contiguous(), max(1, settings().room // len(e))
     size = torch.cat(
         [torch.linalg.vector_norm(e @ w.T, 1, dim=0, dtype=_wide(e).dtype) for w in W.split(step)]
     )
-    size += per_latent(a, _wide(grad).abs() - _wide(sampled(a, e, W)).abs())
+    size += latent_sums(a, _wide(grad).abs() - _wide(sampled(a, e, W)).abs())
     self.mean_grad.lerp_((size / len(e)).to(self.mean_grad), 0.01)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-importance-watch
 @patch
 def watch(self: PairPenalty, sae: SAE, o: Out):
     "Learn when the gradients of this pass arrive, that of the reconstruction first."
-    e, (a, v) = [], o.entries
+    places, v = entries(o)
     on = (v > 0).nonzero()[:, 0]
-    a = Active(a.cols[on], F.pad((v > 0).cumsum(0), (1, 0))[a.starts], a.d_sae)
-    o.x_hat.register_hook(e.append)
-    o.v.register_hook(
-        lambda g: self.learn(
-            a, g[on] if o.active is not None else g[a.rows, a.cols], e.pop(), sae.W_dec.detach()
-        )
-    )
+    fired = Places(places.cols[on], F.pad((v > 0).cumsum(0), (1, 0))[places.starts], places.d_sae)
+    from_reconstruction = []
+
+    def arrived(g):
+        of_entries = g[fired.rows, fired.cols] if g.ndim == 2 else g[on]
+        self.learn(fired, of_entries, from_reconstruction.pop(), sae.W_dec.detach())
+
+    o.x_hat.register_hook(from_reconstruction.append)
+    o.values.register_hook(arrived)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-select
 @patch
@@ -566,8 +568,8 @@ def select(
 def scored(self: PairPenalty, sae: SAE, o: Out):  # [n_tokens, n], or (places, values)
     "What pairs are scored on."
     if self.selector == "pre":
-        return largest_pre(sae, o, self.pre_k) if 0 < self.pre_k < sae.d_sae else o.z_of().relu()
-    return o.v if o.active is None else (o.active, o.v)
+        return largest_pre(sae, o, self.pre_k) if 0 < self.pre_k < sae.d_sae else o.pre_of().relu()
+    return stored(o)
 
 # %% ../../nbs/variants/ortho.ipynb #ortho-forward-forward
 @patch
@@ -581,7 +583,7 @@ def forward(
     w = self.weights()
     by_firing = self.selector in ("post", "pre")
     L = listing(X) if by_firing or self.penalise == "activations" else None
-    if self.importance == "gradient" and self.training and o.v.requires_grad:
+    if self.importance == "gradient" and self.training and o.values.requires_grad:
         self.watch(sae, o)
     p = self.select(sae, X, L, w)
     n = len(p.i)

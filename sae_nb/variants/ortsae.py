@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from ..speed.sparse import Active, sampled, spmm, spmm_t
+from ..speed.sparse import Places, sampled, spmm, spmm_t
 
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-nearest
 @torch.no_grad()
@@ -44,7 +44,7 @@ class Nearness(torch.autograd.Function):
         D = wide / size
         j = nearest(D, chunks, absolute)
         i = torch.arange(len(j) + 1, device=j.device)
-        ctx.U = U = Active(j, i, len(j))
+        ctx.U = U = Places(j, i, len(j))
         cos = sampled(U, D, D).masked_fill(j == i[:-1], 0.0)
         if not absolute:
             cos = cos.relu()

@@ -88,7 +88,7 @@ def cost(
     notch: int = None,  # Which exponent; None: the present one
 ) -> Tensor:  # Scalar
     "What is paid for, before its weight."
-    v = o.v * o.at(self.W_dec.norm(dim=-1)) if self.decoder == "free" else o.v
+    v = o.values * o.at(self.W_dec.norm(dim=-1)) if self.decoder == "free" else o.values
     return o.per_token(power_cost(v, self.p_at(int(self.notch) if notch is None else notch), self.eps))
 
 # %% ../../nbs/variants/p_anneal.ipynb #p-anneal-anneal

@@ -65,14 +65,14 @@ def self_correcting(
         sae.fronts["attention"] = Attention(d_in, sae.gen)
     if ortho_coeff or reactivate_every:
         sae.penalise("interference", Interference(d_sae, ortho_coeff, tau, rank))
-    sae.skip, sae.recipes = skip, [*sae.recipes, Clip(clip)]
-    for on, recipe in ((adaptive_lr, AdaptiveLR), (grad_scale, GradScale)):
+    sae.skip, sae.trainers = skip, [*sae.trainers, Clip(clip)]
+    for on, trainer in ((adaptive_lr, AdaptiveLR), (grad_scale, GradScale)):
         if on:
-            sae.recipes.append(recipe())
+            sae.trainers.append(trainer())
     if accumulate != 1:
-        sae.recipes.append(Accumulate(accumulate))
+        sae.trainers.append(Accumulate(accumulate))
     if reactivate_every:
-        sae.recipes.append(Reactivate(reactivate_every))
+        sae.trainers.append(Reactivate(reactivate_every))
     return sae
 
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-skip

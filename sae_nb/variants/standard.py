@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from ..speed.sparse import Pieces, choose_where
 
 # %% ../../nbs/variants/standard.ipynb #standard-price
 class Price(nn.Module):
@@ -110,12 +109,14 @@ def forward(
     "The weight for this batch; in training a steered one moves first."
     if self.target_l0 and sae.training:
         self.follow(o.l0)
-    return self.coeff.to(o.v.dtype) * (1.0 if self.target_l0 else sae.sparsity_scale)
+    return self.coeff.to(o.values.dtype) * (1.0 if self.target_l0 else sae.sparsity_scale)
 
 # %% ../../nbs/variants/standard.ipynb #standard-class
 @register("variants", "standard")
 class StandardSAE(SAE):
     "ReLU SAE with an L1 penalty."
+
+    road = "threshold"
 
     def __init__(
         self,
@@ -134,9 +135,17 @@ class StandardSAE(SAE):
 
 # %% ../../nbs/variants/standard.ipynb #standard-activate
 @patch
-def active(self: StandardSAE, p: Pieces) -> tuple:
-    "What is above zero; a ReLU does the rest."
-    return choose_where(p, 0)
+def level(self: StandardSAE, latents: slice) -> float:
+    "Only what is above zero can be on."
+    return 0.0
+
+
+@patch(cls_method=True)
+def aim(cls: StandardSAE, k, l1, given) -> dict:
+    "L0 is steered to `k`, unless a coefficient is given."
+    if l1:
+        return {"l1_coeff": l1}
+    return {} if "l1_coeff" in given else {"target_l0": float(k)}
 
 # %% ../../nbs/variants/standard.ipynb #standard-error
 @patch
@@ -169,7 +178,7 @@ def cost(
     o: Out,  # The pass
 ) -> Tensor:  # Scalar
     "What is paid for, before its weight: the L1 norm per token, in units of reconstruction."
-    return o.per_token(o.v * o.at(self.W_dec.norm(dim=-1)) if self.decoder == "free" else o.v)
+    return o.per_token(o.values * o.at(self.W_dec.norm(dim=-1)) if self.decoder == "free" else o.values)
 
 
 @patch

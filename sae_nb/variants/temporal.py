@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..core import *
 from ..sae import *
 from ..speed.sparse import by_columns
-from ..train import Recipe
+from ..train import Trainer
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-same
 def _shift(x, lag):
@@ -227,7 +227,7 @@ class Separation(nn.Module):
         }
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-watch
-class Watch(Recipe):
+class Watch(Trainer):
     "Logs the branches; if asked to, also gradients and the shape of the batch."
 
     def __init__(
@@ -301,7 +301,7 @@ def _with_branches(a, shuffled=False):
     sae.fronts["temporal"] = front
     if a["separation"] != "none":
         sae.penalties["separation"] = Separation(a["separation"], a["separation_coeff"])
-    sae.recipes.append(Watch(a["diagnostics"]))
+    sae.trainers.append(Watch(a["diagnostics"]))
     return sae
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-shuffled-variant

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import *
-from ..speed.sparse import Pieces, choose_topk
 
 # %% ../../nbs/variants/topk.ipynb #topk-function
 def topk(
@@ -40,6 +39,8 @@ def check_k(
 class TopKSAE(SAE):
     "SAE whose sparsity is a count: `k` latents per token."
 
+    road = "topk"
+
     def __init__(
         self,
         d_in: int,  # Width of the activations
@@ -59,8 +60,8 @@ def activate(
     "The `k` largest of each token."
     return topk(z, self.k)
 
-# %% ../../nbs/variants/topk.ipynb #topk-active
-@patch
-def active(self: TopKSAE, p: Pieces) -> tuple:
-    "The same, as places."
-    return choose_topk(p, self.k)
+# %% ../../nbs/variants/topk.ipynb #topk-aim
+@patch(cls_method=True)
+def aim(cls: TopKSAE, k, l1, given) -> dict:
+    "`k` is kept."
+    return {"k": k}

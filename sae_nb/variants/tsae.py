@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from ..core import *
 from ..sae import *
-from ..speed import sparse
-from ..speed.sparse import Active, decode_active, dense
+from ..speed.roads import entries
+from ..speed.sparse import Places, decode_active, dense, pays
 from .matryoshka import MatryoshkaSAE
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-partners
@@ -58,7 +58,7 @@ def info_nce(
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-similar
 def codes(
-    a: Active,
+    a: Places,
     v: Tensor,  # Which latents are on, and how strongly, [n_on]
     t: Tensor,  # Numbers of tokens, [M]
     n_high: int,  # Latents to read, the first ones
@@ -66,7 +66,7 @@ def codes(
     "What the first latents say on some tokens."
     m = a.starts.diff()[t]
     at = (a.starts[t] - m.cumsum(0) + m).repeat_interleave(m) + torch.arange(int(m.sum()), device=m.device)
-    a, keep = Active(a.cols[at], F.pad(m.cumsum(0), (1, 0)), a.d_sae).between(0, n_high)
+    a, keep = Places(a.cols[at], F.pad(m.cumsum(0), (1, 0)), a.d_sae).between(0, n_high)
     return a, v[at][keep]
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-similar-similarities
@@ -87,7 +87,7 @@ def similarities(
         )
 
     p, q = sized(*p), dense(*sized(*q)).T.contiguous()
-    few = len(p[1]) <= sparse.pays(q.shape[1], q.shape[1], q.shape[0])
+    few = len(p[1]) <= pays(q.shape[1], q.shape[1], q.shape[0])
     return (decode_active(*p, q) if few else dense(*p) @ q) / temperature
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-penalty
@@ -139,9 +139,11 @@ def forward(
         )
         a, b, doc = (t[i.to(t.device)] for t in (a, b, doc))
     if len(a) == 0:
-        return {"contrast": o.v.sum() * 0}
+        return {"contrast": o.values.sum() * 0}
     cost = info_nce(
-        similarities(*(codes(*o.entries, t, self.n_high) for t in (a, b)), self.similarity, self.temperature),
+        similarities(
+            *(codes(*entries(o), t, self.n_high) for t in (a, b)), self.similarity, self.temperature
+        ),
         doc,
     )
     V = (o.x - o.x.mean(0)).detach().float().pow(2).sum(-1).mean()
@@ -149,7 +151,7 @@ def forward(
     return {"contrast": self.coeff * V * cost}
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-variant
-@composed("tsae")
+@composed("tsae", aim=MatryoshkaSAE.aim)
 def tsae(
     d_in: int,  # Width of the activations
     d_sae: int,  # Number of latents

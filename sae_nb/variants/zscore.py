@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import *
-from ..speed.sparse import Pieces, choose_where
 from .standard import StandardSAE
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-gate
@@ -41,6 +40,7 @@ class ZScoreSAE(StandardSAE):
     "SAE whose latents fire when they are unusually large for themselves."
 
     scaled = ("b_enc", "b_dec", "mean", "std")
+    road = "threshold"
     fold = SAE.fold  # rows are of length one already
 
     def __init__(
@@ -130,11 +130,18 @@ def activate(
         std = torch.where(new, z.detach().float().std(-1, keepdim=True, correction=0), std)
     return zscore_gate(z, mean, std, self.c)
 
-# %% ../../nbs/variants/zscore.ipynb #zscore-activate-active
+# %% ../../nbs/variants/zscore.ipynb #zscore-level
 @patch
-def active(self: ZScoreSAE, p: Pieces) -> tuple:
-    "The same in training, where the batch itself has given every latent its statistics."
-    return choose_where(p, lambda at: self.threshold[at].clamp_min(0))
+def level(self: ZScoreSAE, latents: slice) -> Tensor:
+    "The threshold in training, where the batch itself has given every latent its statistics."
+    return self.threshold[latents].clamp_min(0)
+
+
+@patch(cls_method=True)
+def aim(cls: ZScoreSAE, k, l1, given) -> dict:
+    "c is steered until L0 is `k`, unless it is given; an L1 penalty comes on top."
+    wanted = {"l1_coeff": l1} if l1 else {}
+    return wanted if "c" in given else {**wanted, "target_l0": float(k)}
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-sparsity
 @patch
