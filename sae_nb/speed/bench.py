@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..core import *
@@ -31,64 +32,67 @@ def interleave(
     arms: dict,  # name -> function without arguments
     rounds: int = 7,  # Times every arm is measured
     warmup: int = 1,  # Rounds before that, not kept
-    clock=time.perf_counter,  # Or `time.process_time`: processor time, for one thread on a CPU; None: the arms say their seconds themselves
+    clock=time.perf_counter,  # Or `time.process_time`; None: the arms say their seconds themselves
 ) -> pd.DataFrame:  # Seconds; one row per round, one column per arm
     "Time several things in turn."
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     rows = []
     for r in range(-warmup, rounds):
-        row = {}
-        for name in list(arms)[:: 1 if r % 2 == 0 else -1]:
-            wait()
-            t = clock and clock()
-            said = arms[name]()
-            wait()
-            row[name] = clock() - t if clock else said
+        order = list(arms)[:: 1 if r % 2 == 0 else -1]
+        row = {name: _timed(arms[name], clock) for name in order}
         if r >= 0:
             rows.append(row)
     return pd.DataFrame(rows)[list(arms)]
+
+
+def _timed(arm, clock):
+    "Seconds of one call."
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else time.monotonic
+    wait()
+    start = clock() if clock else 0.0
+    said = arm()
+    wait()
+    return clock() - start if clock else said
 
 # %% ../../nbs/speed/bench.ipynb #bench-interleave-ratios
 def ratios(
     times: pd.DataFrame,  # As `interleave` gives them
     to: str,  # The arm everything is compared with
-) -> pd.DataFrame:  # One row per arm: ratio (median over rounds of the ratio within a round), low, high (quartiles), seconds (median)
-    "How many times the reference each arm takes."
+) -> pd.DataFrame:  # One row per arm: ratio (median over rounds), low, high (quartiles), seconds (median)
+    "How many times the reference each arm takes, round by round."
     r = times.div(times[to], axis=0)
-    return pd.DataFrame(
-        dict(ratio=r.median(), low=r.quantile(0.25), high=r.quantile(0.75), seconds=times.median())
-    )
+    low, high = r.quantile(0.25), r.quantile(0.75)
+    return pd.DataFrame(dict(ratio=r.median(), low=low, high=high, seconds=times.median()))
 
-# %% ../../nbs/speed/bench.ipynb #bench-interleave-slope
+
 def slope(
     x,  # Sizes
     y,  # Seconds, or anything positive
 ) -> float:  # Exponent p of the power law y ~ x^p that fits best in logarithms
     "How cost grows."
-    return float(np.polyfit(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), 1)[0])
+    logs = (np.log(np.asarray(o, float)) for o in (x, y))
+    return float(np.polyfit(*logs, 1)[0])
 
 # %% ../../nbs/speed/bench.ipynb #bench-memory
 _peak = """
 import resource, sys
-try: kb = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
-except (OSError, StopIteration): kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+try:
+    lines = open("/proc/self/status").read().splitlines()
+    kb = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+except (OSError, StopIteration):
+    kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
 print("peak", kb / 2**20)
 """
 
-# %% ../../nbs/speed/bench.ipynb #bench-memory-peak-memory
+
 def peak_memory(
     code: str,  # Python, run in a process of its own with one thread
 ) -> float:  # GiB of resident memory at the worst moment, interpreter and libraries included
     "The most memory a piece of code holds at a time."
-    r = subprocess.run(
-        [sys.executable, "-c", code + _peak],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    if r.returncode:
-        raise RuntimeError(r.stderr[-2000:])
-    return float(r.stdout.split("peak")[-1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code + _peak], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return float(done.stdout.split("peak")[-1])
 
 # %% ../../nbs/speed/bench.ipynb #bench-trainee
 def stepper(
@@ -97,9 +101,9 @@ def stepper(
     **cfg,  # Fields of TrainConfig
 ):  # Function that takes one training step and returns the loss
     "A training step of `Trainee`, ready to be timed."
-    t = Trainee(sae, TrainConfig(tokens=len(x) * 10**6, batch=len(x), **cfg).resolve())
-    i = iter(range(10**6))
-    return lambda: t.step(Batch(x), next(i)).loss.item()
+    trainee = Trainee(sae, TrainConfig(tokens=len(x) * 10**6, batch=len(x), **cfg).resolve())
+    numbers = iter(range(10**6))
+    return lambda: trainee.step(Batch(x), next(numbers)).loss.item()
 
 # %% ../../nbs/speed/bench.ipynb #bench-peer
 class Peer:
@@ -107,80 +111,77 @@ class Peer:
 
     def __init__(
         self,
-        library: str = "sae_nb",  # "sae_nb", "floor" (products only), "dictionary_learning", "sae_lens" or "sparsify"
+        library: str = "sae_nb",  # Or "floor" (products only), "dictionary_learning", "sae_lens", "sparsify"
         python: str = None,  # Interpreter of the library's environment; None: this one
         threads: int = 2,  # Threads the process may use
     ):
         self.library = library
         self.threads = threads
         self.log = tempfile.TemporaryFile("w+")
-        env = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-            "WANDB_MODE": "disabled",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        if python is None:
-            env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root()), env.get("PYTHONPATH")]))
-        self.p = subprocess.Popen(
-            [str(python or sys.executable), str(root() / "compat" / "peers" / "worker.py"), library],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=env,
-        )
-
-    def ask(
-        self,
-        do: str,  # "prepare", "step" or "l0"
-        **more,  # What belongs to it: `work`, or `n`
-    ) -> dict:  # The answer
-        "Say one thing and wait for the answer."
-        try:
-            self.p.stdin.write(json.dumps(dict(do=do, **more)) + "\n")
-            self.p.stdin.flush()
-            answer = json.loads(self.p.stdout.readline() or "{}")
-        except BrokenPipeError:
-            answer = {}
-        if not answer:
-            self.log.seek(0)
-            answer = dict(error=f"the process ended. {' '.join(self.log.read().splitlines()[-1:])}")
-        if "error" in answer:
-            raise InputError(f"{self.library} could not {do}: {answer['error']}")
-        return answer
+        command = [str(python or sys.executable), str(root() / "compat" / "peers" / "worker.py"), library]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+        env = _environment(threads, ours=python is None)
+        self.process = subprocess.Popen(command, text=True, env=env, **pipes)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         with contextlib.suppress(OSError):
-            self.p.stdin.close()
-        self.p.wait()
-        self.p.stdout.close()
+            self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
         self.log.close()
 
-# %% ../../nbs/speed/bench.ipynb #bench-pythons
-peer_folders = dict(
-    dictionary_learning="dl", sae_lens="sl", sparsify="sp"
-)  # library -> folder of its environment
 
-# %% ../../nbs/speed/bench.ipynb #bench-pythons-peer-pythons
+def _environment(threads, ours):
+    "Variables of a peer's process: its threads, no network, and this checkout if it is ours."
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
+    env.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled")
+    if ours:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root()), env.get("PYTHONPATH")]))
+    return env
+
+# %% ../../nbs/speed/bench.ipynb #bench-peer-ask
+@patch
+def ask(
+    self: Peer,
+    do: str,  # "prepare", "step" or "l0"
+    **more,  # What belongs to it: `work`, or `n`
+) -> dict:  # The answer
+    "Say one thing and wait for the answer."
+    try:
+        self.process.stdin.write(json.dumps(dict(do=do, **more)) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline() or "{}")
+    except BrokenPipeError:
+        answer = {}
+    if not answer:
+        self.log.seek(0)
+        last = " ".join(self.log.read().splitlines()[-1:])
+        answer = dict(error=f"the process ended. {last}")
+    if "error" in answer:
+        raise InputError(f"{self.library} could not {do}: {answer['error']}")
+    return answer
+
+# %% ../../nbs/speed/bench.ipynb #bench-pythons
+peer_folders = dict(dictionary_learning="dl", sae_lens="sl", sparsify="sp")  # library -> its environment
+
+
 def peer_pythons(
     folder=None,  # Folder of the environments; None: what SAE_NB_PEERS says
 ) -> dict:  # library -> interpreter; those that are missing are not in it
     "Where the other libraries are installed."
     folder = folder or os.environ.get("SAE_NB_PEERS")
-    found = {
-        n: p
-        for n, d in peer_folders.items()
-        if folder and (p := Path(folder).absolute() / d / "bin" / "python").exists()
-    }
-    lost = [n for n in peer_folders if n not in found]
+    at = {library: Path(folder).absolute() / env for library, env in peer_folders.items()} if folder else {}
+    found = {library: env / "bin" / "python" for library, env in at.items()}
+    found = {library: python for library, python in found.items() if python.exists()}
+    lost = [library for library in peer_folders if library not in found]
     if lost:
+        envs = ", ".join(peer_folders[library] for library in lost)
         print(
-            f"not installed, so not measured: {', '.join(lost)}; compat/peers/README.md says how to install them, and SAE_NB_PEERS is the folder that holds {', '.join(peer_folders[n] for n in lost)}"
+            f"not installed, so not measured: {', '.join(lost)}; compat/peers/README.md says how to install "
+            f"them, and SAE_NB_PEERS is the folder that holds {envs}"
         )
     return found
 
@@ -190,28 +191,32 @@ def race(
     work: dict,  # What to train, see compat/peers/worker.py
     rounds: int = 5,  # Times every arm is measured
     n: int = 1,  # Steps at a time
-) -> tuple:  # (seconds per step: one row per round and one column per arm; what each arm said). Arms that have no such SAE are left out
-    "The same training by several libraries, in turn."
-    said = {
-        a: p.ask("prepare", work=dict(work, threads=p.threads, options=options))
-        for a, (p, options) in arms.items()
-    }
-    said = {a: s for a, s in said.items() if "lacks" not in s}
-    if len({s["data"] for s in said.values()}) > 1:
-        raise InputError(
-            f"the arms were given different activations: { {a: s['data'] for a, s in said.items()} }"
-        )
-    if still := [a for a, s in said.items() if s["moved"] is False]:
-        raise InputError(f"{', '.join(still)} did not train: the weights are those of the start")
-    times = interleave(
-        {a: lambda p=arms[a][0]: p.ask("step", n=n)["seconds"] / n for a in said},
-        rounds,
-        warmup=0,
-        clock=None,
-    )
-    for a, s in said.items():
-        s.update(arms[a][0].ask("l0"))
+) -> tuple:  # (seconds per step, a row per round and a column per arm; what each arm said)
+    "The same training by several libraries, in turn. Arms that have no such SAE are left out."
+    said = {}
+    for name, (peer, options) in arms.items():
+        answer = peer.ask("prepare", work=dict(work, threads=peer.threads, options=options))
+        if "lacks" not in answer:
+            said[name] = answer
+    _check_fair(said)
+
+    def steps(peer):
+        return lambda: peer.ask("step", n=n)["seconds"] / n
+
+    times = interleave({name: steps(arms[name][0]) for name in said}, rounds, warmup=0, clock=None)
+    for name, answer in said.items():
+        answer.update(arms[name][0].ask("l0"))
     return times, said
+
+
+def _check_fair(said):
+    "Everybody was given the same numbers and moved its weights."
+    data = {name: answer["data"] for name, answer in said.items()}
+    if len(set(data.values())) > 1:
+        raise InputError(f"the arms were given different activations: {data}")
+    still = [name for name, answer in said.items() if answer["moved"] is False]
+    if still:
+        raise InputError(f"{', '.join(still)} did not train: the weights are those of the start")
 
 # %% ../../nbs/speed/bench.ipynb #bench-race-against
 def against(
@@ -221,7 +226,8 @@ def against(
 ) -> dict:  # fastest (a name), ratio, low, high (median and quartiles over rounds)
     "Ours divided by the fastest of some others, round by round."
     fastest = times[[p for p in peers if p in times]].median().idxmin()
-    return dict(fastest=fastest, **ratios(times, fastest).loc[ours, ["ratio", "low", "high"]].to_dict())
+    judged = ratios(times, fastest).loc[ours, ["ratio", "low", "high"]]
+    return dict(fastest=fastest, **judged.to_dict())
 
 # %% ../../nbs/speed/bench.ipynb #bench-stages
 stages = (
@@ -233,115 +239,110 @@ stages = (
     "clip, Adam, unit rows",
     "rest",
 )
-
-# %% ../../nbs/speed/bench.ipynb #bench-stages-more
-_choose = (
-    "aten::topk",
-    "aten::sort",
-    "aten::argsort",
-    "aten::nonzero",
-    "aten::count_nonzero",
-    "aten::scatter",
-    "aten::scatter_",
-    "aten::gather",
-    "aten::index",
-    "aten::relu",
-    "aten::clamp_min",
-    "aten::where",
-    "aten::bincount",
-    "aten::cumsum",
-    "aten::_convert_indices_from_coo_to_csr",
-)
-
-# %% ../../nbs/speed/bench.ipynb #bench-stages-more-2
-_values = ("Topk", "Scatter", "Relu", "Threshold", "Clamp", "Where", "Index", "Gather", "View", "Reshape")
+_choosing = """topk sort argsort nonzero count_nonzero scatter scatter_ gather index relu clamp_min where
+    bincount cumsum _convert_indices_from_coo_to_csr"""
+_choosing = {f"aten::{name}" for name in _choosing.split()}
+_by_name = {
+    "update": "clip, Adam, unit rows",
+    "choose": "choosing",
+    "affine": "encoder product",
+    "_Decode": "decode",
+    "_DenseBackward": "weight gradients",
+    "_DecodeBackward": "weight gradients",
+    "_EncodeBackward": "weight gradients",
+}
+_of_weights = ("_Dense", "_Decode", "_Encode")  # nodes of the graph, by how their names begin
+_of_values = ("Topk", "Scatter", "Relu", "Threshold", "Clamp", "Where", "Index", "Gather", "View", "Reshape")
 
 # %% ../../nbs/speed/bench.ipynb #bench-stages-stage-of
 def stage_of(
-    e,  # An event of torch's profiler
+    event,  # An event of torch's profiler
     n_tokens: int,  # Tokens in the batch
     d_in: int,  # Width of the activations
 ) -> str:  # One of `stages`
-    "What an operation is there for."
-    chain = [e]
+    "What an operation is there for: what the innermost operation around it that says so is there for."
+    chain = [event]
     while chain[-1].cpu_parent is not None:
         chain.append(chain[-1].cpu_parent)
-    back = any("evaluate_function" in c.name for c in chain)
-    for c in chain:
-        if c.name == "update":
-            return "clip, Adam, unit rows"
-        if c.name == "choose":
-            return "choosing"
-        if c.name == "aten::sparse_sampled_addmm" and back:
-            return "gradients of values"
-        if "embedding_bag" in c.name:
-            return "weight gradients" if back else "decode"
-        if c.name in ("aten::mm", "aten::addmm"):
-            a, b = c.input_shapes[:2] if c.name == "aten::mm" else c.input_shapes[1:3]
-            shape = a[0], b[1]
-            if n_tokens not in shape:
-                return "weight gradients"
-            if shape == (n_tokens, d_in):
-                return "decode" if not back else "rest"
-            return "gradients of values" if back else "encoder product"
-        if not back and c.name in _choose:
-            return "choosing"
-        for name, stage in (
-            ("affine", "encoder product"),
-            ("_Decode", "decode"),
-            ("_DenseBackward", "weight gradients"),
-            ("_DecodeBackward", "weight gradients"),
-            ("_EncodeBackward", "weight gradients"),
-        ):
-            if c.name == name:
-                return stage
-        if "evaluate_function" in c.name:
-            node = c.name.split(": ")[1]
-            if "AccumulateGrad" in node or node.startswith(("_Dense", "_Decode", "_Encode")):
-                return "weight gradients"
-            if node.startswith(_values):
-                return "gradients of values"
-    return "rest"
+    backward = any("evaluate_function" in e.name for e in chain)
+    stages_seen = (_stage_by_name(e, backward, n_tokens, d_in) for e in chain)
+    return next((stage for stage in stages_seen if stage), "rest")
+
+
+def _stage_by_name(e, backward, n_tokens, d_in):
+    "The stage of an operation by itself, or None."
+    if e.name == "aten::sparse_sampled_addmm" and backward:
+        return "gradients of values"
+    if "embedding_bag" in e.name:
+        return "weight gradients" if backward else "decode"
+    if e.name in ("aten::mm", "aten::addmm"):
+        return _stage_of_product(e, backward, n_tokens, d_in)
+    if e.name in _choosing and not backward:
+        return "choosing"
+    if "evaluate_function" in e.name:
+        return _stage_of_node(e.name.split(": ")[1])
+    return _by_name.get(e.name)
+
+# %% ../../nbs/speed/bench.ipynb #bench-stages-parts
+def _stage_of_product(e, backward, n_tokens, d_in):
+    "A dense product, by the shape of its result."
+    a, b = e.input_shapes[:2] if e.name == "aten::mm" else e.input_shapes[1:3]
+    shape = a[0], b[1]
+    if n_tokens not in shape:
+        return "weight gradients"
+    if shape == (n_tokens, d_in):
+        return "rest" if backward else "decode"
+    return "gradients of values" if backward else "encoder product"
+
+
+def _stage_of_node(node):
+    "A node of the backward graph."
+    if "AccumulateGrad" in node or node.startswith(_of_weights):
+        return "weight gradients"
+    return "gradients of values" if node.startswith(_of_values) else None
 
 # %% ../../nbs/speed/bench.ipynb #bench-profiled
+_marks = (
+    (Trainee, "update", "update"),
+    (rough.Rough, "__init__", "choose"),
+    (rough.Rough, "topk", "choose"),
+    (rough.Rough, "where", "choose"),
+    (rough.Rough, "largest", "choose"),
+    (choose, "_topk", "choose"),
+    (choose, "true_places", "choose"),
+    (choose, "largest", "choose"),
+)  # (owner, function, name of the event it shall be recorded as)
+
+
+@contextlib.contextmanager
+def _marked():
+    "Inside the `with`, these functions are events of their own in a profile."
+
+    def under(name, function):
+        def _recorded(*args, **kwargs):
+            with record_function(name):
+                return function(*args, **kwargs)
+
+        return _recorded
+
+    was = [getattr(owner, function) for owner, function, _ in _marks]
+    for (owner, function, name), f in zip(_marks, was):
+        setattr(owner, function, under(name, f))
+    try:
+        yield
+    finally:
+        for (owner, function, _), f in zip(_marks, was):
+            setattr(owner, function, f)
+
+# %% ../../nbs/speed/bench.ipynb #bench-record
 def record(
     step,  # A training step, as `stepper` makes it
 ) -> list:  # Events of the profiler; the one named "whole" holds all others
     "One step under the profiler."
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes lines of its own
-    marks = [
-        (Trainee, "update", "update"),
-        *(
-            (o, n, "choose")
-            for o, n in (
-                (rough.Rough, "__init__"),
-                (rough.Rough, "topk"),
-                (rough.Rough, "where"),
-                (rough.Rough, "largest"),
-                (choose, "_topk"),
-                (choose, "true_places"),
-                (choose, "largest"),
-            )
-        ),
-    ]
-    was = [getattr(o, n) for o, n, _ in marks]
-
-    def marked(f, name):
-        def _marked(*args, **kwargs):
-            with record_function(name):
-                return f(*args, **kwargs)
-
-        return _marked
-
-    for (o, n, name), f in zip(marks, was):
-        setattr(o, n, marked(f, name))
-    try:
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as p:
-            with record_function("whole"):
-                step()
-    finally:
-        for (o, n, _), f in zip(marks, was):
-            setattr(o, n, f)
+    with _marked(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as p:
+        with record_function("whole"):
+            step()
     return list(p.events())
 
 # %% ../../nbs/speed/bench.ipynb #bench-profiled-by-stage
@@ -352,13 +353,12 @@ def by_stage(
     repeats: int = 5,  # Steps recorded; the quickest counts
 ) -> pd.Series:  # Seconds by stage; their sum is the step
     "Where the time of a step goes."
-    best = None
-    for _ in range(repeats):
-        events = record(step)
-        whole = next(e for e in events if e.name == "whole")
-        if best is None or whole.cpu_time_total < best[0].cpu_time_total:
-            best = whole, events
-    out = dict.fromkeys(stages, 0.0)
-    for e in best[1]:
-        out[stage_of(e, n_tokens, d_in)] += e.self_cpu_time_total / 1e6
-    return pd.Series(out)
+
+    def whole(events):
+        return next(e for e in events if e.name == "whole").cpu_time_total
+
+    quickest = min((record(step) for _ in range(repeats)), key=whole)
+    seconds = dict.fromkeys(stages, 0.0)
+    for e in quickest:
+        seconds[stage_of(e, n_tokens, d_in)] += e.self_cpu_time_total / 1e6
+    return pd.Series(seconds)

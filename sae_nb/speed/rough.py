@@ -29,7 +29,7 @@ def rounds_well(
 
 # %% ../../nbs/speed/rough.ipynb #rough-def
 class Rough:
-    "Upper bounds of pre-activations from products of bfloat16 numbers, and exact values where they are asked for."
+    "Upper bounds of pre-activations from bfloat16 products, and exact values where they are asked for."
 
     @torch.no_grad()
     def __init__(
@@ -130,7 +130,7 @@ def _kth(table, count, k, most):
 # %% ../../nbs/speed/rough.ipynb #rough-candidates
 @patch
 def _candidates(self: Rough, latents, k, most):
-    "(rows, columns) of what may be among the `k` largest, the level they exceed, and how many had passed the cut."
+    "(rows, columns) of what may be among the `k` largest, the level they exceed, and how many passed the cut."
     u = self.upper(latents)
     cut = u[:, ::16].topk(k // 5 + 5, sorted=False).values.amin(1)
     mask = scratch(self.n, u.shape[1], torch.empty(0, dtype=torch.bool), "mask")

@@ -84,7 +84,7 @@ class Places:
     def __init__(
         self,
         cols: Tensor,  # Latents that are on, token after token, [n_on] int64
-        starts: Tensor,  # Where each token begins in `cols`, and their number at the end, [n_tokens + 1] int64
+        starts: Tensor,  # Where each token begins in `cols`, then their number, [n_tokens + 1] int64
         d_sae: int,  # Latents there are
         per: int = 0,  # The same number for every token; 0: it varies
     ):
