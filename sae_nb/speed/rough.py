@@ -130,7 +130,7 @@ def _kth(table, count, k, most):
 # %% ../../nbs/speed/rough.ipynb #rough-candidates
 @patch
 def _candidates(self: Rough, latents, k, most):
-    "(rows, columns) of what may be among the `k` largest, the level they exceed, and how many passed the cut."
+    "(rows, columns) of what may be among the `k` largest, the level they exceed, how many passed the cut."
     u = self.upper(latents)
     cut = u[:, ::16].topk(k // 5 + 5, sorted=False).values.amin(1)
     mask = scratch(self.n, u.shape[1], torch.empty(0, dtype=torch.bool), "mask")
