@@ -17,6 +17,7 @@ from sae_nb.evals.absorption import (
     k_sparse,
     word_scores,
 )
+from sae_nb.evals.base import Context
 from sae_nb.evals.codes import pooled
 from sae_nb.evals.core import Core
 from sae_nb.evals.sparse_probing import best_epoch, sparse_probe, top_k
@@ -41,11 +42,12 @@ def core(lm):
     "Every metric and the latents; explained variance and mse under the names our formulas do not use."
     t, d, m = I.core(lm)
     for name, sae in I.saes(lm).items():
+        batches = [(t[i : i + 8], d[i : i + 8], m[i : i + 8]) for i in (0, 8, 16)]
 
-        def run(**o):
-            return Core(
-                n_eval_reconstruction_batches=3, n_eval_sparsity_variance_batches=3, null_batches=0, **o
-            )(sae, [(t[i : i + 8], d[i : i + 8], m[i : i + 8]) for i in (0, 8, 16)], lm, I.HOOK)
+        def run(batches=batches, sae=sae, **options):
+            counts = dict(n_eval_reconstruction_batches=3, n_eval_sparsity_variance_batches=3)
+            ctx = Context(model=lm, hook=I.HOOK, batches=batches)
+            return Core(**counts, null_batches=0, **options)(sae, ctx)
 
         r, theirs = run(), fixture("core")[name]
         ours = {k: v for c in r["eval_result_metrics"].values() for k, v in c.items()}

@@ -8,7 +8,6 @@ __all__ = ['glance', 'Params', 'params_from', 'fast', 'declared', 'parse_options
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import importlib.metadata
-import inspect
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +26,9 @@ from tqdm import tqdm
 import sae_nb
 from .acts import *
 from .core import *
-from .evals.envelope import flat
+from .evals.base import Context, Nulls, flat
 from .evals.store import Store
-from .evals.suite import Bench, chosen, evaluators, reasons, scoreboard
+from .evals.suite import chosen, evaluate, evaluators, reasons, scoreboard
 from .look import *
 from .sae import *
 from .train import *
@@ -676,27 +675,34 @@ def _sample(self: Session, n: int = 32_768):
     self.stream.load_state(self.origin)
     return torch.cat(xs)[:n]
 
-# %% ../nbs/09_runs.ipynb #runs-bench-bench
+# %% ../nbs/09_runs.ipynb #runs-context
 @patch
-def bench(self: Session) -> Bench:
+def context(self: Session) -> Context:
     "What the evaluators of this session share; made once."
-    if not hasattr(self, "_bench"):
-        store = Store(Path(self.p.cache) / "evals" if self.p.cache else None)
-        need = self.null_names and any(
-            "nulls" in inspect.signature(type(e).__call__).parameters for e in self.evals.values()
+    if not hasattr(self, "_context"):
+        wanted = self.null_names and any(e.with_nulls for e in self.evals.values())
+        self._context = Context(
+            model=self.lm,
+            hook=self.hook if self.lm else None,
+            batches=self.held,
+            toy=self.toy,
+            store=Store(Path(self.p.cache) / "evals" if self.p.cache else None),
+            nulls=Nulls(
+                tuple(self.null_names),
+                sample=self._sample() if wanted else None,
+                steps=10 if os.environ.get("SAE_NB_FAST") else 100,
+            ),
+            quiet=self.quiet,
         )
-        self._bench = Bench(
-            self.lm,
-            self.hook if self.lm else None,
-            self.held,
-            self.toy,
-            self._sample() if need else None,
-            store,
-            self.null_names,
-            10 if os.environ.get("SAE_NB_FAST") else 100,
-            self.quiet,
-        )
-    return self._bench
+    return self._context
+
+# %% ../nbs/09_runs.ipynb #runs-peers
+@patch
+def peers(self: Session, saes: dict) -> dict:  # run -> {other run: SAE}
+    "For each SAE the others."
+    if not any(e.with_peers for e in self.evals.values()):
+        return dict.fromkeys(saes, {})
+    return {name: {n: s for n, s in saes.items() if n != name} for name in saes}
 
 # %% ../nbs/09_runs.ipynb #runs-evaluate
 @patch
@@ -719,12 +725,14 @@ def evaluate(self: Session):
         redirect_stderr(bar) if bar.kernel else nullcontext(),
     ):  # the evaluators' own bars share the line
         saes = {r.name: load(r.folder, dev) for r in runs}
+        peers = self.peers(saes)
         for n, e in tqdm(
             self.evals.items(), desc="evaluating", file=bar, ncols=80, disable=self.quiet or not runs
         ):
             for r in runs:
                 if n in todo[r.name]:
-                    self.envs[r.name][n] = self.bench().run(e, saes[r.name], r.folder, r.name)
+                    ctx = replace(self.context(), peers=peers[r.name])
+                    self.envs[r.name][n] = evaluate(e, saes[r.name], ctx, r.folder, r.name)
         for r in runs:
             self._metrics(r, old[r.name])
     failed = {r.name: run_status(r.folder)[1] for r in self.runs if run_status(r.folder)[0] == "failed"}

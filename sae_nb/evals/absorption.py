@@ -13,7 +13,7 @@ import math
 import random
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import torch
@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from ..acts import WorldSource, count_mask
 from ..core import InputError, register
+from .base import Context, Evaluator, Measured
 from .codes import bootstrap, dictionary_sae, latents_of, wilson
-from .envelope import configure, envelope, settle
 from .store import Store
 from ..lm import LM
 from ..metrics import unit
@@ -68,9 +68,12 @@ class AbsorptionConfig:
 
 # %% ../../nbs/evals/absorption.ipynb #abs-config-absorption
 @register("evals", "absorption")
-class Absorption:
+class Absorption(Evaluator):
     "First-letter absorption."
 
+    Config = AbsorptionConfig
+    kind = "absorption_first_letter"
+    needs = ("model",)
     world = dict(
         llm_batch_size=64,
         k_sparse_probe_batch_size=64,
@@ -86,7 +89,8 @@ class Absorption:
     )
 
     def __init__(self, **config):
-        c = self.config = configure(AbsorptionConfig, **config)
+        Evaluator.__init__(self, **config)
+        c = self.config
         if "{word}" not in c.prompt_template:
             raise InputError(
                 f"prompt_template = {c.prompt_template!r} has no place for the word; write {{word}} where it goes"
@@ -817,68 +821,44 @@ def warned(self: Absorption, sae, lm, extra) -> list:
 
 # %% ../../nbs/evals/absorption.ipynb #abs-call-call
 @patch
-def __call__(
-    self: Absorption,
-    sae,  # Any SAE
-    lm,  # Language model
-    hook: str = None,  # Residual stream; None: the model's default
-    store=None,  # `Store` for what the model and the null SAEs give
-    parts=None,  # `Store` for the pieces of this SAE
-    nulls: dict = None,  # name -> SAE
-    name: str = "",  # What to call the SAE
-    quiet: bool = True,  # No progress bars
-) -> dict:  # SAEBench's envelope
-    "Evaluate one SAE."
-    if lm is None:
-        raise InputError("absorption needs a language model; hand over lm, for example load_lm('world')")
-    c = self.config
-    hook = hook or lm.default_hook
-    store = store or Store()
-    parts = parts or Store()
-    said = replace(
-        c, model_name=getattr(lm, "name", ""), llm_dtype=str(getattr(lm, "dtype", "")).removeprefix("torch.")
-    )
+def measure(self: Absorption, sae, ctx: Context):
+    "Letters of the SAE, and of what stands beside it."
+    lm, hook = ctx.model, ctx.hook
     try:
-        D = self.data(lm, hook, store, quiet)
+        D = self.data(lm, hook, ctx.store, ctx.quiet)
     except NoScore as e:
-        u = dict(
+        return Measured(
+            dict(mean=dict.fromkeys(_names)),
             undefined=dict.fromkeys(_names, e.why),
             nulls={},
             intervals={},
             extra=e.known,
-            warnings=self.warned(sae, lm, {}),
+            data=dict(warnings=self.warned(sae, lm, {})),
         )
-        return envelope("absorption_first_letter", said, sae, dict(mean=dict.fromkeys(_names)), [], u, name)
     made = {}
-    rows = self.measured(sae, lm, hook, D, parts, made, "", quiet)
-    return self.report(
-        sae, lm, D, rows, self.beside(sae, lm, hook, D, store, parts, made, nulls or {}, quiet), name, said
-    )
+    rows = self.measured(sae, lm, hook, D, ctx.parts, made, "", ctx.quiet)
+    return self.report(sae, lm, D, rows, self.beside(sae, D, made, ctx))
 
 # %% ../../nbs/evals/absorption.ipynb #abs-beside
 @patch
-def beside(
-    self: Absorption, sae, lm, hook, D, store, parts, made, nulls, quiet
-) -> dict:  # row -> (letters, guard)
+def beside(self: Absorption, sae, D, made, ctx) -> dict:  # row -> (letters, guard)
     "The same measurement where the answer is known."
     c, out = self.config, {}
+
+    def row(s, name, D, parts, made):
+        return self.measured(s, ctx.model, ctx.hook, D, parts, made, name, ctx.quiet)
+
     if c.shuffled:
-        out["shuffled"] = (
-            self.measured(sae, lm, hook, self.dealt(D, store), parts, made, "shuffled", quiet),
-            False,
-        )
+        out["shuffled"] = row(sae, "shuffled", self.dealt(D, ctx.store), ctx.parts, made), False
     if c.dictionary:
-        out["dictionary"] = (
-            self.measured(dictionary_sae(D.w, 26), lm, hook, D, store, {}, "dictionary", quiet),
-            True,
-        )
-    for n, s in nulls.items():
-        out[n] = self.measured(s, lm, hook, D, store, {}, n, quiet), True
+        out["dictionary"] = row(dictionary_sae(D.w, 26), "dictionary", D, ctx.store, {}), True
+    for n, s in ctx.nulls.items():
+        out[n] = row(s, n, D, ctx.store, {}), True
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-beside-report
 @patch
-def report(self: Absorption, sae, lm, D, rows, beside, name, said) -> dict:
+def report(self: Absorption, sae, lm, D, rows, beside) -> Measured:
     "Numbers, reasons, nulls and what the figure needs."
     c, why = self.config, {}
     m, extra, per = self.summary(rows)
@@ -920,19 +900,22 @@ def report(self: Absorption, sae, lm, D, rows, beside, name, said) -> dict:
         for r in used
     ]
     nulls = {n: self.null_row(rs, guard) for n, (rs, guard) in beside.items()}
-    u = dict(
+    return Measured(
+        dict(mean=m),
+        details=details,
         undefined=why,
         nulls=nulls,
         intervals={k: bootstrap(v, seed=c.random_seed) for k, v in per.items() if len(v) > 1},
-        extra=settle({**D.known, **extra}, why),
-        warnings=self.warned(sae, lm, extra | dict(n_train=len(D.train))),
-        letters=table,
-        main_latents={r["letter"]: r["main"] for r in rows},
-        null_letters={
-            n: {r["letter"]: r["full"] / r["n"] for r in rs if r["n"]} for n, (rs, _) in beside.items()
-        },
+        extra={**D.known, **extra},
+        data=dict(
+            warnings=self.warned(sae, lm, extra | dict(n_train=len(D.train))),
+            letters=table,
+            main_latents={r["letter"]: r["main"] for r in rows},
+            null_letters={
+                n: {r["letter"]: r["full"] / r["n"] for r in rs if r["n"]} for n, (rs, _) in beside.items()
+            },
+        ),
     )
-    return envelope("absorption_first_letter", said, sae, dict(mean=settle(m, why)), details, u, name)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-beside-null-row
 @patch
@@ -947,25 +930,20 @@ def null_row(self: Absorption, rows, guard) -> dict:
         "truth_silent_prompts",
         "truth_silent_text",
     )
-    return settle(
+    return (
         {k: m[k] for k in _names[:3]}
         | {k: x[k] for k in keys}
-        | dict(probe_f1=sum(r["probe_f1"] for r in rows) / 26),
-        {},
+        | dict(probe_f1=sum(r["probe_f1"] for r in rows) / 26)
     )
 
 # %% ../../nbs/evals/absorption.ipynb #abs-plot
 @patch
-def plot(
+def draw(
     self: Absorption,
     envs: dict,  # name -> envelope
 ):  # The figure
     "Letters of every SAE, with what the random one scores."
     envs = {k: v for k, v in envs.items() if v["eval_result_unstructured"].get("letters")}
-    if not envs:
-        raise InputError(
-            "no envelope has a score to draw; their reasons are in eval_result_unstructured['undefined']"
-        )
     fig, axes = plt.subplots(
         len(envs),
         2,
@@ -1017,8 +995,6 @@ def plot(
         ax.set(
             ylim=(-0.05, 1.05), xlim=(-0.8, 25.8), xticks=range(26), xticklabels=list(alphabet), ylabel=name
         )
-        for o in (ax, bx):
-            o.spines[["top", "right"]].set_visible(False)
     axes[-1][1].set_xlabel("truth")
     axes[0][1].set_title("full absorption\nagainst truth", fontsize=8)
     fig.legend(

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import Batch, InputError, counted, register
-from .envelope import configure, envelope, settle
-from .store import Store
+from .base import Context, Evaluator, Measured
 from ..lm import next_in_doc
 from ..metrics import Running, loss_recovered, nearest_cos, random_like, ratio_se, unit
 from ..sae import SAE
@@ -54,13 +53,12 @@ class CoreConfig:
 
 # %% ../../nbs/evals/core.ipynb #core-eval-config-core
 @register("evals", "core")
-class Core:
+class Core(Evaluator):
     "Reconstruction, sparsity and what the language model loses."
 
+    Config = CoreConfig
+    needs = ("batches",)
     headline = dict(explained_variance=+1, ce_loss_score=+1, kl_div_score=+1, l0=0, frac_alive=+1)
-
-    def __init__(self, **config):
-        self.config = configure(CoreConfig, **config)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-read
 @dataclass
@@ -233,16 +231,15 @@ def rows(
     self: Core,
     sae,  # What is evaluated
     head: list,  # First batches, read
-    mean: Tensor = None,  # Mean of the training activations
-    nulls: dict = None,  # name -> SAE that knows nothing
+    nulls: dict,  # name -> SAE that learned nothing
 ) -> tuple:  # name -> Row, and what is worth knowing of the random one
     "The SAE's row and those beside it."
-    out = dict(sae=Row(through(sae)), **{n: Row(through(s)) for n, s in (nulls or {}).items()})
+    out = dict(sae=Row(through(sae)), **{n: Row(through(s)) for n, s in nulls.items()})
     c = self.config
     x = torch.cat([counted(it.x, it.mask) for it in head])[: c.calibration_tokens] if head else ()
     if not len(x):
         return out, {}
-    mean = (x.float().mean(0) if mean is None else mean).to(x)
+    mean = x.float().mean(0).to(x)
     f = torch.cat([counted(sae.encode(it.x, mask=it.mask), it.mask) != 0 for it in head])
     rand, info = random_sae(x, sae.d_sae, f.sum(-1).double().mean().item(), mean, c.seed)
     out = dict(random=Row(rand)) | out
@@ -343,30 +340,25 @@ def piece(
 
 # %% ../../nbs/evals/core.ipynb #core-eval-walk
 @patch
-def walk(self: Core, sae, batches, lm, hook, mean, nulls=None, parts=None, quiet=True):
+def walk(self: Core, sae, ctx: Context):
     "Go through the batches; returns the rows, the model's sums, what the random row used, and nominal token counts."
     c = self.config
+    lm, hook, nulls = ctx.model, ctx.hook, ctx.nulls
     ref = {}
     own = {k: v for k, v in vars(self.config).items() if k != "verbose"}
     j = 0
     n = max(c.n_eval_reconstruction_batches if lm is not None else 0, c.n_eval_sparsity_variance_batches)
-    batches = (b if isinstance(b, Batch) else tuple(b) for b in islice(batches, n))
+    batches = (b if isinstance(b, Batch) else tuple(b) for b in islice(ctx.batches, n))
     head = [(b, read(b, sae, lm, hook)) for b in islice(batches, c.null_batches)]
-    rows, info = self.rows(sae, [it for _, it in head], mean, nulls)
+    rows, info = self.rows(sae, [it for _, it in head], nulls)
     stream = chain(head, ((b, None) for b in batches))
-    with tqdm(desc="core", unit=" batches", disable=quiet, leave=False, ncols=80) as bar:
+    with tqdm(desc="core", unit=" batches", disable=ctx.quiet, leave=False, ncols=80) as bar:
         while some := list(islice(stream, c.piece)):
 
             def make():
                 return self.piece(sae, rows, lm, hook, some, j, bar)
 
-            ts = (
-                make()
-                if parts is None
-                else parts.get(
-                    "core", [sae, lm, hook, own, mean, nulls or {}, j, [tuple(b) for b, _ in some]], make
-                )
-            )
+            ts = ctx.parts.get("core", [sae, lm, hook, own, nulls, j, [tuple(b) for b, _ in some]], make)
             for name, r in rows.items():
                 r.merge({k[len(name) + 1 :]: v for k, v in ts.items() if k.startswith(f"{name}/")})
             for k, v in ts.items():
@@ -549,18 +541,15 @@ def null_row(
     "The numbers of a row that learned nothing."
     r, (kept, _, _) = row.run.result(), preserved(row, ref)
     keys = ("explained_variance", "mse", "cossim", "l2_ratio", "l0")
-    return settle(
-        {
-            **{k: kept[k] for k in ("ce_loss_score", "kl_div_score", "ce_loss_with_sae")},
-            **{k: r.get(k) for k in keys},
-        },
-        {},
-    )
+    return {
+        **{k: kept[k] for k in ("ce_loss_score", "kl_div_score", "ce_loss_with_sae")},
+        **{k: r.get(k) for k in keys},
+    }
 
 # %% ../../nbs/evals/core.ipynb #core-eval-report
 @patch
-def report(self: Core, sae, rows, ref, info, seen, details, name):
-    "Numbers, nulls and small data to plot, in one envelope."
+def report(self: Core, sae, rows, ref, info, seen):
+    "Numbers, nulls and small data to plot."
     c = self.config
     row = rows["sae"]
     why = {}
@@ -578,7 +567,6 @@ def report(self: Core, sae, rows, ref, info, seen, details, name):
                 cats[n] = dict.fromkeys(cats[n])
     if row.run.s["fired"].sum() == 0:
         why.update({f"normalized_freq_over_{p}_percent": "no latent fired" for p in (1, 10)})
-    cats = {k: settle(v, why) for k, v in cats.items()}
     se = {**se, "explained_variance": row.ev_se()}
     extra = {k: r[k] for k in ("explained_variance_saebench", "mse_saebench", "frac_dead")}
     extra.update(
@@ -586,16 +574,18 @@ def report(self: Core, sae, rows, ref, info, seen, details, name):
         n_sequences=sum(len(o[0]) for o in row.seq),
         **{f"random_{k}": v for k, v in info.items()},
     )
-    u = dict(
+    on = c.compute_featurewise_density_statistics and c.compute_featurewise_weight_based_metrics
+    return Measured(
+        cats,
+        details=table(per) if on else [],
         undefined=why,
         nulls={n: null_row(o, ref) for n, o in rows.items() if n != "sae" and o.run.n},
-        standard_errors=settle(se, {}),
-        extra=settle(extra, why),
-        l0_histogram=row.run.l0_histogram,
-        density_histogram=density_counts(per["feature_density"]),
+        standard_errors=se,
+        extra=extra,
+        data=dict(
+            l0_histogram=row.run.l0_histogram, density_histogram=density_counts(per["feature_density"])
+        ),
     )
-    on = c.compute_featurewise_density_statistics and c.compute_featurewise_weight_based_metrics and details
-    return envelope("core", c, sae, cats, table(per) if on else [], u, name)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-table
 def table(
@@ -622,34 +612,13 @@ def table(
 
 # %% ../../nbs/evals/core.ipynb #core-eval-call
 @patch
-@torch.no_grad()
-def __call__(
-    self: Core,
-    sae,  # Any SAE
-    batches,  # Iterable of (tokens, docs, mask), or of Batch when `lm` is None
-    lm=None,  # Language model
-    hook: str = None,  # Hook point; None: the model's default
-    details: bool = True,  # Keep one object per latent
-    name: str = "",  # What to call the SAE
-    mean: Tensor = None,  # Mean of the training activations, for the `mean` row; None: of the first batches
-    nulls: dict = None,  # name -> SAE that knows nothing, e.g. from `codes.null_saes`; rows of their own
-    parts: Store = None,  # Where finished pieces stay, so that an interrupted evaluation goes on
-    quiet: bool = True,  # No progress bar
-) -> dict:  # SAEBench's envelope
-    "Evaluate one SAE; nothing about it changes."
-    was = sae.training
-    if lm is not None:
-        hook = hook or lm.default_hook
-        self.config.model_name = self.config.model_name or lm.name
-    sae.eval()
-    try:
-        return self.report(sae, *self.walk(sae, batches, lm, hook, mean, nulls, parts, quiet), details, name)
-    finally:
-        sae.train(was)
+def measure(self: Core, sae, ctx: Context):
+    "Walk over the batches once, then turn sums into numbers."
+    return self.report(sae, *self.walk(sae, ctx))
 
 # %% ../../nbs/evals/core.ipynb #core-eval-plot
 @patch
-def plot(
+def draw(
     self: Core,
     envs: dict,  # name of the SAE -> envelope
 ):  # A matplotlib figure

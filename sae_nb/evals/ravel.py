@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import *
+from .base import Context, Evaluator, Measured
 from .codes import bootstrap, latents_of
-from .envelope import configure, envelope, settle
 from .store import Store, blocks
 from .texts import why_not
 from ..world import language as W
@@ -71,9 +71,11 @@ class RAVELConfig:
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config-ravel
 @register("evals", "ravel")
-class RAVEL:
+class RAVEL(Evaluator):
     "Swap latents of one attribute between entities: does it follow, do the others stay?"
 
+    Config = RAVELConfig
+    needs = ("model",)
     world = dict(
         entity_attribute_selection=dict(
             city=["country", "continent", "language"], person=["birth", "field", "gender"]
@@ -90,7 +92,8 @@ class RAVEL:
     headline = dict(disentanglement_score=+1, cause_score=+1, isolation_score=+1)
 
     def __init__(self, **config):
-        self.config = c = configure(RAVELConfig, **config)
+        Evaluator.__init__(self, **config)
+        c = self.config
         one_of("position", c.position, ("entity", "last", "auto"))
         if not 0 < c.train_test_split < 1:
             raise InputError(
@@ -796,9 +799,10 @@ def masks(self: RAVEL, sae, t: Task, lm, hook, store, keep, pairs, error=True, b
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-measure-beside
 @patch
-def beside(self: RAVEL, t: Task, lm, hook, store, nulls, bar=None):
+def beside(self: RAVEL, t: Task, ctx: Context, bar=None):
     "Rows beside the SAE: name -> (test pairs, hits)."
     c, P = self.config, t.P
+    lm, hook, store = ctx.model, ctx.hook, ctx.store
 
     def same(new):
         return hits(lm, hook, P, t.test, new, c.n_generated_tokens)
@@ -816,7 +820,7 @@ def beside(self: RAVEL, t: Task, lm, hook, store, nulls, bar=None):
         "nothing": (t.test, store.get("ravel-none", [lm, hook, t.key(c), t.test], untouched)["hits"]),
         "everything": (t.test, moved(lm, hook, P, t.test, c, store)),
     }
-    for n, s in (nulls or {}).items():
+    for n, s in ctx.nulls.items():
         p, g = self.masks(s, t, lm, hook, store, store, (t.train, t.test), bar=bar)
         out[n] = (p, g["hits"])
     if c.residual:
@@ -864,76 +868,51 @@ def entity_interval(
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-call
 @patch
-def __call__(
-    self: RAVEL,
-    sae,  # Any SAE
-    lm,  # Language model
-    hook: str = None,  # Hook point; None: the model's default
-    store=None,  # What depends on the model and the nulls
-    parts=None,  # What depends on this SAE
-    nulls=None,  # name -> SAE that learned nothing
-    name: str = "",  # What to call the SAE
-    quiet: bool = True,  # Without progress bars
-) -> dict:  # Envelope
-    "Evaluate one SAE."
-    if lm is None:
-        raise InputError("RAVEL asks a language model for what it knows; give one")
+def measure(self: RAVEL, sae, ctx: Context):
+    "Train the masks of every kind of entity and score them."
     c = self.config
-    hook = hook or lm.default_hook
-    store = store or Store()
-    parts = parts or Store()
-    was = sae.training
-    sae.eval()
-    try:
-        ts, why, share = self.prepare(lm, hook, store, quiet)
-        no = (
-            None
-            if ts
-            else "not measurable, because the model answers too few prompts rightly: "
-            + (
-                "; ".join(f"{k}: {v.removeprefix('not measurable, because ')}" for k, v in why.items())
-                or "no prompts"
-            )
+    lm, hook, store = ctx.model, ctx.hook, ctx.store
+    ts, why, share = self.prepare(lm, hook, store, ctx.quiet)
+    no = (
+        None
+        if ts
+        else "not measurable, because the model answers too few prompts rightly: "
+        + (
+            "; ".join(f"{k}: {v.removeprefix('not measurable, because ')}" for k, v in why.items())
+            or "no prompts"
         )
-        if ts and (best := max(share.values())) < c.min_moved:
-            no = (
-                f"not measurable, because a swap of the whole activation at {hook} moves only {best:.0%} of the answers (swap at: {', '.join(share)}); try an earlier hook"
-                + (" or position='auto'" if c.position == "entity" else "")
+    )
+    if ts and (best := max(share.values())) < c.min_moved:
+        no = (
+            f"not measurable, because a swap of the whole activation at {hook} moves only {best:.0%} of the answers (swap at: {', '.join(share)}); try an earlier hook"
+            + (" or position='auto'" if c.position == "entity" else "")
+        )
+    done = []
+    with tqdm(desc="ravel: steps", disable=ctx.quiet, leave=False, ncols=80) as bar:
+        for t in () if no else ts:
+            own = self.masks(sae, t, lm, hook, store, ctx.parts, (t.train, t.test), both=True, bar=bar)
+            theirs = (
+                self.masks(sae, t, lm, hook, store, ctx.parts, t.leaky, error=False, bar=bar)
+                if c.compatible
+                else None
             )
-        done = []
-        with tqdm(desc="ravel: steps", disable=quiet, leave=False, ncols=80) as bar:
-            for t in () if no else ts:
-                own = self.masks(sae, t, lm, hook, store, parts, (t.train, t.test), both=True, bar=bar)
-                theirs = (
-                    self.masks(sae, t, lm, hook, store, parts, t.leaky, error=False, bar=bar)
-                    if c.compatible
-                    else None
-                )
-                done.append(
-                    dict(task=t, own=own, theirs=theirs, rows=self.beside(t, lm, hook, store, nulls, bar))
-                )
-    finally:
-        sae.train(was)
-    return self.report(done, sae, lm, hook, name, why, share, no)
+            done.append(dict(task=t, own=own, theirs=theirs, rows=self.beside(t, ctx, bar)))
+    return self.report(done, why, share, no)
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-report
 @patch
-def report(self: RAVEL, done, sae, lm, hook, name, why, share, no):
+def report(self: RAVEL, done, why, share, no) -> Measured:
     "Scores, rows beside them, intervals and reasons."
     c = self.config
     names = ("disentanglement_score", "cause_score", "isolation_score")
     undefined = {}
-    cfg = replace(
-        c,
-        data_dir=Path(c.data_dir).name,
-        model_name=getattr(lm, "name", ""),
-        llm_dtype=str(getattr(lm, "dtype", c.llm_dtype)).removeprefix("torch."),
-    )
     extra = {f"moved_at_{k}": v for k, v in share.items() if v is not None}
-    u = dict(undefined=undefined, nulls={}, intervals={}, extra=extra, left_out=why)
+    u = dict(left_out=why)
     if no:
         undefined.update(dict.fromkeys(names, no))
-        return envelope("ravel", cfg, sae, dict(ravel=dict.fromkeys(names)), [], u, name)
+        return Measured(
+            dict(ravel=dict.fromkeys(names)), undefined=undefined, nulls={}, intervals={}, extra=extra, data=u
+        )
     ts = [d["task"] for d in done]
 
     def score(what):
@@ -941,10 +920,8 @@ def report(self: RAVEL, done, sae, lm, hook, name, why, share, no):
 
     own = [(d["own"][0], d["own"][1]["hits"]) for d in done]
     per = score(own)
-    values = settle(overall(per), undefined)
     beside = {r: score([d["rows"][r] for d in done]) for r in done[0]["rows"]}
-    u["nulls"] = {r: overall(s) for r, s in beside.items()}
-    u["intervals"] = {
+    intervals = {
         k: list(iv)
         for k in names
         if (iv := entity_interval(ts, own, k, c.bootstrap_draws, c.random_seed))[0] is not None
@@ -987,14 +964,21 @@ def report(self: RAVEL, done, sae, lm, hook, name, why, share, no):
         for t, k, os, ws in zip(ts, per, on, used)
         for a, v, o, w in zip(t.attributes, k, os, ws)
     ]
-    return envelope("ravel", cfg, sae, dict(ravel=values), details, u, name)
+    return Measured(
+        dict(ravel=overall(per)),
+        details=details,
+        nulls={r: overall(s) for r, s in beside.items()},
+        intervals=intervals,
+        extra=extra,
+        data=u,
+    )
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-plot
 _marks = dict(nothing="v", everything="^", random="s", frozen="D", residual="P", rotation="*")
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-plot-plot
 @patch
-def plot(
+def draw(
     self: RAVEL,
     envs: dict,  # Name of SAE -> envelope
 ):  # The figure
@@ -1003,25 +987,6 @@ def plot(
 
     fig, (a, b) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", width_ratios=[1, 1.15])
     some = {n: e for n, e in envs.items() if e["eval_result_metrics"]["ravel"]["cause_score"] is not None}
-    if not some:
-        for x in (a, b):
-            x.axis("off")
-        a.text(
-            0,
-            0.5,
-            "not measurable:\n"
-            + "\n".join(
-                {
-                    e["eval_result_unstructured"]["undefined"]["cause_score"].removeprefix(
-                        "not measurable, because "
-                    )
-                    for e in envs.values()
-                }
-            ),
-            fontsize=8,
-            wrap=True,
-        )
-        return fig
     a.plot([0, 1], [1, 0], color=".8", lw=1, zorder=0)
     a.text(
         0.06,
@@ -1116,6 +1081,4 @@ def plot(
     )
     b.invert_yaxis()
     fig.legend(*a.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    for x in (a, b):
-        x.spines[["top", "right"]].set_visible(False)
     return fig

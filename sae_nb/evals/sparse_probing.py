@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['schema_ks', 'Way', 'SparseProbingConfig', 'SparseProbing', 'one_vs_rest', 'Task', 'TaskSet', 'task_set',
            'mean_difference', 'top_k', 'logistic', 'predicted', 'sparse_probe', 'gram_coordinates', 'full_probe',
-           'best_epoch', 'ways', 'probe', 'measure', 'accuracy', 'text_pools', 'interval', 'over_concepts',
+           'best_epoch', 'ways', 'probe', 'hits_of', 'accuracy', 'text_pools', 'interval', 'over_concepts',
            'over_texts', 'metric', 'schema', 'Result', 'compare']
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-imports
@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import *
+from .base import Context, Evaluator, Measured, settle
 from .codes import latents_of, mean_pool
-from .envelope import configure, envelope, settle
 from .store import Store, blocks, digest
 from .texts import Texts, saebench_sets, text_set, world_sets
 
@@ -63,9 +63,11 @@ class SparseProbingConfig:
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-class
 @register("evals", "sparse_probing")
-class SparseProbing:
+class SparseProbing(Evaluator):
     "Accuracy of logistic regression on the k best latents, for concepts that texts are about."
 
+    Config = SparseProbingConfig
+    needs = ("model",)
     world = dict(
         dataset_names=list(world_sets),
         probe_train_set_size=200,
@@ -83,7 +85,8 @@ class SparseProbing:
     headline = dict(sae_top_1_test_accuracy=+1, sae_top_5_test_accuracy=+1, llm_test_accuracy=+1)
 
     def __init__(self, **config):
-        c = self.config = configure(SparseProbingConfig, **config)
+        Evaluator.__init__(self, **config)
+        c = self.config
         c.k_values = sorted(set(ints("k_values", c.k_values)))
         if isinstance(c.dataset_names, str):
             c.dataset_names = c.dataset_names.split(",")
@@ -372,7 +375,7 @@ def probe(
     return predicted(logistic(a[:, i], y), b[:, i])
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-measure-all
-def measure(
+def hits_of(
     data: dict,  # Pool -> (training codes [n_train, d], test codes [n_test, d])
     ts: TaskSet,  # Texts and tasks
     plan: list,  # Of `Way`
@@ -557,7 +560,7 @@ def row(
     ts: TaskSet,  # Texts and tasks
     store: Store,  # Activations
     keep: Store,  # Where the result stays
-) -> dict:  # From `measure`
+) -> dict:  # From `hits_of`
     "One row on one set."
     c = self.config
     plan, pool = ways(who, c), who == "sae" and c.max_pool
@@ -577,7 +580,7 @@ def row(
         train, test = (
             text_pools(sae, lm, hook, t, store, c.sae_batch_size, pool) for t in (ts.train, ts.test)
         )
-        return measure(
+        return hits_of(
             {p: (train[p], test[p]) for p in train},
             ts,
             plan,
@@ -666,7 +669,7 @@ def null_rows(
     "Every row beside the SAE, under the SAE's names."
 
     def of(row, ways):
-        return settle({metric("sae", to): self.mean(row, way) for to, way in ways.items()}, {})
+        return {metric("sae", to): self.mean(row, way) for to, way in ways.items()}
 
     top = {f"top_{k}": f"top_{k}" for k in ks}
     shuffled = {
@@ -682,7 +685,7 @@ def null_rows(
         for n in names
     }
     return out | dict(
-        shuffled=settle({metric("sae", f"top_{k}"): sum(v) / len(v) for k, v in shuffled.items() if v}, {}),
+        shuffled={metric("sae", f"top_{k}"): sum(v) / len(v) for k, v in shuffled.items() if v},
         residual=of("llm", top),
         direction=of("llm", {"top_1": "direction"}),
         ceiling=of("llm", {"all": "all"}),
@@ -700,45 +703,28 @@ def chosen(self: Result):
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-call
 @patch
-def __call__(
-    self: SparseProbing,
-    sae,  # Any SAE
-    lm,  # Language model
-    hook=None,  # Hook point; None: the model's default
-    store=None,  # What depends on model, texts and null SAEs; shared by all SAEs of a session
-    parts=None,  # What depends on this SAE
-    nulls=None,  # name -> SAE that learned nothing, see `codes.null_saes`
-    name="",  # What to call the SAE
-    quiet=True,  # No progress bar
-) -> dict:  # The envelope
-    "Probe an SAE."
-    if lm is None:
-        raise InputError("sparse probing reads texts through a language model; hand over lm")
-    hook = hook or lm.default_hook
-    store = store or Store()
-    parts = parts or Store()
-    nulls = nulls or {}
-    sets = self.sets(lm, store)
+def measure(self: SparseProbing, sae, ctx: Context):
+    "Probe the SAE, the null SAEs and the residual stream on every data set."
+    nulls = ctx.nulls
+    sets = self.sets(ctx.model, ctx.store)
     rows = {
         "llm": (ways("llm", self.config), []),
         **{n: (ways("null", self.config), []) for n in nulls},
         "sae": (ways("sae", self.config), []),
     }
-    for ts in tqdm(sets, desc="sparse probing", disable=quiet, leave=False, ncols=80):
+    for ts in tqdm(sets, desc="sparse probing", disable=ctx.quiet, leave=False, ncols=80):
         for n, (_, pieces) in rows.items():
             s, who = dict(llm=(None, "llm"), sae=(sae, "sae")).get(n) or (nulls[n], "null")
-            pieces.append(self.row(who, s, lm, hook, ts, store, parts if who == "sae" else store))
-    return self.report(Result(sets, rows), sae, lm, hook, nulls, name)
+            keep = ctx.parts if who == "sae" else ctx.store
+            pieces.append(self.row(who, s, ctx.model, ctx.hook, ts, ctx.store, keep))
+    return self.report(Result(sets, rows), sae, ctx)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-report
 @patch
-def report(self: SparseProbing, r, sae, lm, hook, nulls, name):
-    "The envelope from all hits."
-    c = replace(
-        self.config,
-        model_name=getattr(lm, "name", ""),
-        llm_dtype=str(getattr(lm, "dtype", "")).removeprefix("torch."),
-    )
+def report(self: SparseProbing, r, sae, ctx: Context) -> Measured:
+    "All numbers from all hits."
+    c = self.config
+    lm, hook, nulls = ctx.model, ctx.hook, ctx.nulls
     undefined = {}
     widths = dict(sae=sae.d_sae, llm=lm.width(hook) if hasattr(lm, "width") else sae.d_in)
     every = {
@@ -753,7 +739,7 @@ def report(self: SparseProbing, r, sae, lm, hook, nulls, name):
         undefined.update(
             {m: self.reason(m, widths) for m, v in ms.items() if v is None or not np.isfinite(v)}
         )
-    extra = settle(got, undefined)
+    extra = dict(got)
     iv = {}
     for m in [m for m in every if m in {**cats["llm"], **cats["sae"]}]:
         iv[m], iv[m + "_texts"] = map(list, r.intervals(*every[m], c))
@@ -784,17 +770,14 @@ def report(self: SparseProbing, r, sae, lm, hook, nulls, name):
         for k in c.k_values
         if k not in schema_ks
     ]
-    u = {f"{n}_results": v for n, v in per.items()} | dict(
+    return Measured(
+        cats,
+        details=details,
+        undefined=undefined,
         nulls=r.null_rows(list(nulls), c.k_values),
         intervals=iv,
-        undefined=undefined,
-        extra=settle({**extra, **counts}, undefined),
-        latents=latents,
-        notes=notes,
-        hook=hook,
-    )
-    return envelope(
-        "sparse_probing", c, sae, {row: settle(v, undefined) for row, v in cats.items()}, details, u, name
+        extra={**extra, **counts},
+        data={f"{n}_results": v for n, v in per.items()} | dict(latents=latents, notes=notes, hook=hook),
     )
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-compare
@@ -827,7 +810,7 @@ _grey = dict(random=("0.45", "--"), frozen=("0.45", ":"), residual=("k", "-"))
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-plot
 @patch
-def plot(
+def draw(
     self: SparseProbing,
     envs: dict,  # Name of SAE -> envelope
 ):  # The figure
@@ -876,8 +859,6 @@ def plot(
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize=7, loc="lower right")
     _by_set(bx, envs, ks[0])
-    for a in (ax, bx):
-        a.spines[["top", "right"]].set_visible(False)
     return fig
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-by-set

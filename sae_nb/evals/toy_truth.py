@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import InputError, register
+from .base import Context, Evaluator, Measured
 from .core import random_sae
-from .envelope import configure, envelope, settle
 from ..metrics import *
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-config
@@ -32,13 +32,13 @@ class ToyTruthConfig:
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-config-toytruth
 @register("evals", "toy_truth")
-class ToyTruth:
+class ToyTruth(Evaluator):
     "What was recovered of a toy's true features."
 
+    Config = ToyTruthConfig
+    needs = ("toy",)
+    with_nulls = False  # its rows are made from the truth
     headline = dict(mcc=+1, f1=+1, explained_variance=+1, l0=0, frac_dead=-1)
-
-    def __init__(self, **config):
-        self.config = configure(ToyTruthConfig, **config)
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-gather
 @patch
@@ -166,31 +166,20 @@ def nulls(self: ToyTruth, sae, toy, x, f_true, f):
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-call
 @patch
-@torch.no_grad()
-def __call__(
-    self: ToyTruth,
-    sae,  # Any SAE
-    toy,  # The Toy it was trained on, or its control
-    details: bool = True,  # Keep one object per latent
-    name: str = "",  # What to call the SAE
-) -> dict:  # The envelope
-    "Score an SAE against the truth; nothing about it changes."
+def measure(self: ToyTruth, sae, ctx: Context):
+    "Score an SAE against the truth."
+    toy = ctx.toy
     if sae.d_in != toy.d_in:
         raise InputError(
-            f"the SAE reads {sae.d_in} dimensions and the toy has {toy.d_in}; evaluate it on the toy it was trained on"
+            f"the SAE reads {sae.d_in} dimensions and the toy has {toy.d_in}; "
+            "evaluate it on the toy it was trained on"
         )
-    was = sae.training
-    sae.eval()
-    try:
-        x, f_true, f, x_hat = self.gather(sae, toy)
-        return self.report(sae, toy, x, f_true, f, x_hat, details, name)
-    finally:
-        sae.train(was)
+    return self.report(sae, toy, *self.gather(sae, toy))
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-report
 @patch
-def report(self: ToyTruth, sae, toy, x, f_true, f, x_hat, details, name):
-    "Scores, nulls and details in one envelope."
+def report(self: ToyTruth, sae, toy, x, f_true, f, x_hat):
+    "Scores, nulls and details."
     D, W = toy.directions.to(sae.W_dec), sae.W_dec.detach()
     ab, he = related(toy, sae, f, f_true)
     fit = dict(
@@ -205,33 +194,22 @@ def report(self: ToyTruth, sae, toy, x, f_true, f, x_hat, details, name):
         why.update(
             dict.fromkeys(("f1", "precision", "recall", "true_l0", *he), "the control has no features")
         )
-    cats = {
-        k: settle(v, why)
-        for k, v in dict(
-            recovery=recovery(W, D), detection=detection(W, f, f_true, D), absorption=ab, hedging=he, fit=fit
-        ).items()
-    }
-    rows = {k: settle(v, {}) for k, v in self.nulls(sae, toy, x, f_true, f).items()}
+    cats = dict(
+        recovery=recovery(W, D), detection=detection(W, f, f_true, D), absorption=ab, hedging=he, fit=fit
+    )
+    rows = self.nulls(sae, toy, x, f_true, f)
     score = {
-        f"{k}_above_null": above_null(cats["recovery"][k], rows["random"][k])
+        f"{k}_above_null": above_null(float(cats["recovery"][k]), float(rows["random"][k]))
         for k in ("mcc", "mean_max_cos")
         if rows["random"][k] < 1
     }
-    used = {k for c in cats.values() for k, v in c.items() if v is None}
-    u = dict(
-        undefined={k: v for k, v in why.items() if k in used},
+    return Measured(
+        {k: v for k, v in cats.items() if v},
+        details=self.table(W, D, f, f_true),
+        undefined=why,
         nulls=rows,
         extra=score,
-        found=max_cos(W, D).tolist(),
-    )
-    return envelope(
-        "toy_truth",
-        self.config,
-        sae,
-        {k: v for k, v in cats.items() if v},
-        self.table(W, D, f, f_true) if details else [],
-        u,
-        name,
+        data=dict(found=max_cos(W, D).tolist()),
     )
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-report-table
@@ -249,7 +227,7 @@ def table(self: ToyTruth, W, D, f, f_true):
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-plot
 @patch
-def plot(
+def draw(
     self: ToyTruth,
     envs: dict,  # name of the SAE -> envelope
 ):  # A matplotlib figure

@@ -21,8 +21,8 @@ from torch import Tensor
 from ...acts import count_mask, pack
 from ...core import InputError, counted, register
 from .judge import Judge, LocalJudge, judge_from_env
+from ..base import Context, Evaluator, Measured, settle
 from ..codes import bootstrap, latents_of, wilson
-from ..envelope import configure, envelope, settle
 from ..store import Store, blocks, digest
 from ..texts import records
 from ...world import language as W
@@ -88,9 +88,11 @@ class AutoInterpConfig:
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-config-autointerp
 @register("evals", "autointerp")
-class AutoInterp:
+class AutoInterp(Evaluator):
     "Can latents be described, and recognised by their descriptions?"
 
+    Config = AutoInterpConfig
+    needs = ("model",)
     world = dict(dataset_name="world", total_tokens=65_536)
     fast = dict(total_tokens=12_288, n_latents=64)
     headline = dict(autointerp_score=1, label_f1=1, label_coverage=1)
@@ -100,7 +102,8 @@ class AutoInterp:
         judge="environment",  # A `Judge`; None: nobody; "environment": whom the config or the environment names, if anybody
         **config,  # Options
     ):
-        self.config = checked(configure(AutoInterpConfig, **config))
+        Evaluator.__init__(self, **config)
+        checked(self.config)
         self.judge = judge
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-checked
@@ -1136,55 +1139,37 @@ def one(self: AutoInterp, sae, judge, labels, first, lm, hook, data, store, keep
                         f"{dict(autointerp_score_swapped='judge_nulls', autointerp_score_saebench='compatible')[k]} is off"
                     )
         except InputError as e:
-            why.update(
-                dict.fromkeys(_judge_names, str(e) if "run again" in str(e) else f"{e}; then run again")
-            )
+            why.update(dict.fromkeys(_judge_names, str(e)))
+            info["incomplete"] = True
     return out, why, recs, curve, (o, info), f, key
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-main
 @patch
-def __call__(
-    self: AutoInterp,
-    sae,  # Any SAE on raw activations
-    lm,  # Language model
-    hook=None,  # Hook point; None: the model's default
-    store=None,  # Shared by all SAEs: activations, labels, null SAEs
-    parts=None,  # This SAE's pieces, the judge's answers among them
-    nulls=None,  # name -> SAE to hold it against
-    name: str = "",  # What to call it
-    quiet=True,  # False: bars, and what the judge will cost
-) -> dict:  # The envelope
-    "Describe latents, with a judge if there is one and with the world's labels if there are any."
-    if lm is None:
-        raise InputError("autointerp needs a language model; hand over lm")
-    c = self.config
-    hook = hook or lm.default_hook
-    store = store or Store()
-    parts = parts or Store()
-    judge, world = self.who(), c.dataset_name == "world"
-    c = replace(
+def record(self: AutoInterp, ctx: Context):
+    "The judge that was asked is part of the config."
+    judge = self.who()
+    c = Evaluator.record(self, ctx)
+    return replace(
         c,
-        model_name=getattr(lm, "name", ""),
-        llm_dtype=str(getattr(lm, "dtype", "")).removeprefix("torch."),
         judge_url=getattr(judge, "host", ""),
         judge_model=getattr(judge, "model", ""),
         judge_temperature=getattr(judge, "temperature", c.judge_temperature),
         label_levels=list(c.label_levels),
     )
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-measure
+@patch
+def measure(self: AutoInterp, sae, ctx: Context):
+    "Describe latents, with a judge if there is one and with the world's labels if there are any."
+    c = self.config
+    lm, hook, store, parts, quiet = ctx.model, ctx.hook, ctx.store, ctx.parts, ctx.quiet
+    judge, world = self.who(), c.dataset_name == "world"
     if judge is None and not world:
         und = {
             k: f"not measurable, because {no_judge if k in _judge_names else no_labels}"
             for k in _judge_names + _label_names
         }
-        return envelope(
-            "autointerp",
-            c,
-            sae,
-            _categories(dict.fromkeys(und)),
-            [],
-            dict(undefined=und, nulls={}, intervals={}, extra={}),
-            name,
-        )
+        return Measured(_categories(dict.fromkeys(und)), undefined=und, nulls={}, intervals={})
     data = self.text(lm)
     acts = (
         store if data.tokens.numel() * sae.d_in < 2**29 else Store(limit_mb=64)
@@ -1195,7 +1180,7 @@ def __call__(
         sae, judge, labels, first, lm, hook, data, acts, parts, quiet, "SAE"
     )
     rows, curves = {}, dict(sae=curve)
-    for n, s in (nulls or {}).items():
+    for n, s in ctx.nulls.items():
         r, _, _, cv, *_ = self.one(
             s, judge if c.judge_nulls else None, labels, first, lm, hook, data, acts, store, quiet, n
         )
@@ -1219,7 +1204,7 @@ def __call__(
             rows[n] = summary(o)
             curves[n] = _curve(o["f1"])
         rows.update(part)
-    return self.report(c, sae, name, out, why, recs, more, rows, curves, labels, data, judge)
+    return self.report(out, why, recs, more, rows, curves, labels, data, judge)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report
 def _categories(v):
@@ -1229,12 +1214,14 @@ def _categories(v):
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report-report
 @patch
-def report(self: AutoInterp, c, sae, name, out, why, recs, more, rows, curves, labels, data, judge):
-    "The envelope."
+def report(self: AutoInterp, out, why, recs, more, rows, curves, labels, data, judge):
+    "All numbers, their intervals, reasons and what stands beside them."
+    c = self.config
     und, u = {}, dict(intervals={}, nulls={})
     out = settle(out, und, "")
     und = {k: f"not measurable, because {why.get(k) or 'not finite'}" for k in und}
     info = dict(more[1]) if more else {}
+    incomplete = info.pop("incomplete", False)
     n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
     n = n_yes + c.n_random_ex_for_scoring
     if out["autointerp_score"] is not None:
@@ -1281,15 +1268,22 @@ def report(self: AutoInterp, c, sae, name, out, why, recs, more, rows, curves, l
         extra["judge_cost_dollars"] = judge.price(
             info.get("judge_tokens_in", 0), info.get("judge_tokens_out", 0)
         )
-    u.update(undefined=und, extra={k: v for k, v in extra.items() if v is not None}, curves=curves, judge=who)
     details = [
         dict(index=l, **{k: v for k, v in r.items() if v not in ("", None)}) for l, r in sorted(recs.items())
     ]
-    return envelope("autointerp", c, sae, _categories(out), details, u, name)
+    return Measured(
+        _categories(out),
+        details=details,
+        undefined=und,
+        extra={k: v for k, v in extra.items() if v is not None},
+        data=dict(curves=curves, judge=who),
+        incomplete=incomplete,
+        **u,
+    )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot
 @patch
-def plot(
+def draw(
     self: AutoInterp,
     envs: dict,  # name of SAE -> envelope
 ):  # The figure
@@ -1300,13 +1294,6 @@ def plot(
     judged = any(_flat(e).get("autointerp_score") is not None for e in envs.values())
     labelled = any(u.get("curves", {}).get("sae") for u in us.values())
     n = 3 * labelled + judged
-    if not n:
-        fig, ax = plt.subplots(figsize=(6, 0.8))
-        ax.axis("off")
-        ax.text(
-            0, 0.5, next(iter(us.values()))["undefined"]["autointerp_score"].replace(" (", "\n("), va="center"
-        )
-        return fig
     fig, axes = plt.subplots(
         1, n, figsize=(3.4 * n, 0.6 + max(2.6, 0.24 * (len(envs) + 7))), layout="constrained", squeeze=False
     )
@@ -1335,8 +1322,6 @@ def plot(
             "share of windows judged rightly",
             ("frozen", "random", "other_description", "says_none"),
         )
-    for ax in fig.axes:
-        ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-flat

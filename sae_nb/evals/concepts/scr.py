@@ -15,9 +15,9 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ...core import *
+from ..base import Context, Evaluator, Measured
 from ..codes import bootstrap
 from .probes import *
-from ..envelope import configure, envelope, settle
 from ..store import Store, digest
 from ..texts import pair_set, scr_pairs
 
@@ -42,9 +42,11 @@ def scr_direction(
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-class
 @register("evals", "scr")
-class SCR:
+class SCR(Evaluator):
     "Spurious correlation removal."
 
+    Config = ConceptConfig
+    needs = ("model",)
     world = dict(
         dataset_names=["bio", "review"],
         train_set_size=1000,
@@ -67,7 +69,8 @@ class SCR:
     headline = {"scr_metric_threshold_20": +1, "scr_metric_threshold_10": +1}
 
     def __init__(self, **config):
-        self.config = checked(configure(ConceptConfig, **config))
+        Evaluator.__init__(self, **config)
+        checked(self.config)
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-runs
 @patch
@@ -235,7 +238,7 @@ def silenced(
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-measure
 @patch
-def measure(
+def without_latents(
     self: SCR,
     task: Task,  # One run
     W_dec,  # Decoder, [d_sae, d_in]
@@ -293,7 +296,7 @@ def without_sae(
         return [(slice(0, len(Z)), Z)]
 
     out = {
-        "residual channels": self.measure(
+        "residual channels": self.without_latents(
             task, torch.eye(X.shape[1]), whole(X), whole(X_test), controls=False
         )["sae"]
     }
@@ -378,29 +381,14 @@ def pooled_score(
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-call
 @patch
-def __call__(
-    self: SCR,
-    sae,  # Any SAE
-    lm,  # Language model
-    hook: str = None,  # Hook point; None: the model's default
-    store=None,  # What depends on the model and the nulls
-    parts=None,  # What depends on this SAE
-    nulls=None,  # name -> SAE that learned nothing
-    name: str = "",  # What to call the SAE
-    quiet: bool = True,  # Without progress bars
-) -> dict:  # Envelope
-    "Evaluate one SAE."
-    if lm is None:
-        raise InputError("SCR reads texts through a language model; give one")
+def measure(self: SCR, sae, ctx: Context):
+    "Silence latents on every data set."
     c = self.config
-    hook = hook or lm.default_hook
-    store = store or Store()
-    parts = parts or Store()
-    rows = {}
+    lm, hook, store = ctx.model, ctx.hook, ctx.store
     fields = [c.n_values, c.n_seeds, c.random_seed, c.baselines]
     done = []
     for run, ds, pair, values, texts in tqdm(
-        list(self.runs(lm)), desc="scr", disable=quiet, leave=False, ncols=80
+        list(self.runs(lm)), desc="scr", disable=ctx.quiet, leave=False, ncols=80
     ):
         task = self.prepare(texts(), pair, values, lm, hook, store)
 
@@ -411,11 +399,13 @@ def __call__(
             return keep.get(
                 "scr",
                 [s, lm, hook, task.key, fields, controls],
-                lambda: self.measure(task, s.W_dec, read(s, task.train), read(s, task.test), controls),
+                lambda: self.without_latents(
+                    task, s.W_dec, read(s, task.train), read(s, task.test), controls
+                ),
             )
 
-        got = look(sae, parts, True)
-        got.update({n: look(s, store, False)["sae"] for n, s in (nulls or {}).items()})
+        got = look(sae, ctx.parts, True)
+        got.update({n: look(s, store, False)["sae"] for n, s in ctx.nulls.items()})
         if c.baselines:
             got.update(store.get("scr-lm", [hook, task.key, fields], lambda: self.without_sae(task)))
         done.append(
@@ -428,11 +418,17 @@ def __call__(
                 after=got,
             )
         )
-    return self.report(done, sae, lm, name, nulls)
+    return self.report(done, sae, ctx.nulls)
+
+# %% ../../../nbs/evals/concepts/scr.ipynb #scr-record
+@patch
+def record(self: SCR, ctx: Context):
+    "The config says which of the two evaluations it was."
+    return replace(Evaluator.record(self, ctx), perform_scr=True, llm_dtype=self.config.llm_dtype)
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-report
 @patch
-def report(self: SCR, done, sae, lm, name, nulls):
+def report(self: SCR, done, sae, nulls) -> Measured:
     "Scores, rows beside them, intervals and reasons."
     c = self.config
     undefined = {}
@@ -498,7 +494,7 @@ def report(self: SCR, done, sae, lm, name, nulls):
         if m[k] is not None
     }
     keep = [
-        *(nulls or {}),
+        *nulls,
         *(
             [
                 r
@@ -518,21 +514,14 @@ def report(self: SCR, done, sae, lm, name, nulls):
         )
         for d, p in zip(done, ps)
     ]
-    un = dict(
+    return Measured(
+        dict(scr_metrics=m),
+        details=details,
         undefined=undefined,
         nulls=beside,
         intervals={k: v for k, v in draws.items() if v[0] is not None},
         extra=extra,
-        runs=runs,
-    )
-    return envelope(
-        "scr",
-        replace(c, perform_scr=True, model_name=getattr(lm, "name", "")),
-        sae,
-        {"scr_metrics": settle(m, undefined)},
-        details,
-        un,
-        name,
+        data=dict(runs=runs),
     )
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-plot
@@ -547,7 +536,7 @@ _grey = {
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-plot-plot
 @patch
-def plot(
+def draw(
     self: SCR,
     envs: dict,  # Name of SAE -> envelope
 ):  # The figure
@@ -623,6 +612,4 @@ def plot(
     )
     b.invert_yaxis()
     fig.legend(*a.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    for ax in (a, b):
-        ax.spines[["top", "right"]].set_visible(False)
     return fig

@@ -16,9 +16,9 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ...core import *
+from ..base import Context, Evaluator, Measured
 from ..codes import bootstrap
 from .probes import *
-from ..envelope import configure, envelope, settle
 from ..store import Store, digest
 from ..texts import text_set
 
@@ -50,9 +50,11 @@ def one_vs_rest(
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-class
 @register("evals", "tpp")
-class TPP:
+class TPP(Evaluator):
     "Targeted probe perturbation."
 
+    Config = ConceptConfig
+    needs = ("model",)
     world = dict(
         dataset_names=["professions1", "categories"],
         train_set_size=1000,
@@ -74,7 +76,8 @@ class TPP:
     headline = {"tpp_threshold_20_total_metric": +1, "tpp_threshold_10_total_metric": +1}
 
     def __init__(self, **config):
-        self.config = checked(configure(ConceptConfig, **{"perform_scr": False, **config}))
+        Evaluator.__init__(self, **{"perform_scr": False, **config})
+        checked(self.config)
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-class-runs
 @patch
@@ -218,7 +221,7 @@ def probe_logits(
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-measure
 @patch
-def measure(
+def without_latents(
     self: TPP,
     task: Task,  # One data set
     W_dec,  # Decoder, [d_sae, d_in]
@@ -298,7 +301,7 @@ def without_sae(
         return [(slice(0, len(Z)), Z)]
 
     out = {
-        "residual channels": self.measure(
+        "residual channels": self.without_latents(
             task, torch.eye(X.shape[1]), whole(X), whole(X_test), controls=False
         )["sae"]
     }
@@ -346,28 +349,14 @@ def over_classes(
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-call
 @patch
-def __call__(
-    self: TPP,
-    sae,  # Any SAE
-    lm,  # Language model
-    hook: str = None,  # Hook point; None: the model's default
-    store=None,  # What depends on the model and the nulls
-    parts=None,  # What depends on this SAE
-    nulls=None,  # name -> SAE that learned nothing
-    name: str = "",  # What to call the SAE
-    quiet: bool = True,  # Without progress bars
-) -> dict:  # Envelope
-    "Evaluate one SAE."
-    if lm is None:
-        raise InputError("TPP reads texts through a language model; give one")
+def measure(self: TPP, sae, ctx: Context):
+    "Silence latents on every data set."
     c = self.config
-    hook = hook or lm.default_hook
-    store = store or Store()
-    parts = parts or Store()
+    lm, hook, store = ctx.model, ctx.hook, ctx.store
     fields = [c.n_values, c.n_seeds, c.random_seed, c.baselines]
     done = []
     left_out = {}
-    for ds, texts in tqdm(list(self.runs(lm)), desc="tpp", disable=quiet, leave=False, ncols=80):
+    for ds, texts in tqdm(list(self.runs(lm)), desc="tpp", disable=ctx.quiet, leave=False, ncols=80):
         texts = texts()
         if len(texts[0].classes) < 3:
             left_out[ds] = f"{ds} has two classes, and the probe of one is the other's mirror image"
@@ -381,11 +370,13 @@ def __call__(
             return keep.get(
                 "tpp",
                 [s, lm, hook, task.key, fields, controls],
-                lambda: self.measure(task, s.W_dec, read(s, task.train), read(s, task.test), controls),
+                lambda: self.without_latents(
+                    task, s.W_dec, read(s, task.train), read(s, task.test), controls
+                ),
             )
 
-        got = look(sae, parts, True)
-        got.update({n: look(s, store, False)["sae"] for n, s in (nulls or {}).items()})
+        got = look(sae, ctx.parts, True)
+        got.update({n: look(s, store, False)["sae"] for n, s in ctx.nulls.items()})
         if c.baselines:
             got.update(store.get("tpp-lm", [hook, task.key, fields], lambda: self.without_sae(task)))
         theirs = redrawn(probe_logits(task, 1), task.test_rows, seed_of("before", c.random_seed)).tolist()
@@ -398,11 +389,17 @@ def __call__(
                 after=got,
             )
         )
-    return self.report(done, left_out, sae, lm, name, nulls)
+    return self.report(done, left_out, sae, ctx.nulls)
+
+# %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-record
+@patch
+def record(self: TPP, ctx: Context):
+    "The config says which of the two evaluations it was."
+    return replace(Evaluator.record(self, ctx), perform_scr=False, llm_dtype=self.config.llm_dtype)
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-report
 @patch
-def report(self: TPP, done, left_out, sae, lm, name, nulls):
+def report(self: TPP, done, left_out, sae, nulls) -> Measured:
     "Scores, rows beside them, intervals and reasons."
     c = self.config
     undefined = {}
@@ -450,7 +447,7 @@ def report(self: TPP, done, left_out, sae, lm, name, nulls):
         {f"{k}_saebench": v for k, v in theirs.items() if "total" in k and v is not None and m[k] is not None}
     )
     keep = [
-        *(nulls or {}),
+        *nulls,
         *(
             [
                 r
@@ -471,23 +468,14 @@ def report(self: TPP, done, left_out, sae, lm, name, nulls):
         d["dataset"]: {i: {k: mean(v) for k, v in o.items()} for i, o in s.items()}
         for d, s in zip(done, sets)
     }
-    un = dict(
+    return Measured(
+        dict(tpp_metrics=m),
+        details=details,
         undefined=undefined,
         nulls=beside,
         intervals={k: v for k, v in draws.items() if v[0] is not None},
         extra=extra,
-        per_class=per_class,
-    )
-    if left_out:
-        un["left_out"] = left_out
-    return envelope(
-        "tpp",
-        replace(c, perform_scr=False, model_name=getattr(lm, "name", "")),
-        sae,
-        {"tpp_metrics": settle(m, undefined)},
-        details,
-        un,
-        name,
+        data=dict(per_class=per_class) | (dict(left_out=left_out) if left_out else {}),
     )
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-plot
@@ -506,7 +494,7 @@ def _part(m, part):
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-plot-plot
 @patch
-def plot(
+def draw(
     self: TPP,
     envs: dict,  # Name of SAE -> envelope
 ):  # The figure
@@ -550,6 +538,4 @@ def plot(
     a.set(xscale="log", xlabel="latents silenced, N", ylabel="TPP total\n(at most about 0.5)")
     b.set(xlabel="unintended: loss of the other probes", ylabel="intended: loss of its own")
     fig.legend(*a.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
-    for ax in (a, b):
-        ax.spines[["top", "right"]].set_visible(False)
     return fig

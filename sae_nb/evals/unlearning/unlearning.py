@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ...acts import count_mask
 from ...core import *
+from ..base import Context, Evaluator, Measured
 from ..codes import wilson
-from ..envelope import configure, envelope, settle
 from ..store import Store, digest
 from .forget import *
 from ...world import language as W
@@ -71,9 +71,11 @@ class UnlearningConfig:
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-class-def
 @register("evals", "unlearning")
-class Unlearning:
+class Unlearning(Evaluator):
     "How far holding down a few latents makes a model fail on one subject alone."
 
+    Config = UnlearningConfig
+    needs = ("model",)
     world = dict(
         dataset_names=["alchemy", "geography", "history", "computing", "botany"],
         retain_thresholds=[0.01, 0.03],
@@ -101,7 +103,8 @@ class Unlearning:
     headline = dict(unlearning_score=+1, unlearning_score_gate=+1, retained_accuracy=+1)
 
     def __init__(self, **config):
-        c = self.config = configure(UnlearningConfig, **config)
+        Evaluator.__init__(self, **config)
+        c = self.config
         c.data_dir = str(c.data_dir or "")
         c.llm_batch_size = c.llm_batch_size or 0
         one_of("intervention_method", c.intervention_method, ("clamp_feature_activation",))
@@ -520,49 +523,24 @@ def rest(self: Unlearning, sae, lm, hook, p, tables, main, store, keep):
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-call-def
 @patch
-@torch.no_grad()
-def __call__(
-    self: Unlearning,
-    sae,  # Any SAE
-    lm,  # Language model; SAEBench asks for an instruct model that knows the subject
-    hook: str = None,  # Hook point; None: the model's default
-    store: Store = None,  # What depends on the model alone, and the nulls; None: in memory
-    parts: Store = None,  # What depends on this SAE; None: in memory
-    nulls: dict = None,  # name -> SAE that knows nothing
-    name: str = "",  # What to call the SAE
-    quiet: bool = True,  # No progress bars
-) -> dict:  # SAEBench's envelope
-    "Evaluate one SAE; nothing about it changes."
-    if lm is None:
-        raise InputError("unlearning asks a language model questions; give lm, or leave this evaluation out")
-    store = store or Store()
-    parts = parts or Store()
-    hook = hook or lm.default_hook
-    c = self.config
-    c.model_name, c.llm_dtype = c.model_name or lm.name, c.llm_dtype or str(lm.dtype).removeprefix("torch.")
+def measure(self: Unlearning, sae, ctx: Context):
+    "Try every setting, choose one, and hold it against what learned nothing."
+    lm, hook, store, quiet = ctx.model, ctx.hook, ctx.store, ctx.quiet
     p = self.prepare(lm, store, "" if quiet else "questions")
     no = self.unfit(p)
-    why = {}
     if no:
-        return envelope(
-            "unlearning",
-            c,
-            sae,
+        return Measured(
             dict(unlearning=dict(unlearning_score=None)),
-            [],
-            dict(undefined=dict(unlearning_score=no), nulls={}, intervals={}, extra={}, questions=p.counts),
-            name,
+            undefined=dict(unlearning_score=no),
+            nulls={},
+            intervals={},
+            data=dict(questions=p.counts),
         )
-    was = sae.training
-    sae.eval()
-    try:
-        tables = self.sweep(sae, lm, hook, p, store, parts, desc="" if quiet else "settings")
-        main = self.result(tables["clamp"], p)
-        extra, intervals, why = self.rest(sae, lm, hook, p, tables, main, store, parts)
-    finally:
-        sae.train(was)
+    tables = self.sweep(sae, lm, hook, p, store, ctx.parts, desc="" if quiet else "settings")
+    main = self.result(tables["clamp"], p)
+    extra, intervals, why = self.rest(sae, lm, hook, p, tables, main, store, ctx.parts)
     rows = dict(
-        self.null_rows(lm, hook, p, store, nulls, quiet),
+        self.null_rows(lm, hook, p, store, ctx.nulls, quiet),
         zero_ablation=numbers(self.result(tables["zero"], p)),
     )
     draws = [numbers(self.result(t, p)) for n, t in tables.items() if n.startswith("random")]
@@ -570,23 +548,13 @@ def __call__(
         rows["random_latents"] = {k: sum(r[k] for r in draws) / len(draws) for k in draws[0]}
     settings = [dict(method=m, **r) for m, t in tables.items() for r in accuracies(t, p)]
     picked = {m: i for m, t in tables.items() if (i := self.result(t, p)["index"]) is not None}
-    u = dict(
+    return Measured(
+        dict(unlearning=dict(unlearning_score=main["unlearning_score"])),
         undefined=why,
         nulls=rows,
         intervals=intervals,
-        extra=settle(extra, why),
-        questions=p.counts,
-        settings=settings,
-        chosen=picked,
-    )
-    return envelope(
-        "unlearning",
-        c,
-        sae,
-        dict(unlearning=settle(dict(unlearning_score=main["unlearning_score"]), why)),
-        [],
-        u,
-        name,
+        extra=extra,
+        data=dict(questions=p.counts, settings=settings, chosen=picked),
     )
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-null-rows-def
@@ -598,7 +566,7 @@ def null_rows(self: Unlearning, lm, hook, p, store, nulls, quiet):
     def go(s, n):
         return self.sweep(s, lm, hook, p, store, store, ("clamp",), "" if quiet else n)["clamp"]
 
-    out = {n: numbers(self.result(go(s, n), p)) for n, s in (nulls or {}).items()}
+    out = {n: numbers(self.result(go(s, n), p)) for n, s in nulls.items()}
     made = [
         go(
             supervised(lm, hook, p.corpora, max(c.retain_thresholds) / k, store, seed=c.random_seed),
@@ -650,13 +618,12 @@ def _panel(ax, env, name):
     ax.axhline(gate, color="k", lw=0.8, ls=":")
     ax.axvline(0.25, color="0.8", lw=0.8)
     ax.set(title=name, xlim=(-0.03, 1.05), ylim=(-0.03, 1.05))
-    ax.spines[["top", "right"]].set_visible(False)
     if "settings" not in u:
         ax.text(0.5, 0.5, "not measurable", ha="center", transform=ax.transAxes)
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-plot-def
 @patch
-def plot(
+def draw(
     self: Unlearning,
     envs: dict,  # name -> envelope
 ):  # The figure
@@ -711,7 +678,6 @@ def plot(
     bar.set_yticks(range(len(rows)), [r[0] for r in rows[::-1]], fontsize=7)
     bar.set(xlim=(0, 1), xlabel="unlearning score, test half")
     bar.axvline(0.75, color="0.8", lw=0.8)
-    bar.spines[["top", "right"]].set_visible(False)
     for ax in axes[n:]:
         ax.axis("off")
     return fig
