@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sae_nb.acts import WorldSource, count_mask
+from sae_nb.data import WorldSource, count_mask
 from sae_nb.lm import load_lm
 from sae_nb.metrics import unit
 from sae_nb.sae import build

@@ -11,6 +11,7 @@ import json
 import re
 import threading
 import traceback
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,11 +21,13 @@ from torch.nn import functional as F
 
 import sae_nb
 from .core import InputError, one_of, pick_device, pick_dtype
+from .data import why_not
 
 # %% ../nbs/06_lm.ipynb #lm-layouts
 _llama = ("model.layers", "self_attn", "mlp")
 _gemma = ("model.layers", "post_attention_layernorm", "post_feedforward_layernorm")
-layouts = {  # model_type -> path of the blocks; in a block: the module that attention adds, the one that the MLP adds
+# model_type -> path of the blocks; in a block: the module that attention adds, the one that the MLP adds
+layouts = {
     "gpt_neox": ("gpt_neox.layers", "attention", "mlp"),
     "gpt2": ("transformer.h", "attn", "mlp"),
     "llama": _llama,
@@ -36,16 +39,12 @@ layouts = {  # model_type -> path of the blocks; in a block: the module that att
     "gemma3_text": _gemma,
     "gemma3": ("model.language_model.layers", *_gemma[1:]),
 }
-kinds = (
-    "hook_resid_pre",
-    "hook_attn_out",
-    "hook_mlp_out",
-    "hook_resid_post",
-)  # in the order a block computes them
+# in the order a block computes them
+kinds = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
 
 # %% ../nbs/06_lm.ipynb #lm-class
 class LM:
-    "A causal language model that can be read and edited at named hook points. Weights are frozen, dropout is off."
+    "A causal language model to be read and edited at named hook points. Weights are frozen, dropout is off."
 
     def __init__(
         self,
@@ -64,15 +63,16 @@ class LM:
         self.d_model = cfg.hidden_size
         self.vocab = cfg.vocab_size
         self.context = cfg.max_position_embeddings
-        self.bos, self.eos, self.pad = [
-            getattr(tokenizer, f"{o}_token_id", None) for o in ("bos", "eos", "pad")
-        ]
+        self.bos = getattr(tokenizer, "bos_token_id", None)
+        self.eos = getattr(tokenizer, "eos_token_id", None)
+        self.pad = getattr(tokenizer, "pad_token_id", None)
         self.special_ids = set(getattr(tokenizer, "all_special_ids", []))
         self.net = NNsight(model)
         self.lock = threading.Lock()  # the lock is held by whoever runs the model
 
     def __repr__(self):
-        return f"LM({self.name!r}, {self.model.config.model_type}, {self.n_layers} layers, d_model {self.d_model})"
+        kind = self.model.config.model_type
+        return f"LM({self.name!r}, {kind}, {self.n_layers} layers, d_model {self.d_model})"
 
 # %% ../nbs/06_lm.ipynb #lm-hooks
 @patch(as_prop=True)
@@ -84,16 +84,16 @@ def hooks(self: LM) -> list:  # Names, first computed first
 @patch
 def _place(self: LM, hook):
     "Sort key of a hook point, (layer, kind), or an error that lists what exists."
-    m = re.fullmatch(r"blocks\.(\d+)\.(\w+)", str(hook))
-    if m is None or m[2] not in kinds:
+    parts = re.fullmatch(r"blocks\.(\d+)\.(\w+)", str(hook))
+    last = self.n_layers - 1
+    if parts is None or parts[2] not in kinds:
         raise InputError(
-            f"hook {hook!r} does not exist; write blocks.L.K with L from 0 to {self.n_layers - 1} and K one of: {', '.join(kinds)}"
+            f"hook {hook!r} does not exist; write blocks.L.K with L from 0 to {last} "
+            f"and K one of: {', '.join(kinds)}"
         )
-    if int(m[1]) >= self.n_layers:
-        raise InputError(
-            f"hook {hook!r} does not exist: {self.name or 'the model'} has layers 0 to {self.n_layers - 1}"
-        )
-    return int(m[1]), kinds.index(m[2])
+    if int(parts[1]) > last:
+        raise InputError(f"hook {hook!r} does not exist: {self.name or 'the model'} has layers 0 to {last}")
+    return int(parts[1]), kinds.index(parts[2])
 
 # %% ../nbs/06_lm.ipynb #lm-width
 @patch
@@ -124,14 +124,16 @@ def _checked(self: LM, tokens):
     if tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
         raise InputError(f"tokens must be integers of shape [B, T], not {tokens.dtype} {list(tokens.shape)}")
     if tokens.shape[1] > self.context:
+        name = self.name or "the model"
         raise InputError(
-            f"{tokens.shape[1]} tokens in a row, but {self.name or 'the model'} reads at most {self.context}; cut the rows"
+            f"{tokens.shape[1]} tokens in a row, but {name} reads at most {self.context}; cut the rows"
         )
-    lo, hi = tokens.min().item(), tokens.max().item()
-    if lo < 0 or hi >= self.vocab:
-        raise InputError(
-            f"token id {lo if lo < 0 else hi} does not exist: ids run from 0 to {self.vocab - 1}; was this text tokenized for another model?"
-        )
+    for token in (tokens.min().item(), tokens.max().item()):
+        if not 0 <= token < self.vocab:
+            raise InputError(
+                f"token id {token} does not exist: ids run from 0 to {self.vocab - 1}; "
+                "was this text tokenized for another model?"
+            )
     return tokens.long()
 
 # %% ../nbs/06_lm.ipynb #lm-positions
@@ -159,7 +161,8 @@ def _inputs(self: LM, tokens, docs):
         docs = docs[None]
     if docs.shape != tokens.shape:
         raise InputError(
-            f"docs has shape {list(docs.shape)}, tokens has {list(tokens.shape)}; give one document number per token"
+            f"docs has shape {list(docs.shape)}, tokens has {list(tokens.shape)}; "
+            "give one document number per token"
         )
     pos = positions(docs)
     return kw if pos is None else dict(kw, position_ids=pos.to(self.device))
@@ -224,19 +227,20 @@ def _free(self: LM):
     "Refuse a pass inside a pass."
     if self.net.interleaver.interleaving:
         raise InputError(
-            "the model is in the middle of a pass: compute what an edit needs before calling logits, or load a second model"
+            "the model is in the middle of a pass: compute what an edit needs before calling logits, "
+            "or load a second model"
         )
 
 # %% ../nbs/06_lm.ipynb #lm-harvest
 @patch
 def _harvest(self: LM, kw, hooks, got):
     "Fill `got` with the values at `hooks` and stop at the last of them."
-    points = [(h, *self._point(h)) for h in sorted(hooks, key=self._place)]
+    points = [(hook, *self._point(hook)) for hook in sorted(hooks, key=self._place)]
     signals = []
     with torch.no_grad():
         with self.net.trace(**kw) as tracer:
-            for h, module, side in points:
-                got[h] = _first(getattr(module, side))
+            for hook, module, side in points:
+                got[hook] = _first(getattr(module, side))
             _stop(tracer, signals)
     _untie(signals)
 
@@ -261,6 +265,22 @@ def acts(
 class _There(Exception):
     "The pass has reached the hook point."
 
+
+def _end_at(module, side, got):
+    "A hook that takes the value at one side of `module` into `got` and ends the pass."
+
+    def before(module, args, kw):
+        got.append(args[0] if args else kw["hidden_states"])
+        raise _There
+
+    def after(module, args, out):
+        got.append(_first(out))
+        raise _There
+
+    if side == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
+
 # %% ../nbs/06_lm.ipynb #lm-read-read
 @patch
 def read(
@@ -273,25 +293,13 @@ def read(
     "Activations at one hook point without a trace. The layers above do not run."
     if not wait:
         self._free()
-    (path, side), kw, got = self._path(hook), self._inputs(tokens, docs), []
-    module = self.model.get_submodule(path)
-
-    def before(m, args, kw):
-        got.append(args[0] if args else kw["hidden_states"])
-        raise _There
-
-    def after(m, args, out):
-        got.append(_first(out))
-        raise _There
-
+    path, side = self._path(hook)
+    inputs = self._inputs(tokens, docs)
+    got = []
     with self.lock, torch.no_grad():
-        handle = (
-            module.register_forward_pre_hook(before, with_kwargs=True)
-            if side == "input"
-            else module.register_forward_hook(after)
-        )
+        handle = _end_at(self.model.get_submodule(path), side, got)
         try:
-            self.model(**kw)
+            self.model(**inputs)
         except _There:
             pass
         finally:
@@ -303,9 +311,8 @@ def _edited(x, edit, hook):
     "`edit(x)`, checked and in the dtype of `x`."
     y = edit(x)
     if not isinstance(y, Tensor) or y.shape != x.shape:
-        raise InputError(
-            f"the edit at {hook} must return a tensor of shape {list(x.shape)}, not {list(y.shape) if isinstance(y, Tensor) else type(y).__name__}"
-        )
+        got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise InputError(f"the edit at {hook} must return a tensor of shape {list(x.shape)}, not {got}")
     return y.to(x)
 
 # %% ../nbs/06_lm.ipynb #lm-edited-run
@@ -345,11 +352,10 @@ def token_loss(
 ) -> Tensor:  # Loss of tokens 1 to T-1, in nats, [B, T-1], float32
     "Cross-entropy of each token given those before it."
     tokens = torch.as_tensor(tokens, device=logits.device).long()
-    return torch.stack(
-        [F.cross_entropy(l[:-1].float(), t[1:], reduction="none") for l, t in zip(logits, tokens)]
-    )
+    rows = zip(logits, tokens)
+    return torch.stack([F.cross_entropy(z[:-1].float(), t[1:], reduction="none") for z, t in rows])
 
-
+# %% ../nbs/06_lm.ipynb #lm-next-in-doc
 def next_in_doc(
     docs: Tensor,  # Document number per token, [B, T]; 0 is padding
 ) -> Tensor:  # [B, T-1], True where token t+1 continues the document of token t
@@ -366,8 +372,8 @@ def encode(
     "Tokenize, one text per row."
     texts = [texts] if isinstance(texts, str) else list(texts)
     ctx = min(ctx or self.context, self.context)
-    first = [] if self.bos is None else [self.bos]
-    rows = [(first + self.tokenizer(t, add_special_tokens=False)["input_ids"])[:ctx] for t in texts]
+    head = [] if self.bos is None else [self.bos]
+    rows = [(head + self.tokenizer(t, add_special_tokens=False)["input_ids"])[:ctx] for t in texts]
     T = max(map(len, rows))
     fill = next((i for i in (self.pad, self.eos) if i is not None), 0)
     tokens = torch.tensor([r + [fill] * (T - len(r)) for r in rows])
@@ -413,82 +419,59 @@ _needed = {
 
 def _whole(folder):
     "Raise unless `folder` holds a configuration, weights and a tokenizer."
-    for what, pats in _needed.items():
-        if not any(any(folder.glob(p)) for p in pats):
+    for what, patterns in _needed.items():
+        if not any(any(folder.glob(p)) for p in patterns):
             raise InputError(
-                f"folder {folder.name!r} holds no {what} (looked for {' or '.join(pats)}); save the model there with "
-                "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
+                f"folder {folder.name!r} holds no {what} (looked for {' or '.join(patterns)}); save the "
+                "model there with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
             )
 
 # %% ../nbs/06_lm.ipynb #lm-folder-find
 def _find(name):
     "A folder that holds the model `name`, or None when it has to come from the hub."
-    if not str(name):
+    name = str(name)
+    if not name:
         raise InputError('no model named; "world" is the one in the package')
-    if str(name) == "world":
-        folder = Path(sae_nb.__file__).parent / "world" / "lm"
-    else:
-        folder = Path(name).expanduser()
+    in_package = Path(sae_nb.__file__).parent / "world" / "lm"
+    folder = in_package if name == "world" else Path(name).expanduser()
     if folder.is_dir():
         _whole(folder)
         return folder
-    if str(name) == "world":
+    if name == "world":
         raise InputError(
             "the model of the world is not in this installation; train it with nbs/world/model.ipynb"
         )
-    if str(name)[0] in "./~" or str(name).count("/") > 1:
-        raise InputError(f"folder {str(name)!r} does not exist; give a folder, a Hugging Face name, or world")
-
-# %% ../nbs/06_lm.ipynb #lm-hub-errors
-_now = "Open to all: -p model world (in the package) or -p model EleutherAI/pythia-70m-deduped"
-
-# %% ../nbs/06_lm.ipynb #lm-hub-errors-why
-def _why(name, e):
-    "One line about why `name` could not be loaded, from the exception `e`."
-    from huggingface_hub import errors as he
-
-    chain, x = [], e
-    while x is not None and x not in chain:
-        chain.append(x)
-        x = x.__cause__ or x.__context__
-
-    def has(*cls):
-        return next((x for x in chain if isinstance(x, cls)), None)
-
-    status = getattr(getattr(has(he.HfHubHTTPError), "response", None), "status_code", None)
-    if has(he.GatedRepoError):
-        return f"{name} is gated: accept its licence on https://huggingface.co/{name}, then set HF_TOKEN to an access token of that account. {_now}"
-    if has(he.RepositoryNotFoundError, he.HFValidationError):
-        return f"there is no model {name!r}, neither as a folder nor on the Hugging Face hub (if it is private, set HF_TOKEN); check the spelling. {_now}"
-    if status in (401, 403):
-        return f"the hub refused access to {name} ({status}); check HF_TOKEN, or unset it. {_now}"
-    if has(he.LocalEntryNotFoundError, he.OfflineModeIsEnabled, ConnectionError):
-        return f"{name} is not on this machine yet and the Hugging Face hub cannot be reached; connect, unset HF_HUB_OFFLINE, or use -p model world, which needs no network"
-    return f"{name} could not be loaded: {' '.join(str(e).split())[:200] or type(e).__name__}"
+    if name[0] in "./~" or name.count("/") > 1:
+        raise InputError(f"folder {name!r} does not exist; give a folder, a Hugging Face name, or world")
 
 # %% ../nbs/06_lm.ipynb #lm-open
-def _open(where, quiet, dtype):
+def _open(where, dtype):
     "Model and tokenizer at `where`, a folder or a hub name."
     import transformers as tf
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    if quiet:
-        logging.disable_progress_bar()
-    try:
-        one_of("model_type", tf.AutoConfig.from_pretrained(where).model_type, layouts)
-        tokenizer = tf.AutoTokenizer.from_pretrained(where)
-        model, info = tf.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True)
-    finally:
-        if quiet and bars:
-            logging.enable_progress_bar()
+    one_of("model_type", tf.AutoConfig.from_pretrained(where).model_type, layouts)
+    tokenizer = tf.AutoTokenizer.from_pretrained(where)
+    model, info = tf.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise InputError("its tokenizer is empty; are the tokenizer files there?")
-    if info["missing_keys"]:
-        raise InputError(
-            f"its files lack {len(info['missing_keys'])} weights, {sorted(info['missing_keys'])[0]} among them"
-        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(f"its files lack {len(missing)} weights, {missing[0]} among them")
     return model, tokenizer
+
+# %% ../nbs/06_lm.ipynb #lm-open-quietly
+@contextmanager
+def _without_bars():
+    "No progress bars of transformers: a folder is read in a moment."
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 # %% ../nbs/06_lm.ipynb #lm-load
 def load_lm(
@@ -503,9 +486,15 @@ def load_lm(
     dtype = pick_dtype(dtype)
     folder = _find(name)
     try:
-        model, tokenizer = _open(str(folder or name), folder is not None, dtype)
+        with _without_bars() if folder else nullcontext():
+            model, tokenizer = _open(str(folder or name), dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except InputError as e:
+        raise InputError(f"{name}: {e}") from None
     except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as e:
-        if isinstance(e, torch.OutOfMemoryError):
-            raise
-        raise InputError(f"{name}: {e}" if isinstance(e, InputError) else _why(name, e)) from None
+        instead = (
+            "use -p model world (in the package) or -p model EleutherAI/pythia-70m-deduped (open to all)"
+        )
+        raise InputError(why_not(name, e, "model", instead)) from None
     return LM(model.to(device), tokenizer, str(name))

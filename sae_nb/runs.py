@@ -26,6 +26,7 @@ from tqdm import tqdm
 import sae_nb
 from .acts import *
 from .core import *
+from .data import open_text
 from .evals.base import Context, Nulls, flat
 from .evals.store import Store
 from .evals.suite import chosen, evaluate, evaluators, reasons, scoreboard
@@ -523,12 +524,7 @@ def _open_lm(self: Session, dev, rows):
             f"ctx = {p.ctx} is more than the {self.lm.context} tokens {p.model} can read; use a smaller ctx"
         )
     text = p.text or ("world" if p.model == "world" else "hf:monology/pile-uncopyrighted")
-    if text == "world":
-        source = WorldSource(p.ctx, self.seed)
-    elif text.startswith("hf:"):
-        source = HFSource(text[3:], self.lm, p.ctx)
-    else:
-        source = text_source(text, self.lm, p.ctx, self.seed)
+    source = open_text(text, self.lm, p.ctx, self.seed)
     self.stream = Stream(
         self.lm,
         source,

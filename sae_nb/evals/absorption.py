@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..acts import WorldSource, count_mask
 from ..core import InputError, register
+from ..data import WorldSource, count_mask
 from .base import Context, Evaluator, Measured
 from .codes import bootstrap, dictionary_sae, latents_of, wilson
 from .store import Store

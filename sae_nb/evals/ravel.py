@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import *
+from ..data import why_not
 from .base import Context, Evaluator, Measured
 from .codes import bootstrap, latents_of
 from .store import Store, blocks
-from .texts import why_not
 from ..world import language as W
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config

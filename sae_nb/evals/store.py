@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..acts import count_mask
 from ..core import *
+from ..data import count_mask
 
 # %% ../../nbs/evals/store.ipynb #store-digest-def
 def _reads(o):

@@ -18,13 +18,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ...acts import count_mask, pack
 from ...core import InputError, counted, register
+from ...data import count_mask, pack, records
 from .judge import Judge, LocalJudge, judge_from_env
 from ..base import Context, Evaluator, Measured, settle
 from ..codes import bootstrap, latents_of, wilson
 from ..store import Store, blocks, digest
-from ..texts import records
 from ...world import language as W
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-config

@@ -21,11 +21,10 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...acts import count_mask, pack
 from ...core import *
+from ...data import count_mask, pack, records
 from ..codes import latents_of, spliced
 from ..store import Store, blocks, digest
-from ..texts import records
 from ...sae import SAE, build
 from ...world import language as W
 

@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...acts import count_mask
 from ...core import *
+from ...data import count_mask
 from ..base import Context, Evaluator, Measured
 from ..codes import wilson
 from ..store import Store, digest
