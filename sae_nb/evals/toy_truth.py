@@ -17,6 +17,7 @@ from ..core import InputError, register
 from .core import random_sae
 from .envelope import configure, envelope, settle
 from ..metrics import *
+from ..truth.related import absorption, hedging
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-config
 @dataclass
