@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from ..core import Batch, InputError, counted, register
 from .envelope import configure, envelope, settle
+from .running import Running, ratio_se
 from .store import Store
 from ..lm import next_in_doc
-from .running import Running, ratio_se
 from ..metrics import loss_recovered, nearest_cos, random_like, unit
 from ..sae import SAE
 
