@@ -6,14 +6,12 @@
 __all__ = ['l0', 'l1', 'density', 'frac_dead', 'mse', 'explained_variance', 'explained_variance_legacy',
            'explained_variance_saebench', 'mse_saebench', 'l2_ratio', 'relative_reconstruction_bias', 'cossim',
            'loss_recovered', 'unit', 'cosines', 'max_cos', 'match', 'mcc', 'random_like', 'above_null', 'nearest_cos',
-           'effective_rank', 'best_feature', 'f1_detector', 'uniqueness', 'depths', 'absorption', 'leak', 'hedging',
-           'Running', 'ratio_se']
+           'effective_rank', 'best_feature', 'f1_detector', 'uniqueness']
 
 # %% ../nbs/02_metrics.ipynb #metrics-imports
 import math
 
 import torch
-from fastcore.basics import patch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -26,7 +24,7 @@ def l0(
     "Active latents per token."
     return (f != 0).sum(-1).double().mean()
 
-
+# %% ../nbs/02_metrics.ipynb #metrics-l1
 def l1(
     f: Tensor,  # Latents, [n_tokens, d_sae]
 ) -> Tensor:  # Mean over tokens of the sum of the latents
@@ -40,7 +38,7 @@ def density(
     "How often each latent fires."
     return (f != 0).double().mean(0)
 
-
+# %% ../nbs/02_metrics.ipynb #metrics-frac-dead
 def frac_dead(
     counts: Tensor,  # How often each latent fired (a count or a density), [d_sae]
 ) -> Tensor:  # Share of latents that never did
@@ -55,7 +53,7 @@ def mse(
     "Squared error per token, in the squared units of `x`."
     return (x.float() - x_hat.float()).square().sum(-1).mean()
 
-
+# %% ../nbs/02_metrics.ipynb #metrics-ev
 def explained_variance(
     x: Tensor,  # Activations, [n_tokens, d_in]
     x_hat: Tensor,  # Reconstructions, same shape
@@ -83,7 +81,7 @@ def explained_variance_saebench(
     S = x.double().square().sum(-1).mean()
     return 1 - R / (S - (S / x.shape[-1]) ** 2)
 
-
+# %% ../nbs/02_metrics.ipynb #metrics-mse-saebench
 def mse_saebench(
     x: Tensor,  # Activations of one batch, [n_tokens, d_in]
     x_hat: Tensor,  # Reconstructions, same shape
@@ -97,10 +95,10 @@ def l2_ratio(
     x_hat: Tensor,  # Reconstructions, same shape
 ) -> Tensor:  # Mean of |x_hat| / |x|; below 1 is shrinkage
     "How long reconstructions are, against the originals."
-    n = x.double().norm(dim=-1)
-    return (x_hat.double().norm(dim=-1) / torch.where(n < 1e-4, 1.0, n)).mean()
+    norm = x.double().norm(dim=-1)
+    return (x_hat.double().norm(dim=-1) / torch.where(norm < 1e-4, 1.0, norm)).mean()
 
-
+# %% ../nbs/02_metrics.ipynb #metrics-bias
 def relative_reconstruction_bias(
     x: Tensor,  # Activations of one batch, [n_tokens, d_in]
     x_hat: Tensor,  # Reconstructions, same shape
@@ -137,7 +135,7 @@ def unit(
     W = W if W.dtype == torch.float64 else W.float()
     return W / W.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
-
+# %% ../nbs/02_metrics.ipynb #metrics-cosines-all
 def cosines(
     W: Tensor,  # Learned rows, [d_sae, d_in]
     directions: Tensor,  # True rows, [n_true, d_in]
@@ -160,11 +158,12 @@ def match(
     signed: bool = False,  # Keep the sign of the cosine
 ) -> tuple:  # Latent indices, direction indices, cosines; each [min(d_sae, n_true)]
     "The one-to-one pairing of rows and directions with the largest total cosine."
-    c = cosines(W, directions).cpu()
+    cos = cosines(W, directions).cpu()
     if not signed:
-        c = c.abs()
-    i, j = map(torch.as_tensor, linear_sum_assignment(c.numpy(), maximize=True))
-    return i, j, c[i, j]
+        cos = cos.abs()
+    latent, direction = linear_sum_assignment(cos.numpy(), maximize=True)
+    latent, direction = torch.as_tensor(latent), torch.as_tensor(direction)
+    return latent, direction, cos[latent, direction]
 
 # %% ../nbs/02_metrics.ipynb #metrics-match-mcc
 def mcc(
@@ -183,7 +182,7 @@ def random_like(
     "A dictionary of random directions."
     return unit(torch.randn(W.shape, generator=torch.Generator().manual_seed(seed))).to(W.device)
 
-
+# %% ../nbs/02_metrics.ipynb #metrics-above-null
 def above_null(
     score: float,  # Measured
     null: float,  # What chance gives
@@ -200,21 +199,21 @@ def nearest_cos(
     "How close each row's nearest other row is."
     if len(W) < 2:
         raise InputError(f"nearest_cos of {len(W)} row is not defined; it needs at least 2 rows")
-    W, out = unit(W), []
-    for i in range(0, len(W), chunk):
-        c = W[i : i + chunk] @ W.T
-        r = torch.arange(len(c), device=W.device)
-        c[r, i + r] = -math.inf
-        out.append(c.max(1).values)
-    return torch.cat(out)
+    W, nearest = unit(W), []
+    for start in range(0, len(W), chunk):
+        cos = W[start : start + chunk] @ W.T
+        row = torch.arange(len(cos), device=W.device)
+        cos[row, start + row] = -math.inf  # a row is not its own neighbour
+        nearest.append(cos.max(1).values)
+    return torch.cat(nearest)
 
 # %% ../nbs/02_metrics.ipynb #metrics-nearest-effective-rank
 def effective_rank(
     W: Tensor,  # Rows, [n, d]
 ) -> Tensor:  # Between 1 and min(n, d)
     "exp(entropy) of the singular values."
-    s = torch.linalg.svdvals(W.detach().double())
-    p = s[s > 0] / s.sum()
+    singular = torch.linalg.svdvals(W.detach().double())
+    p = singular[singular > 0] / singular.sum()
     return torch.exp(-(p * p.log()).sum())
 
 # %% ../nbs/02_metrics.ipynb #metrics-f1
@@ -232,14 +231,13 @@ def f1_detector(
     feature: Tensor,  # Feature each latent stands for, e.g. from `best_feature`, [d_sae]
 ) -> dict:  # precision, recall, f1: each [d_sae]
     "Each latent as a detector of its feature."
-    on, true = f != 0, (f_true != 0)[:, feature]
-    hit = (on & true).sum(0).double()
-    fired = on.sum(0)
-    there = true.sum(0)
+    fires, there = f != 0, (f_true != 0)[:, feature]
+    n_hits = (fires & there).sum(0).double()
+    n_fires, n_there = fires.sum(0), there.sum(0)
     return dict(
-        precision=hit / fired.clamp(min=1),
-        recall=hit / there.clamp(min=1),
-        f1=2 * hit / (fired + there).clamp(min=1),
+        precision=n_hits / n_fires.clamp(min=1),
+        recall=n_hits / n_there.clamp(min=1),
+        f1=2 * n_hits / (n_fires + n_there).clamp(min=1),
     )
 
 # %% ../nbs/02_metrics.ipynb #metrics-f1-uniqueness
@@ -248,291 +246,3 @@ def uniqueness(
 ) -> float:  # 1 if no two latents share a feature
     "Different features claimed, per latent."
     return len(feature.unique()) / len(feature)
-
-# %% ../nbs/02_metrics.ipynb #metrics-depth
-def depths(
-    parent: Tensor,  # Parent of each feature, -1 for a root or a feature outside any tree, [n_true]
-) -> Tensor:  # Steps up to the root, [n_true]
-    "How deep each feature sits in its tree."
-    d, p = torch.zeros_like(parent), parent.clone()
-    while (p >= 0).any():
-        d += p >= 0
-        p = torch.where(p >= 0, parent[p.clamp(min=0)], -1)
-    return d
-
-# %% ../nbs/02_metrics.ipynb #metrics-absorption-def
-def absorption(
-    f: Tensor,  # Latents, [n_tokens, d_sae]
-    f_true: Tensor,  # True features, [n_tokens, n_true]
-    W: Tensor,  # Learned rows, [d_sae, d_in]
-    directions: Tensor,  # True rows, [n_true, d_in]
-    parent: Tensor,  # Parent of each feature, -1 for none, [n_true]
-) -> dict:  # depth of the child -> dict(absorption, silent_with_child, silent_alone, n_tokens); rates None where nothing was seen
-    "How often a parent's latent falls silent because a child is on, by depth of the child."
-    on = f_true != 0
-    silent = (f == 0)[:, cosines(W, directions).argmax(0)]  # of the latent closest to each feature
-    kids = (parent >= 0).nonzero().squeeze(1)
-    up = parent[kids]
-    with_child = torch.zeros_like(on).long().index_add_(1, up, on[:, kids].long()) > 0
-    both, alone = on[:, kids] & on[:, up], on & ~with_child
-    out = {}
-    for d in depths(parent)[kids].unique().tolist():
-        c = depths(parent)[kids] == d
-        n = both[:, c].sum().item()
-        m = alone[:, up[c].unique()].sum().item()
-        a = (both & silent[:, up])[:, c].sum().item() / n if n else None
-        b = (alone & silent)[:, up[c].unique()].sum().item() / m if m else None
-        out[d] = dict(absorption=a - b if n and m else None, silent_with_child=a, silent_alone=b, n_tokens=n)
-    return out
-
-# %% ../nbs/02_metrics.ipynb #metrics-leak
-def leak(
-    W: Tensor,  # Learned rows, [d_sae, d_in]
-    directions: Tensor,  # True rows, [n_true, d_in]
-    pairs: Tensor,  # Feature pairs (a, b), [n_pairs, 2]
-) -> Tensor:  # Cosine of a's row with the part of b outside a, [n_pairs]
-    "How much of `b` the latent of `a` carries."
-    W, D = unit(W), unit(directions)
-    a, b = D[pairs[:, 0]], D[pairs[:, 1]]
-    w = W[cosines(W, D).argmax(0)[pairs[:, 0]]]
-    return (w * unit(b - (a * b).sum(-1, keepdim=True) * a)).sum(-1)
-
-# %% ../nbs/02_metrics.ipynb #metrics-leak-hedging
-def hedging(
-    W: Tensor,  # Learned rows, [d_sae, d_in]
-    directions: Tensor,  # True rows, [n_true, d_in]
-    related: Tensor,  # Pairs that go together, [n, 2]
-    unrelated: Tensor,  # Pairs that do not, [m, 2]
-) -> float:  # Mean |leak| of related pairs minus that of unrelated ones; 0 when rows are clean
-    "How much more a row carries of a related feature than of an unrelated one."
-    return (leak(W, directions, related).abs().mean() - leak(W, directions, unrelated).abs().mean()).item()
-
-# %% ../nbs/02_metrics.ipynb #metrics-f64
-def _f64(x):  # MPS has no float64
-    return x.detach().to("cpu" if x.device.type == "mps" else x.device, torch.float64)
-
-
-class Running:
-    "Sums over a stream of batches; every number comes out as if all tokens had come at once."
-
-    def __init__(self):
-        self.n = 0
-        self.n_f = 0
-        self.s = {}
-        self.batches = {}
-        self.undefined = {}
-
-# %% ../nbs/02_metrics.ipynb #metrics-f64-add
-@patch
-def _add(self: Running, **sums):
-    for k, v in sums.items():
-        self.s[k] = self.s.get(k, 0) + v
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-variance
-@patch
-def _variance(
-    self: Running,
-    x: Tensor,  # float64, [n_tokens, d_in]
-):
-    "Merge mean and squared deviations of a batch into those seen so far."
-    mean = x.mean(0)
-    self._join(len(x), mean, (x - mean).square().sum())
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-variance-join
-@patch
-def _join(self: Running, n, mean, dev):
-    "Merge a count, a mean and a sum of squared deviations."
-    if not self.n:
-        self.mean = mean
-        self.dev = dev
-    else:
-        gap = mean - self.mean
-        self.dev = self.dev + dev + gap.square().sum() * (self.n * n / (self.n + n))
-        self.mean = self.mean + gap * (n / (self.n + n))
-    self.n += n
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-update
-@patch
-def update(
-    self: Running,
-    x: Tensor,  # Activations that count, [n_tokens, d_in]
-    x_hat: Tensor = None,  # Reconstructions, same shape
-    f: Tensor = None,  # Latents, [n_tokens, d_sae]
-) -> Running:
-    "Take in one batch."
-    if not len(x):
-        return self
-    if f is not None:
-        self._latents(f)
-    x = _f64(x)
-    if x_hat is not None:
-        self._errors(x, _f64(x_hat))
-    self._variance(x)
-    return self
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-errors
-@patch
-def _errors(
-    self: Running,
-    x: Tensor,  # float64, [n_tokens, d_in]
-    x_hat: Tensor,  # float64, same shape
-):
-    "Sums for everything that compares `x` with `x_hat`, and SAEBench's numbers of this batch."
-    err = (x - x_hat).square().sum(-1)
-    n_in = x.norm(dim=-1)
-    n_out = x_hat.norm(dim=-1)
-    self._add(
-        n_hat=len(x),
-        err=err.sum(),
-        l2_norm_in=n_in.sum(),
-        l2_norm_out=n_out.sum(),
-        l2_ratio=l2_ratio(x, x_hat) * len(x),
-        cossim=cossim(x, x_hat) * len(x),
-        legacy=explained_variance_legacy(x, x_hat) * len(x),
-    )
-    for k, v in dict(
-        R=err.mean(),
-        S=n_in.square().mean(),
-        mse=err.sum() / len(x),
-        bias=relative_reconstruction_bias(x, x_hat),
-    ).items():
-        self.batches.setdefault(k, []).append(v)
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-latents
-@patch
-def _latents(
-    self: Running,
-    f: Tensor,  # [n_tokens, d_sae]
-):
-    "Counts of what fired."
-    on = f.detach() != 0
-    per = on.sum(-1)
-    self._add(
-        l1=f.detach().sum(dtype=torch.float32 if f.device.type == "mps" else torch.float64),
-        fired=on.sum(0),
-        positive=(f.detach() > 0).sum(0),
-        l0_counts=torch.bincount(per, minlength=f.shape[-1] + 1),
-    )
-    self.n_f += len(f)
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-result
-@patch
-def _say(
-    self: Running,
-    out: dict,  # name -> number or tensor
-) -> dict:  # name -> float, or None where not finite
-    "Plain numbers; what is not finite becomes None, with its reason in `undefined`."
-    for k, v in out.items():
-        v = float(v)
-        out[k] = v if math.isfinite(v) else None
-        if out[k] is None:
-            self.undefined[k] = self._why(k)
-        else:
-            self.undefined.pop(k, None)
-    return out
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-result-why
-@patch
-def _why(self: Running, k):
-    if not math.isfinite(float(self.s.get("err", 0.0))):
-        return "a reconstruction or an activation is not finite"
-    return {
-        "explained_variance": "the activations do not vary",
-        "explained_variance_saebench": "its denominator S - (S/d)^2 is zero",
-        "explained_variance_legacy": "a token equals its batch mean, so a ratio divides by zero",
-        "relative_reconstruction_bias": "x . x_hat sums to zero in a batch",
-    }.get(k, "not finite")
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-result-def
-@patch
-def result(
-    self: Running,
-) -> dict:  # name -> float or None
-    "Every number of the stream so far."
-    if not self.n:
-        raise InputError(
-            "no token counted: every mask was 0 or the stream was empty; hand over at least one batch with counted tokens"
-        )
-    out = dict(n_tokens=self.n)
-    s = self.s
-    n = self.n
-    if "err" in s:
-        b = {
-            k: torch.stack([torch.as_tensor(o, dtype=torch.float64, device="cpu") for o in v]).mean()
-            for k, v in self.batches.items()
-        }
-        n = s["n_hat"]
-        out.update(
-            mse=s["err"] / n,
-            explained_variance=1 - s["err"] / self.dev,
-            l2_norm_in=s["l2_norm_in"] / n,
-            l2_norm_out=s["l2_norm_out"] / n,
-            l2_ratio=s["l2_ratio"] / n,
-            cossim=s["cossim"] / n,
-            explained_variance_legacy=s["legacy"] / n,
-            relative_reconstruction_bias=b["bias"],
-            explained_variance_saebench=1 - b["R"] / (b["S"] - (b["S"] / len(self.mean)) ** 2),
-            mse_saebench=sum(self.batches["mse"]) / n,
-        )
-    if "fired" in s:
-        out.update(l0=s["fired"].sum() / self.n_f, l1=s["l1"] / self.n_f, frac_dead=frac_dead(s["fired"]))
-    return self._say(out)
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-props
-@patch(as_prop=True)
-def density(self: Running) -> Tensor:  # [d_sae], share of tokens on which each latent is nonzero
-    "How often each latent fired."
-    return self.s["fired"].double() / self.n_f
-
-
-@patch(as_prop=True)
-def l0_histogram(self: Running) -> list:  # Entry i: number of tokens with i active latents
-    "Counts of L0 per token, cut after the largest one seen."
-    c = self.s["l0_counts"]
-    return c[: int(c.nonzero().max()) + 1].tolist()
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-merge
-@patch
-def tensors(self: Running) -> dict:  # name -> tensor
-    "Everything the sums hold."
-
-    def num(v):
-        return torch.as_tensor(v).detach()
-
-    out = dict(n=num(self.n), n_f=num(self.n_f), **{f"s.{k}": num(v) for k, v in self.s.items()})
-    out.update(
-        {
-            f"b.{k}": torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in vs])
-            for k, vs in self.batches.items()
-        }
-    )
-    return {**out, **(dict(mean=self.mean, dev=self.dev) if self.n else {})}
-
-# %% ../nbs/02_metrics.ipynb #metrics-running-merge-merge
-@patch
-def merge(
-    self: Running,
-    ts: dict,  # From `tensors`
-) -> Running:
-    "Take in another stream's sums, as if it had followed."
-    n = int(ts["n"])
-    self._add(**{k[2:]: v for k, v in ts.items() if k.startswith("s.")})
-    self.n_f += int(ts["n_f"])
-    for k, v in ts.items():
-        if k.startswith("b."):
-            self.batches.setdefault(k[2:], []).extend(v)
-    if n:
-        self._join(n, ts["mean"], ts["dev"])
-    return self
-
-# %% ../nbs/02_metrics.ipynb #metrics-ratio-se
-def ratio_se(
-    num: Tensor,  # One numerator per independent row, [n]
-    den: Tensor,  # One denominator per row, [n]
-) -> float:  # Standard error of num.sum() / den.sum(); None with fewer than 2 rows or a zero denominator
-    "Standard error of a ratio of sums over independent rows."
-    num, den = num.double(), den.double()
-    n, d = len(num), den.sum()
-    if n < 2 or d == 0:
-        return None
-    return ((num - num.sum() / d * den).square().sum() * n / (n - 1)).sqrt().div(d.abs()).item()
