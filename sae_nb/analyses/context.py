@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core import *
-from ..metrics import Running, ratio_se
+from ..evals.running import Running, ratio_se
 from ..sae import *
 from ..train import TrainConfig, Trainee, TrainingError, train
 from ..variants.temporal import Branches

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from ..core import Batch, InputError, counted, register
 from .base import Context, Evaluator, Measured
 from ..lm import next_in_doc
-from ..metrics import Running, loss_recovered, nearest_cos, random_like, ratio_se, unit
+from .running import Running, ratio_se
+from ..metrics import loss_recovered, nearest_cos, random_like, unit
 from ..sae import SAE
 
 # %% ../../nbs/evals/core.ipynb #core-eval-config

@@ -17,6 +17,7 @@ from ..core import InputError, register
 from .base import Context, Evaluator, Measured
 from .core import random_sae
 from ..metrics import *
+from ..truth.related import absorption, hedging
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-config
 @dataclass
