@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 import random
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-# %% ../nbs/00_core.ipynb #core-threads
-if os.environ.get("IN_TEST"):
-    torch.set_num_threads(1)
 
 # %% ../nbs/00_core.ipynb #core-input-error
 class InputError(ValueError):
@@ -258,3 +255,10 @@ def counted(
 ) -> Tensor:  # [n_tokens, d]: the rows that count
     "Flatten `x` to the tokens that count."
     return x.reshape(-1, x.shape[-1]) if mask is None else x[mask > 0]
+
+# %% ../nbs/00_core.ipynb #core-threads
+if os.environ.get("IN_TEST"):
+    torch.set_num_threads(1)
+
+# %% ../nbs/00_core.ipynb #core-quiet
+warnings.filterwarnings("ignore", message="IProgress not found")

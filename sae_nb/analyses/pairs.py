@@ -21,6 +21,7 @@ from ..metrics import cosines, unit
 from ..sae import SAE
 from ..toy import Toy
 from ..train import Trainer
+from ..truth.related import *
 from ..variants.ortho import pair_scores
 from ..variants.topk import topk
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from ..core import Batch, InputError, counted, register
 from .base import Context, Evaluator, Measured
-from ..lm import next_in_doc
 from .running import Running, ratio_se
+from ..lm import next_in_doc
 from ..metrics import loss_recovered, nearest_cos, random_like, unit
 from ..sae import SAE
 
