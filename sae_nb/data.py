@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['text_columns', 'registered', 'prose_records', 'jsonl_records', 'json_records', 'csv_records', 'tsv_records',
-           'parquet_records', 'file_records', 'column_of', 'files_in', 'read_documents', 'as_text', 'read_labelled',
-           'hub_trouble', 'why_not', 'local_copy', 'Records', 'records', 'pack', 'count_mask', 'Source', 'check_source',
-           'WorldSource', 'RowSource', 'row_source', 'text_source', 'HFSource', 'world_source', 'hub_source',
-           'open_text']
+           'parquet_records', 'file_records', 'column_of', 'files_in', 'as_text', 'read_documents', 'read_labelled',
+           'hub_trouble', 'why_not', 'local_copy', 'Records', 'records', 'pack', 'count_mask', 'TokenSource',
+           'check_source', 'WorldSource', 'RowSource', 'row_source', 'text_source', 'HFSource', 'world_source',
+           'hub_source', 'open_text']
 
 # %% ../nbs/05_data.ipynb #data-imports
 import csv
@@ -44,6 +44,17 @@ def prose_records(
     for document in path.read_text(encoding="utf-8").split("\n<|endoftext|>\n"):
         yield {"text": document}
 
+# %% ../nbs/05_data.ipynb #data-json-object
+def _object(text, where):
+    "The JSON object in `text`."
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise InputError(f"{where} is not a JSON object; mend or remove it")
+    return record
+
 # %% ../nbs/05_data.ipynb #data-jsonl
 @register("files", ".jsonl")
 def jsonl_records(
@@ -54,17 +65,6 @@ def jsonl_records(
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield _object(line, f"line {number} of {path.name}")
-
-
-def _object(text, where):
-    "The JSON object in `text`."
-    try:
-        record = json.loads(text)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise InputError(f"{where} is not a JSON object; mend or remove it")
-    return record
 
 # %% ../nbs/05_data.ipynb #data-json
 @register("files", ".json")
@@ -136,7 +136,7 @@ def file_records(
     path,  # A file of a known kind, see `registered("files")`
 ):  # Yields dictionaries
     "The records of one file, read as its suffix says."
-    path = Path(path)
+    path = Path(path).expanduser()
     suffix = path.suffix.lower()
     known = registered("files")
     if suffix not in known:
@@ -187,6 +187,13 @@ def files_in(
         raise InputError(f"text {str(path)!r} holds no file of a known kind; give one of: {', '.join(known)}")
     return files
 
+# %% ../nbs/05_data.ipynb #data-as-text
+def as_text(
+    value,  # What a record holds
+) -> str:  # "" for None
+    "A value as a string."
+    return "" if value is None else str(value)
+
 # %% ../nbs/05_data.ipynb #data-read-documents
 def read_documents(
     path,  # A file of a known kind, or a folder of them
@@ -205,13 +212,6 @@ def read_documents(
     if not texts:
         raise InputError(f"text {str(path)!r} is empty; give a text of at least a few contexts")
     return texts
-
-
-def as_text(
-    value,  # What a record holds
-) -> str:  # "" for None
-    "A value as a string."
-    return "" if value is None else str(value)
 
 # %% ../nbs/05_data.ipynb #data-labelled
 def read_labelled(
@@ -237,7 +237,7 @@ def _causes(error):
         error = error.__cause__ or error.__context__
     return chain
 
-
+# %% ../nbs/05_data.ipynb #data-hub-status
 def _status(error):
     "The HTTP status at the root of an exception, or None."
     responses = [getattr(e, "response", None) for e in _causes(error)]
@@ -269,6 +269,17 @@ def hub_trouble(
         return "unreachable"
     return ""
 
+# %% ../nbs/05_data.ipynb #data-told
+_told = dict(
+    gated="{what} {name} is gated: accept its terms on {page}, then set HF_TOKEN to an access token "
+    "of that account",
+    missing="there is no {what} {name!r}, neither on this machine nor on the Hugging Face hub "
+    "(if it is private, set HF_TOKEN); check the spelling",
+    refused="the hub refused access to {name} ({status}); check HF_TOKEN, or unset it",
+    unreachable="{what} {name!r} is not on this machine and the Hugging Face hub cannot be reached; "
+    "connect, or unset HF_HUB_OFFLINE",
+)
+
 # %% ../nbs/05_data.ipynb #data-why-not
 def why_not(
     name: str,  # Model or data set
@@ -277,29 +288,13 @@ def why_not(
     instead: str = "put its csv, parquet or jsonl files under data_dir",  # What else the user can do
 ) -> str:  # One line
     "What to tell about a model or data set that could not be opened."
-    page = f"https://huggingface.co/{'datasets/' * (what == 'data set')}{name}"
     trouble = hub_trouble(error)
-    if trouble == "gated":
-        return (
-            f"{what} {name} is gated: accept its terms on {page}, then set HF_TOKEN to an access token "
-            f"of that account; or {instead}"
-        )
-    if trouble == "missing":
-        return (
-            f"there is no {what} {name!r}, neither on this machine nor on the Hugging Face hub "
-            f"(if it is private, set HF_TOKEN); check the spelling, or {instead}"
-        )
-    if trouble == "refused":
-        status = _status(error)
-        return f"the hub refused access to {name} ({status}); check HF_TOKEN, or unset it; or {instead}"
-    if trouble == "unreachable":
-        return (
-            f"{what} {name!r} is not on this machine and the Hugging Face hub cannot be reached; "
-            f"connect, unset HF_HUB_OFFLINE, or {instead}"
-        )
-    return (
-        f"{what} {name!r} could not be loaded: {' '.join(str(error).split())[:200] or type(error).__name__}"
-    )
+    if not trouble:
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        return f"{what} {name!r} could not be loaded: {words}"
+    page = "https://huggingface.co/" + ("datasets/" if what == "data set" else "") + str(name)
+    told = _told[trouble].format(what=what, name=name, page=page, status=_status(error))
+    return f"{told}; or {instead}"
 
 # %% ../nbs/05_data.ipynb #data-local-copy
 def local_copy(
@@ -317,8 +312,8 @@ def local_copy(
         )
     if Path(name).suffix.lower() in registered("files") or str(name)[:1] in "./~":
         raise InputError(
-            f"file {str(name)!r} does not exist; give a csv, parquet or jsonl file, or the name of a data set "
-            "on the Hugging Face hub"
+            f"file {str(name)!r} does not exist; give a csv, parquet or jsonl file, or the name of a data "
+            "set on the Hugging Face hub"
         )
 
 # %% ../nbs/05_data.ipynb #data-records-folder
@@ -334,7 +329,7 @@ def _folder_records(folder, split):
     else:
         yield from datasets.load_dataset(str(folder), split=split, streaming=True)
 
-
+# %% ../nbs/05_data.ipynb #data-configuration
 def _configuration(folder, name, config):
     "The sub-folder of a configuration, if the folder has sub-folders at all."
     inside = sorted(o.name for o in folder.iterdir() if o.is_dir()) if folder.is_dir() else []
@@ -428,7 +423,7 @@ def count_mask(
     return docs.masked_fill(torch.isin(tokens, torch.tensor(sorted(special), device=tokens.device)), 0)
 
 # %% ../nbs/05_data.ipynb #data-source
-class Source:
+class TokenSource:
     "Rows of tokens with a position. A source says `take`, `heldout` and `fingerprint`."
 
     name = ""  # What to call this text
@@ -457,7 +452,7 @@ class Source:
 
 # %% ../nbs/05_data.ipynb #data-check-source
 def check_source(
-    source: Source,  # Somewhere in its text, with 12 rows to come
+    source: TokenSource,  # Somewhere in its text, with 12 rows to come
     n: int = 3,  # Rows at a time
 ):
     "Raise unless the source goes on exactly where it stopped."
@@ -476,8 +471,8 @@ def check_source(
     assert source.fingerprint() and source.name, "no fingerprint or no name"
 
 # %% ../nbs/05_data.ipynb #data-world-source
-class WorldSource(Source):
-    "Documents of the embedded world, one per row; the held-out ones are the same for every seed."
+class WorldSource(TokenSource):
+    "Documents of the embedded world, one per row."
 
     train_base, heldout_seed = 1_000_000, 999_983
     name = "world"
@@ -495,26 +490,35 @@ class WorldSource(Source):
         self.ctx = ctx
         self.seed = seed
 
-    def take(self, n: int):
-        "The next `n` rows."
-        self.pos += n
-        return self._rows(self.train_base + self.seed, self.pos - n, n)
+# %% ../nbs/05_data.ipynb #data-world-take
+@patch
+def _rows(self: WorldSource, seed, start, n):
+    "Documents `start`, `start + 1`, ... of a stream of documents."
+    from sae_nb.world.language import documents, encode
 
-    def heldout(self, n: int):
-        "`n` rows of documents that no training stream contains."
-        return self._rows(self.heldout_seed, 0, n)
+    return encode(documents(seed, start, n), self.ctx)
 
-    def _rows(self, seed, start, n):
-        from sae_nb.world.language import documents, encode
 
-        return encode(documents(seed, start, n), self.ctx)
+@patch
+def take(self: WorldSource, n: int):
+    "The next `n` rows."
+    self.pos += n
+    return self._rows(self.train_base + self.seed, self.pos - n, n)
 
-    def fingerprint(self):
-        "The seed decides everything."
-        return f"world-{self.seed}-{self.ctx}"
+
+@patch
+def heldout(self: WorldSource, n: int):
+    "`n` rows of documents that no training stream contains."
+    return self._rows(self.heldout_seed, 0, n)
+
+
+@patch
+def fingerprint(self: WorldSource):
+    "The seed decides everything."
+    return f"world-{self.seed}-{self.ctx}"
 
 # %% ../nbs/05_data.ipynb #data-rows-source
-class RowSource(Source):
+class RowSource(TokenSource):
     "Rows held in memory, dealt in a seeded order, epoch after epoch."
 
     def __init__(
@@ -537,29 +541,48 @@ class RowSource(Source):
         self.name = name
         self.ctx = tokens.shape[-1]
 
-    def _order(self, epoch):
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-        return torch.randperm(len(self.rows[0]), generator=generator)
+# %% ../nbs/05_data.ipynb #data-rows-take
+@patch
+def _order(self: RowSource, epoch):
+    "The rows in the order of one epoch."
+    generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+    return torch.randperm(len(self.rows[0]), generator=generator)
 
-    def take(self, n: int):
-        "The next `n` rows."
-        chosen = []
-        while n:
-            epoch, begin = divmod(self.pos, len(self.rows[0]))
-            part = self._order(epoch)[begin : begin + n]
-            chosen.append(part)
-            self.pos += len(part)
-            n -= len(part)
-        chosen = torch.cat(chosen)
-        return self.rows[0][chosen], self.rows[1][chosen]
 
-    def heldout(self, n: int):
-        "Up to `n` rows for evaluation."
-        return self.held[0][:n], self.held[1][:n]
+@patch
+def take(self: RowSource, n: int):
+    "The next `n` rows."
+    chosen = []
+    while n:
+        epoch, begin = divmod(self.pos, len(self.rows[0]))
+        part = self._order(epoch)[begin : begin + n]
+        chosen.append(part)
+        self.pos += len(part)
+        n -= len(part)
+    chosen = torch.cat(chosen)
+    return self.rows[0][chosen], self.rows[1][chosen]
 
-    def fingerprint(self):
-        "A hash of the rows, the seed and the context."
-        return hashlib.sha256(self.rows[0].numpy().tobytes()).hexdigest()[:16] + f"-{self.seed}-{self.ctx}"
+# %% ../nbs/05_data.ipynb #data-rows-heldout
+@patch
+def heldout(self: RowSource, n: int):
+    "Up to `n` rows for evaluation."
+    return self.held[0][:n], self.held[1][:n]
+
+
+@patch
+def fingerprint(self: RowSource):
+    "A hash of the rows, the seed and the context."
+    return hashlib.sha256(self.rows[0].numpy().tobytes()).hexdigest()[:16] + f"-{self.seed}-{self.ctx}"
+
+# %% ../nbs/05_data.ipynb #data-ids
+def _ids(lm, text):
+    "Token ids of one document, without BOS."
+    return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _tensors(rows):
+    "Packed rows as tokens and docs, each [n_rows, ctx]."
+    return tuple(torch.tensor(part) for part in zip(*rows))
 
 # %% ../nbs/05_data.ipynb #data-row-source
 def row_source(
@@ -579,16 +602,6 @@ def row_source(
         )
     return RowSource(*_tensors(pack(ids, ctx, lm.bos, lm.pad or 0)), seed=seed, name=name)
 
-
-def _ids(lm, text):
-    "Token ids of one document, without BOS."
-    return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _tensors(rows):
-    "Packed rows as tokens and docs, each [n_rows, ctx]."
-    return tuple(torch.tensor(part) for part in zip(*rows))
-
 # %% ../nbs/05_data.ipynb #data-text-source
 @register("sources", "file")
 def text_source(
@@ -602,7 +615,7 @@ def text_source(
     return row_source(read_documents(path, column), lm, ctx, seed, Path(path).name)
 
 # %% ../nbs/05_data.ipynb #data-hf-source
-class HFSource(Source):
+class HFSource(TokenSource):
     "Rows packed from a streamed data set."
 
     def __init__(
@@ -625,12 +638,14 @@ class HFSource(Source):
         self.column = column_of(first, f"data set {name!r}", column)
         self.load_state({"rows": 0})
 
-    def _pack(self, start, stop=None):
-        "Rows packed from the documents `start` to `stop`."
-        where = f"data set {self.name!r}"
-        some = islice(self.records, start, stop)
-        ids = (_ids(self.lm, as_text(r[column_of(r, where, self.column)])) for r in some)
-        return pack(ids, self.ctx, self.lm.bos, self.lm.pad or 0)
+# %% ../nbs/05_data.ipynb #data-hf-pack
+@patch
+def _pack(self: HFSource, start, stop=None):
+    "Rows packed from the documents `start` to `stop`."
+    where = f"data set {self.name!r}"
+    some = islice(self.records, start, stop)
+    ids = (_ids(self.lm, as_text(r[column_of(r, where, self.column)])) for r in some)
+    return pack(ids, self.ctx, self.lm.bos, self.lm.pad or 0)
 
 # %% ../nbs/05_data.ipynb #data-hf-take
 @patch
@@ -680,7 +695,7 @@ def world_source(name, lm, ctx, seed, column):
         raise InputError(f"the embedded world has no columns; leave text_column empty instead of {column!r}")
     return WorldSource(ctx, seed)
 
-
+# %% ../nbs/05_data.ipynb #data-door-hub
 @register("sources", "hf")
 def hub_source(name, lm, ctx, seed, column):
     "A streamed data set: `hf:owner/name` or `hf:owner/name:configuration`."
@@ -693,7 +708,7 @@ def open_text(
     ctx: int = 128,  # Tokens per row
     seed: int = 0,  # Seeds the order, and the documents of the world
     column: str = "",  # Column of the text; empty: the first of `text_columns` that is there
-) -> Source:  # What a `Stream` reads from
+) -> TokenSource:  # What a `Stream` reads from
     "Open the text that a run is told to read."
     kind, _, rest = str(text).partition(":")
     if kind not in registered("sources"):
