@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['parse_options', 'variant_args', 'listed', 'presets_of', 'Choice', 'choices', 'try_small', 'chosen_evaluators',
            'chosen_nulls', 'Plan', 'make_plan', 'Data', 'open_data', 'fresh_sae', 'train_runs', 'first_activations',
-           'Results', 'evaluate_runs', 'experiment']
+           'evaluation_context', 'Results', 'evaluate_runs', 'experiment']
 
 # %% ../nbs/10_experiment.ipynb #experiment-imports
-import inspect
 import json
 import os
 import re
 from contextlib import nullcontext, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +21,9 @@ from tqdm import tqdm
 
 from .acts import *
 from .core import *
-from .evals.envelope import flat
+from .evals.base import Context, Nulls, flat
 from .evals.store import Store
-from .evals.suite import Bench, chosen, evaluators
+from .evals.suite import chosen, evaluate, evaluators
 from .runs import *
 from .sae import *
 from .train import *
@@ -443,22 +442,25 @@ def first_activations(
     data.stream.load_state(data.origin)
     return torch.cat(parts)[:n]
 
-# %% ../nbs/10_experiment.ipynb #experiment-bench
-def _bench(plan, data, quiet):
-    "What the evaluators of a session share."
-    takes = [inspect.signature(type(e).__call__).parameters for e in plan.evaluators.values()]
-    with_nulls = plan.nulls and any("nulls" in parameters for parameters in takes)
+# %% ../nbs/10_experiment.ipynb #experiment-context
+def evaluation_context(
+    plan: Plan,  # From `make_plan`
+    data: Data,  # From `open_data`
+    quiet: bool = True,  # No progress bars
+) -> Context:
+    "What the evaluators of one session share."
+    with_nulls = plan.nulls and any(evaluator.with_nulls for evaluator in plan.evaluators.values())
+    drawn = first_activations(data) if with_nulls else None
+    steps = 10 if os.environ.get("SAE_NB_FAST") else 100
     cache = plan.params.cache
-    return Bench(
-        data.lm,
-        data.hook if data.lm else None,
-        data.held,
-        data.toy,
-        first_activations(data) if with_nulls else None,
-        Store(Path(cache) / "evals" if cache else None),
-        plan.nulls,
-        10 if os.environ.get("SAE_NB_FAST") else 100,
-        quiet,
+    return Context(
+        model=data.lm,
+        hook=data.hook if data.lm else None,
+        batches=data.held,
+        toy=data.toy,
+        store=Store(Path(cache) / "evals" if cache else None),
+        nulls=Nulls(plan.nulls, sample=drawn, steps=steps),
+        quiet=quiet,
     )
 
 # %% ../nbs/10_experiment.ipynb #experiment-todo
@@ -467,14 +469,16 @@ def _metrics_of(run):
     return read_json(run.folder / "metrics.json") if run.finished else {}
 
 
-def _reported(run, evaluator, metrics):
-    "Are the numbers of an evaluator all that is left of it?"
-    file = run.folder / "evals" / f"{evaluator}.json"
-    return any(name.startswith(f"{evaluator}/") for name in metrics) and not file.exists()
+def _due(run, evaluators):
+    "Names of the evaluators that should look at a run, be it to find their result there."
+    metrics = _metrics_of(run)
+    reported = {name.split("/")[0] for name in metrics}
+    return [e for e in evaluators if e not in reported or (run.folder / "evals" / f"{e}.json").exists()]
 
 # %% ../nbs/10_experiment.ipynb #experiment-metrics
-def _write_metrics(run, envelopes, before):
+def _write_metrics(run, envelopes):
     "Write metrics.json if there is anything new to say; with it, the run is finished."
+    before = _metrics_of(run)
     metrics = {name: value for name, value in before.items() if name.split("/")[0] not in envelopes}
     for evaluator, envelope in envelopes.items():
         metrics.update({f"{evaluator}/{name}": value for name, value in flat(envelope).items()})
@@ -484,30 +488,45 @@ def _write_metrics(run, envelopes, before):
     if metrics != before:
         run.finish(metrics)
 
+# %% ../nbs/10_experiment.ipynb #experiment-measure
+def _load_saes(plan, data, todo):
+    "name of a run -> its SAE: those to be measured, and all that have weights if an evaluator looks at peers."
+    with_peers = any(evaluator.with_peers for evaluator in plan.evaluators.values())
+    runs = [run for run in plan.runs if run.trained] if with_peers and todo else [run for run, _ in todo]
+    return {run.name: load(run.folder, data.device) for run in runs}
+
+
+def _measure(evaluator, todo, saes, shared):
+    "name of a run -> envelope of one evaluator, for the runs where it is due."
+    envelopes = {}
+    for run, due in todo:
+        if evaluator.registered in due:
+            peers = {name: sae for name, sae in saes.items() if name != run.name}
+            ctx = replace(shared, peers=peers if evaluator.with_peers else {})
+            envelopes[run.name] = evaluate(evaluator, saes[run.name], ctx, run.folder, run.name)
+    return envelopes
+
+# %% ../nbs/10_experiment.ipynb #experiment-measure-all
+def _measure_all(plan, data, todo, quiet):
+    "name of a run -> {evaluator: envelope}."
+    envelopes = {run.name: {} for run, _ in todo}
+    saes = _load_saes(plan, data, todo)
+    shared = evaluation_context(plan, data, quiet) if any(due for _, due in todo) else None
+    line = OneLine()
+    look = dict(desc="evaluating", file=line, ncols=80, disable=quiet or not todo)
+    with redirect_stderr(line) if line.kernel else nullcontext():  # the evaluators' own bars share the line
+        for name, evaluator in tqdm(plan.evaluators.items(), **look):
+            for run_name, envelope in _measure(evaluator, todo, saes, shared).items():
+                envelopes[run_name][name] = envelope
+    return envelopes
+
 # %% ../nbs/10_experiment.ipynb #experiment-results
 @dataclass
 class Results:
     "What evaluation found."
 
     plan: Plan  # What was asked
-    envelopes: dict  # run -> {evaluator: envelope}, of the evaluators that were due
-
-# %% ../nbs/10_experiment.ipynb #experiment-measure
-def _measure(plan, data, todo, quiet):
-    "run -> {evaluator: envelope}, for the evaluators that are due."
-    envelopes = {run.name: {} for run, _ in todo}
-    saes = {run.name: load(run.folder, data.device) for run, _ in todo}
-    bench = _bench(plan, data, quiet) if any(due for _, due in todo) else None
-    line = OneLine()
-    share = redirect_stderr(line) if line.kernel else nullcontext()  # with the evaluators' own bars
-    with share:
-        bar = tqdm(plan.evaluators.items(), desc="evaluating", file=line, ncols=80, disable=quiet or not todo)
-        for name, evaluator in bar:
-            for run, due in todo:
-                if name in due:
-                    found = bench.run(evaluator, saes[run.name], run.folder, run.name)
-                    envelopes[run.name][name] = found
-    return envelopes
+    envelopes: dict  # name of a run -> {evaluator: envelope}, of the evaluators that were due
 
 # %% ../nbs/10_experiment.ipynb #experiment-evaluate
 def evaluate_runs(
@@ -516,16 +535,12 @@ def evaluate_runs(
     quiet: bool = False,  # No progress bars
 ) -> Results:
     "Run the evaluators that are due on every trained SAE and write the results, metrics.json last."
-    before = {run.name: _metrics_of(run) for run in plan.runs}
-    todo = []
-    for run in (run for run in plan.runs if run.trained):
-        due = [name for name in plan.evaluators if not _reported(run, name, before[run.name])]
-        if due or not run.finished:
-            todo.append((run, due))
+    trained = [(run, _due(run, plan.evaluators)) for run in plan.runs if run.trained]
+    todo = [(run, due) for run, due in trained if due or not run.finished]
     with guarding([run for run, _ in todo]):
-        envelopes = _measure(plan, data, todo, quiet)
+        envelopes = _measure_all(plan, data, todo, quiet)
         for run, _ in todo:
-            _write_metrics(run, envelopes[run.name], before[run.name])
+            _write_metrics(run, envelopes[run.name])
     states = [run_status(run.folder) for run in plan.runs]
     failed = [reason for status, reason in states if status == "failed"]
     if failed:

@@ -7,7 +7,7 @@ __all__ = ['anatomy', 'entries', 'train_zoo', 'truth', 'plot_zoo']
 
 # %% ../../nbs/reports/zoo.ipynb #zoo-imports
 from ..core import *
-from ..evals.envelope import flat
+from ..evals.base import flat
 from ..experiment import variant_args
 from ..runs import Params
 from ..sae import *
