@@ -490,7 +490,7 @@ def _write_metrics(run, envelopes):
 
 # %% ../nbs/10_experiment.ipynb #experiment-measure
 def _load_saes(plan, data, todo):
-    "name of a run -> its SAE: those to be measured, and all that have weights if an evaluator looks at peers."
+    "name of a run -> its SAE; all that have weights, if an evaluator looks at peers."
     with_peers = any(evaluator.with_peers for evaluator in plan.evaluators.values())
     runs = [run for run in plan.runs if run.trained] if with_peers and todo else [run for run, _ in todo]
     return {run.name: load(run.folder, data.device) for run in runs}
