@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .acts import *
 from .core import *
+from .data import open_text, read_labelled
 from .evals.base import Context, Nulls, flat
 from .evals.store import Store
 from .evals.suite import chosen, evaluate, evaluators
@@ -142,12 +143,15 @@ def try_small(
 def _add_probe_data(p, wanted, asked):
     "Options of evaluators, with the file of labelled text among them if there is one."
     if not p.probe_data:
+        if p.label_column:
+            raise InputError("label_column names a column of probe_data, which is empty; add -p probe_data")
         return asked
     if "sparse_probing" not in wanted:
         raise InputError(
             "probe_data is read by sparse_probing, which is not among the evals; "
             "add -p evals core,sparse_probing"
         )
+    read_labelled(p.probe_data, p.text_column, p.label_column)
     return {**asked, "sparse_probing.dataset_names": [p.probe_data]}
 
 # %% ../nbs/10_experiment.ipynb #experiment-evaluators
@@ -157,7 +161,7 @@ def chosen_evaluators(
     "The evaluators that are asked for, with their settings."
     wanted = chosen(p.evals, p.model == "toy")
     asked = _add_probe_data(p, wanted, parse_options(p.eval_options))
-    for_all = dict(data_dir=p.data_dir) if p.data_dir else {}
+    for_all = {n: getattr(p, n) for n in ("data_dir", "text_column", "label_column") if getattr(p, n)}
     short = bool(os.environ.get("SAE_NB_FAST"))
     return evaluators(wanted, p.model == "world", short, asked, **for_all)
 
@@ -299,11 +303,8 @@ def _toy_data(plan):
 def _open_text(p, lm, seed):
     "The source of rows that the parameters name."
     text = p.text or ("world" if p.model == "world" else "hf:monology/pile-uncopyrighted")
-    if text == "world":
-        return WorldSource(p.ctx, seed)
-    if text.startswith("hf:"):
-        return HFSource(text[3:], lm, p.ctx, column=p.text_column)
-    return text_source(text, lm, p.ctx, seed)
+    column = "" if text == "world" and p.probe_data else p.text_column
+    return open_text(text, lm, p.ctx, seed, column)
 
 # %% ../nbs/10_experiment.ipynb #experiment-lm
 def _open_lm(p):
