@@ -51,6 +51,8 @@ class SparseProbingConfig:
     k_values: list = field(default_factory=lambda: [1, 2, 5])
     lower_vram_usage: bool = False  # Leave out the probe on all latents
     data_dir: str = ""  # Folder that mirrors the hub; empty: the hub
+    text_column: str = ""  # Of a file: column of the text; empty: text, content or document
+    label_column: str = ""  # Of a file: column of the class; empty: label
     strengths: list = field(
         default_factory=lambda: [1.0, 100.0, 1e4, 1e6]
     )  # C of the probe on all latents is one of these, on latents brought to length one
@@ -533,7 +535,8 @@ def sets(
         sizes = c.probe_train_set_size // 2, c.probe_test_set_size // 2, c.context_length, c.random_seed
 
         def read():
-            return text_set(name, lm, *sizes, data_dir=c.data_dir)
+            columns = dict(column=c.text_column, label_column=c.label_column)
+            return text_set(name, lm, *sizes, data_dir=c.data_dir, **columns)
 
         kept = name in saebench_sets and not c.data_dir
         train, test = (

@@ -8,7 +8,8 @@ __all__ = ['anatomy', 'entries', 'train_zoo', 'truth', 'plot_zoo']
 # %% ../../nbs/reports/zoo.ipynb #zoo-imports
 from ..core import *
 from ..evals.base import flat
-from ..runs import Params, variant_args
+from ..experiment import variant_args
+from ..runs import Params
 from ..sae import *
 from ..train import *
 
