@@ -19,9 +19,8 @@ class Accumulate(Trainer):
         batches: int = 4,  # Batches whose gradients are averaged
     ):
         if not isinstance(batches, int) or batches < 1:
-            raise InputError(
-                f"batches = {batches} is not a number of batches; give a whole number of at least 1"
-            )
+            said = f"batches = {batches} is not a number of batches"
+            raise InputError(f"{said}; give a whole number of at least 1")
         self.batches = batches
 
     def start(self, t, cfg):

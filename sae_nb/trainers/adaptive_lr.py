@@ -24,12 +24,7 @@ class AdaptiveLR(Trainer):
         quiet: int = 100,  # Updates without clipping that make one
         floor: float = 1e-5,  # Smallest learning rate, before the schedule
     ):
-        if not 0 < down <= 1 <= up:
-            raise InputError(f"down = {down} must lie above 0 and up to 1, up = {up} at 1 or above")
-        if not isinstance(quiet, int) or quiet < 1:
-            raise InputError(f"quiet = {quiet} is not a number of updates; give a whole number of at least 1")
-        if not floor >= 0:
-            raise InputError(f"floor = {floor} is a learning rate; give 0 or more")
+        _check_rule(down, up, quiet, floor)
         self.down = down
         self.up = up
         self.quiet = quiet
@@ -42,14 +37,23 @@ class AdaptiveLR(Trainer):
     def load_tensors(self, ts):
         self._calm = int(ts["calm"])
 
+# %% ../../nbs/trainers/adaptive_lr.ipynb #adaptive-lr-check-rule
+def _check_rule(down, up, quiet, floor):
+    "One line for a rule that cannot be."
+    if not 0 < down <= 1 <= up:
+        raise InputError(f"down = {down} must lie above 0 and up to 1, up = {up} at 1 or above")
+    if not isinstance(quiet, int) or quiet < 1:
+        raise InputError(f"quiet = {quiet} is not a number of updates; give a whole number of at least 1")
+    if not floor >= 0:
+        raise InputError(f"floor = {floor} is a learning rate; give 0 or more")
+
 # %% ../../nbs/trainers/adaptive_lr.ipynb #adaptive-lr-step
 @patch
 def after_step(self: AdaptiveLR, t, o):
     "Move the factor by what the gradient norm was, for the next update."
     if not t.clip:
-        raise InputError(
-            "adaptive_lr follows how often the gradient is clipped, and clip = 0 never clips; set a clip above 0"
-        )
+        said = "adaptive_lr follows how often the gradient is clipped, and clip = 0 never clips"
+        raise InputError(f"{said}; set a clip above 0")
     clipped = float(t.norm) > t.clip
     self._calm = 0 if clipped else self._calm + 1
     if clipped:

@@ -46,8 +46,7 @@ class GradScale(Trainer):
 @torch.no_grad()
 def after_loss(self: GradScale, t, o):
     "Add the batch to the importances."
-    v = o.values.float().abs()
-    size = o.per_latent(v) * t.sae.W_dec.float().norm(dim=-1)
+    size = o.per_latent(o.values.float().abs()) * t.sae.W_dec.float().norm(dim=-1)
     self._sum = size if self._sum is None else self._sum.to(size) + size
     self._n += len(o.x)
 
@@ -56,17 +55,22 @@ def after_loss(self: GradScale, t, o):
 @torch.no_grad()
 def after_backward(self: GradScale, t, o):
     "Scale the gradients, or remember where the weights were."
-    s = importance_factor(self._sum / max(1, self._n))
+    factor = importance_factor(self._sum / max(1, self._n))
     self._sum = None
     self._n = 0
-    o.logs["grad_scale_least"] = s.min().item()
-    own = [(p, s.view([-1 if i == dim else 1 for i in range(p.ndim)])) for p, dim in t.sae.per_latent()]
+    o.logs["grad_scale_least"] = factor.min().item()
+    shaped = [(weight, _along(factor, dim, weight)) for weight, dim in t.sae.per_latent()]
     if self.of == "update":
-        self._before = [(p, v, p.detach().clone()) for p, v in own]
+        self._before = [(weight, by, weight.detach().clone()) for weight, by in shaped]
         return
-    for p, v in own:
-        if p.grad is not None:
-            p.grad.mul_(v.to(p.grad))
+    for weight, by in shaped:
+        if weight.grad is not None:
+            weight.grad.mul_(by.to(weight.grad))
+
+
+def _along(factor, dim, weight):
+    "The factor as a tensor that broadcasts over all dimensions of the weight but `dim`."
+    return factor.view([-1 if axis == dim else 1 for axis in range(weight.ndim)])
 
 # %% ../../nbs/trainers/grad_scale.ipynb #grad-scale-update
 @patch
@@ -75,7 +79,7 @@ def after_step(self: GradScale, t, o):
     "Shorten the step that was taken."
     if self.of == "gradient":
         return
-    for p, v, before in self._before:
-        p.copy_(torch.lerp(before, p, v.to(p)))
+    for weight, by, before in self._before:
+        weight.copy_(torch.lerp(before, weight, by.to(weight)))
     t.sae.after_step()  # rows back to length one
     self._before = None

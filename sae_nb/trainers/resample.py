@@ -39,35 +39,54 @@ def restart(
     enc_norm: float = 0.2,  # Length of a new encoder column, in units of the other columns' mean
 ):
     "Give latents `idx` new directions and forget what the optimiser knew of them."
-    sae, live = t.sae, torch.ones(t.sae.d_sae, dtype=torch.bool, device=idx.device).index_fill(0, idx, False)
-    d = torch.nn.functional.normalize(directions.to(sae.W_dec), dim=-1)
-    size = sae.W_enc[:, live].norm(dim=0).mean() if live.any() else sae.W_enc.new_ones(())
-    sae.W_dec[idx] = d
-    sae.W_enc[:, idx] = (enc_norm * size * d).T
+    sae = t.sae
+    rows = torch.nn.functional.normalize(directions.to(sae.W_dec), dim=-1)
+    length = enc_norm * _mean_length_of_others(sae, idx)
+    sae.W_dec[idx] = rows
+    sae.W_enc[:, idx] = (length * rows).T
     sae.b_enc[idx] = 0
-    for m in sae.modules():
-        if hasattr(m, "forget"):
-            m.forget(idx)
-    for p, dim in sae.per_latent():
-        for k in ("exp_avg", "exp_avg_sq"):
-            if k in t.opt.state.get(p, {}):
-                t.opt.state[p][k].index_fill_(dim, idx, 0)
+    for module in sae.modules():
+        if hasattr(module, "forget"):
+            module.forget(idx)
+    _forget_moments(t, idx)
     t.silent[idx] = 0
+
+# %% ../../nbs/trainers/resample.ipynb #resample-restart-helpers
+def _mean_length_of_others(sae, idx):
+    "Mean length of the encoder columns that stay; 1 if none does."
+    stays = torch.ones(sae.d_sae, dtype=torch.bool, device=idx.device).index_fill(0, idx, False)
+    return sae.W_enc[:, stays].norm(dim=0).mean() if stays.any() else sae.W_enc.new_ones(())
+
+
+def _forget_moments(t, idx):
+    "Adam's running means of these latents are zero again, in every weight that has entries of theirs."
+    for weight, dim in t.sae.per_latent():
+        state = t.opt.state.get(weight, {})
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in state:
+                state[moment].index_fill_(dim, idx, 0)
 
 # %% ../../nbs/trainers/resample.ipynb #resample-after-step
 @patch
 def after_step(self: Resample, t, o):
     "Restart the dead at the due steps."
-    done = int(next(iter(t.opt.state.values()))["step"].item()) * t.accumulate  # batches
-    if done // self._every == (done - t.accumulate) // self._every or done > self.until * t.cfg.steps:
+    if not self._due(t):
         return
     dead = t.dead.nonzero()[:, 0]
     o.logs["resampled"] = len(dead)
     if len(dead) == 0:
         return
-    e = (o.x - o.x_hat).detach()
-    w = e.pow(2).sum(-1).float().cpu()
-    pick = torch.multinomial(
-        w / w.sum(), len(dead), replacement=len(dead) > int((w > 0).sum()), generator=t.sae.gen
-    )
-    restart(t, dead, e[pick.to(e.device)], self.enc_norm)
+    residual = (o.x - o.x_hat).detach()
+    error = residual.pow(2).sum(-1).float().cpu()
+    again = len(dead) > int((error > 0).sum())
+    tokens = torch.multinomial(error / error.sum(), len(dead), replacement=again, generator=t.sae.gen)
+    restart(t, dead, residual[tokens.to(residual.device)], self.enc_norm)
+
+
+@patch
+def _due(self: Resample, t):
+    "Is this update the first one after another `every_tokens`?"
+    updates = int(next(iter(t.opt.state.values()))["step"].item())
+    done = updates * t.accumulate  # batches
+    before = done - t.accumulate
+    return done // self._every != before // self._every and done <= self.until * t.cfg.steps

@@ -20,11 +20,11 @@ def batch_topk(
     k: int,  # Latents kept per token, on average
 ) -> tuple:  # (latents of the same shape, smallest value kept)
     "Zero all but the `k` times n_tokens largest positive entries of the whole batch."
-    n = z.numel() // z.shape[-1]
-    vals, idxs = z.flatten().topk(k * n, sorted=False)
-    f = torch.zeros_like(z).flatten().scatter(0, idxs, vals.relu()).view_as(z)
-    pos = vals[vals > 0]
-    return f, (pos.min() if len(pos) else vals.new_zeros(()))
+    n_tokens = z.numel() // z.shape[-1]
+    values, places = z.flatten().topk(k * n_tokens, sorted=False)
+    f = torch.zeros_like(z).flatten().scatter(0, places, values.relu()).view_as(z)
+    positive = values[values > 0]
+    return f, (positive.min() if len(positive) else values.new_zeros(()))
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-class
 @register("variants", "batchtopk")
@@ -53,8 +53,8 @@ def activate(
 ) -> Tensor:  # Latents, same shape
     "The batch's largest in training, those above the threshold afterwards."
     if self.training:
-        f, tau = batch_topk(z, self.k)
-        self.follow(tau.detach())
+        f, smallest = batch_topk(z, self.k)
+        self.follow(smallest.detach())
         return f
     if self.n_batches == 0:
         return topk(z, self.k)
@@ -65,8 +65,9 @@ def activate(
 @torch.no_grad()
 def follow(
     self: BatchTopKSAE,
-    tau: Tensor,  # Smallest value kept in a batch
+    smallest: Tensor,  # Smallest value kept in a batch, scalar
 ):
     "Move the threshold towards what a batch kept."
     self.n_batches += 1
-    self.threshold.lerp_(tau.to(self.threshold), max(1 / self.n_batches.item(), 0.1))
+    weight = max(1 / self.n_batches.item(), 0.1)
+    self.threshold.lerp_(smallest.to(self.threshold), weight)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from .standard import Price
+from .price import Price
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-jump
 def kernel_sum(
@@ -24,7 +24,8 @@ def kernel_sum(
     eps: float,  # Bandwidth, in units of z
 ) -> Tensor:  # [d_sae]
     "`up`, summed over the tokens near the threshold, per unit of z."
-    return (up * ((z - theta).abs() < eps / 2)).sum_to_size(theta.shape) / eps
+    near = (z - theta).abs() < eps / 2
+    return (up * near).sum_to_size(theta.shape) / eps
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-jump-jump
 class Jump(torch.autograd.Function):
@@ -67,28 +68,29 @@ class JumpReLUSAE(SAE):
         self,
         d_in: int,  # Width of the activations
         d_sae: int,  # Number of latents
-        l0_coeff: float = 0.2,  # Price of one active latent, in squared units of x; with `target_l0`, where the controller starts
+        l0_coeff: float = 0.2,  # Price of an active latent, squared units of x; or where steering starts
         target_l0: float = None,  # Latents per token to steer towards; None: `l0_coeff` is fixed
         bandwidth: float = 0.5,  # Width of the kernel, in units of z
         threshold: float = 0.1,  # Where thresholds start; with `target_l0`, the lowest start
         pace: float = 5.0,  # Learning rate of ln θ, in multiples of the loop's
-        settle: float = 0.1,  # With `target_l0`: share of training during which thresholds follow quantiles; 0: the first batch
+        settle: float = 0.1,  # Share of training in which a target sets thresholds; 0: the first batch
         penalty: str = "step",  # "step" counts active latents, "tanh" is a smooth count
         seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, seed)
-        for n, v in dict(bandwidth=bandwidth, threshold=threshold, pace=pace).items():
-            if not v > 0:
-                raise InputError(f"{n} = {v} must be above 0")
-        if not 0 <= settle <= 1:
-            raise InputError(f"settle = {settle} is a share of training; give 0 to 1")
-        self.price = Price(l0_coeff, target_l0, d_sae, "l0_coeff")
+        _check_positive(bandwidth=bandwidth, threshold=threshold, pace=pace)
+        self.price = Price(l0_coeff, target_l0, d_sae, "l0_coeff", settle)
         self.bandwidth = bandwidth
         self.start = threshold
         self.pace = pace
-        self.settle = settle
         self.penalty = one_of("penalty", penalty, ["step", "tanh"])
         self.slow_log_threshold = nn.Parameter(torch.full((d_sae,), math.log(threshold) / pace))
+
+
+def _check_positive(**options):
+    for name, value in options.items():
+        if not value > 0:
+            raise InputError(f"{name} = {value} must be above 0")
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-activate
 @patch(as_prop=True)
@@ -102,7 +104,7 @@ def latent(self: JumpReLUSAE, z, at) -> Tensor:
     "Nothing below the threshold, everything above it."
     return Jump.apply(z, at(self.threshold), self.bandwidth)
 
-
+# %% ../../nbs/variants/jumprelu.ipynb #jumprelu-level
 @patch
 def level(self: JumpReLUSAE, latents: slice) -> Tensor:
     "What lies close below the threshold counts too: the threshold hears of it."
@@ -117,33 +119,32 @@ def aim(cls: JumpReLUSAE, k, l1, given) -> dict:
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-calibrate
 @patch(as_prop=True)
 def calibrates(self: JumpReLUSAE) -> bool:
-    "While quantiles are followed."
-    return bool(self.price.target_l0) and (self.price.unset or self.progress < self.settle)
+    "While thresholds are set from batches."
+    return self.price.sets_up(self.progress)
 
 
 @patch
-def calibrate(self: JumpReLUSAE, z, at) -> Tensor:
+def calibrate(self: JumpReLUSAE, z, latents) -> Tensor:
     "The first training batches set the thresholds if L0 is steered."
     if not self.calibrates or not len(z):
         return z
-    q = self.price.between(z)
-    up = (self.start - q).clamp_min(0)
-    self.b_enc.data[at] += up
-    self.slow_log_threshold.data[at] = (q + up).log() / self.pace
-    return z + up
+    cut = self.price.cut_between(z)
+    raised = (self.start - cut).clamp_min(0)
+    self.b_enc.data[latents] += raised
+    self.slow_log_threshold.data[latents] = (cut + raised).log() / self.pace
+    return z + raised
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-sparsity
 @patch
 def sparsity(self: JumpReLUSAE, o: Out) -> dict:
     "The price of the active latents."
-    w = self.price(self, o)
-    o.logs["l0_coeff"] = w.item()
-    n = (
-        Step.apply(o.z, o.at(self.threshold), self.bandwidth)
-        if self.penalty == "step"
-        else (4 * o.values).tanh()
-    )
-    return {"l0_cost": w * o.per_token(n)}
+    weight = self.price(self, o)
+    o.logs["l0_coeff"] = weight.item()
+    if self.penalty == "step":
+        count = Step.apply(o.z, o.at(self.threshold), self.bandwidth)
+    else:
+        count = (4 * o.values).tanh()
+    return {"l0_cost": weight * o.per_token(count)}
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-steps
 @patch
@@ -159,9 +160,9 @@ def before_step(self: JumpReLUSAE):
 @torch.no_grad()
 def fold(self: JumpReLUSAE, scale: float) -> SAE:
     "The same SAE on raw activations."
-    o = SAE.fold(self, scale)
-    o.slow_log_threshold.sub_(math.log(scale) / self.pace)
-    return o
+    folded = SAE.fold(self, scale)
+    folded.slow_log_threshold.sub_(math.log(scale) / self.pace)
+    return folded
 
 # %% ../../nbs/variants/jumprelu.ipynb #jumprelu-latents
 @patch

@@ -19,8 +19,8 @@ def topk(
     k: int,  # Latents kept per token
 ) -> Tensor:  # Same shape, at most `k` nonzero per row, none negative
     "Zero all but the `k` largest entries of each row, then clip at zero."
-    vals, idxs = z.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(z).scatter(-1, idxs, vals.relu())
+    values, latents = z.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(z).scatter(-1, latents, values.relu())
 
 # %% ../../nbs/variants/topk.ipynb #topk-check-k
 def check_k(
@@ -29,7 +29,8 @@ def check_k(
 ):  # `k`, if it makes sense
     "One line for a `k` that cannot be."
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise InputError(f"k = {k} is not a number of latents; give a whole number from 1 to d_sae = {d_sae}")
+        said = f"k = {k} is not a number of latents"
+        raise InputError(f"{said}; give a whole number from 1 to d_sae = {d_sae}")
     if k > d_sae:
         raise InputError(f"k = {k} is more than d_sae = {d_sae}; keep fewer latents or have more of them")
     return k

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import *
+from .price import check_target
 from .standard import StandardSAE
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-gate
@@ -47,33 +48,39 @@ class ZScoreSAE(StandardSAE):
         self,
         d_in: int,  # Width of the activations
         d_sae: int,  # Number of latents
-        c: float = 2.0,  # Deviations above its mean from which a latent fires; with `target_l0`, where c starts
+        c: float = 2.0,  # Deviations above its mean from which a latent fires, or where steering starts
         decay: float = 0.99,  # Of the running mean and deviation, per batch
         l1_coeff: float = 0.0,  # Weight of an L1 penalty
         target_l0: float = None,  # Latents per token to steer c towards; None: c is fixed
         error: str = "squared",  # "squared" or "norm" (the logs')
-        init_scale: str = "unit",  # Columns of the first encoder: "unit", or "sqrt_d" for length 1 / sqrt(d_in)
+        init_scale: str = "unit",  # First encoder's columns: "unit" length, or "sqrt_d" for 1 / sqrt(d_in)
         seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, l1_coeff, None, error, "unit", seed)
-        if not math.isfinite(c):
-            raise InputError(f"c = {c} is not a number of deviations; give something like 2")
-        if not 0 <= decay < 1:
-            raise InputError(f"decay = {decay} must be at least 0 and below 1; 0.99 remembers 100 batches")
-        if target_l0 is not None and not 0 < target_l0 <= d_sae:
-            raise InputError(f"target_l0 = {target_l0} must lie between 0 and d_sae = {d_sae}")
+        _check_zscore(c, decay)
+        check_target(target_l0, d_sae)
         self.decay = decay
         self.target_l0 = target_l0
         if one_of("init_scale", init_scale, ["unit", "sqrt_d"]) == "sqrt_d":
             self.W_enc.data.div_(math.sqrt(d_in))
         self.register_buffer("c", torch.tensor(float(c)))
-        for n in ("mean", "std"):
-            self.register_buffer(n, torch.zeros(d_sae))
+        self.register_buffer("mean", torch.zeros(d_sae))
+        self.register_buffer("std", torch.zeros(d_sae))
         self.register_buffer("n_batches", torch.zeros(d_sae, dtype=torch.long))  # seen by each latent
 
-    @property
-    def threshold(self):  # [d_sae], in units of z
-        return self.mean + self.c * self.std
+# %% ../../nbs/variants/zscore.ipynb #zscore-check
+def _check_zscore(c, decay):
+    "One line for what cannot be."
+    if not math.isfinite(c):
+        raise InputError(f"c = {c} is not a number of deviations; give something like 2")
+    if not 0 <= decay < 1:
+        raise InputError(f"decay = {decay} must be at least 0 and below 1; 0.99 remembers 100 batches")
+
+
+@patch(as_prop=True)
+def threshold(self: ZScoreSAE) -> Tensor:  # [d_sae], in units of z
+    "What a pre-activation has to exceed."
+    return self.mean + self.c * self.std
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-moments
 def mean_std(
@@ -84,7 +91,8 @@ def mean_std(
     z = z if z.dtype == torch.float64 else z.float()
     n = len(z)
     mean = z.new_full((n,), 1 / n) @ z
-    return mean, sum(z.new_full((len(p),), 1 / n) @ (p - mean).square_() for p in z.split(rows)).sqrt()
+    variance = sum(z.new_full((len(part),), 1 / n) @ (part - mean).square_() for part in z.split(rows))
+    return mean, variance.sqrt()
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-observe
 @patch
@@ -92,15 +100,15 @@ def mean_std(
 def observe(
     self: ZScoreSAE,
     z: Tensor,  # Pre-activations of some latents on the tokens that count, [n_tokens, n]
-    at: slice = slice(None),  # Which latents
+    latents: slice = slice(None),  # Which latents
 ):
     "Take a batch into the running mean and deviation."
     if len(z) == 0:
         return
-    self.n_batches[at] += 1
-    w = ema_weight(self.n_batches[at].float(), self.decay)
+    self.n_batches[latents] += 1
+    weight = ema_weight(self.n_batches[latents].float(), self.decay)
     for kept, now in zip((self.mean, self.std), mean_std(z)):
-        kept[at] = torch.lerp(kept[at].to(now), now, w.to(now)).to(kept)
+        kept[latents] = torch.lerp(kept[latents].to(now), now, weight.to(now)).to(kept)
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-observe-calibrates
 @patch(as_prop=True)
@@ -110,9 +118,9 @@ def calibrates(self: ZScoreSAE) -> bool:
 
 
 @patch
-def calibrate(self: ZScoreSAE, z, at) -> Tensor:
+def calibrate(self: ZScoreSAE, z, latents) -> Tensor:
     "Every training batch moves the statistics."
-    self.observe(z.detach(), at)
+    self.observe(z.detach(), latents)
     return z
 
 # %% ../../nbs/variants/zscore.ipynb #zscore-activate
@@ -172,5 +180,5 @@ def forget(
     idx: Tensor,  # Latents whose weights were replaced, [n]
 ):
     "Start the statistics of some latents anew."
-    for b in (self.mean, self.std, self.n_batches):
-        b[idx] = 0
+    for statistic in (self.mean, self.std, self.n_batches):
+        statistic[idx] = 0
