@@ -505,7 +505,8 @@ class WorldSource(Source):
         return self._rows(self.heldout_seed, 0, n)
 
     def _rows(self, seed, start, n):
-        from sae_nb.world.language import documents, encode
+        from sae_nb.world.documents import documents
+        from sae_nb.world.text import encode
 
         return encode(documents(seed, start, n), self.ctx)
 
