@@ -24,7 +24,7 @@ from sae_nb.evals.sparse_probing import best_epoch, sparse_probe, top_k
 from sae_nb.evals.store import Store
 from sae_nb.lm import load_lm
 from sae_nb.metrics import unit
-from sae_nb.world import language as world
+from sae_nb.world import sets as world
 
 
 def fixture(what):

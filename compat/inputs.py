@@ -11,7 +11,7 @@ from sae_nb.data import WorldSource, count_mask
 from sae_nb.lm import load_lm
 from sae_nb.metrics import unit
 from sae_nb.sae import build
-from sae_nb.world import language as world
+from sae_nb.world import sets as world
 
 HOOK, LAYER, TASK, POS = "blocks.2.hook_resid_post", 2, "professions1", -6
 

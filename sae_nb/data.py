@@ -494,7 +494,8 @@ class WorldSource(TokenSource):
 @patch
 def _rows(self: WorldSource, seed, start, n):
     "Documents `start`, `start + 1`, ... of a stream of documents."
-    from sae_nb.world.language import documents, encode
+    from sae_nb.world.documents import documents
+    from sae_nb.world.text import encode
 
     return encode(documents(seed, start, n), self.ctx)
 

@@ -29,7 +29,7 @@ from .codes import bootstrap, dictionary_sae, latents_of, wilson
 from .store import Store
 from ..lm import LM
 from ..metrics import unit
-from ..world import language as W
+from ..world import sets as W
 
 # %% ../../nbs/evals/absorption.ipynb #abs-config
 alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -29,7 +29,7 @@ from ..data import why_not
 from .base import Context, Evaluator, Measured
 from .codes import bootstrap, latents_of
 from .store import Store, blocks
-from ..world import language as W
+from ..world import sets as W
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core import *
 from ..data import *
-from ..world import language as W
+from ..world import sets as W
 
 # %% ../../nbs/evals/texts.ipynb #texts-texts-def
 @dataclass

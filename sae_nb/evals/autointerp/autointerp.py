@@ -24,7 +24,7 @@ from .judge import Judge, LocalJudge, judge_from_env
 from ..base import Context, Evaluator, Measured, settle
 from ..codes import bootstrap, latents_of, wilson
 from ..store import Store, blocks, digest
-from ...world import language as W
+from ...world import sets as W
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-config
 @dataclass

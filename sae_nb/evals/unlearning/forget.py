@@ -26,7 +26,7 @@ from ...data import count_mask, pack, records
 from ..codes import latents_of, spliced
 from ..store import Store, blocks, digest
 from ...sae import SAE, build
-from ...world import language as W
+from ...world import sets as W
 
 # %% ../../../nbs/evals/unlearning/forget.ipynb #forget-mcq-def
 letters, orders = "ABCD", list(permutations(range(4)))

@@ -20,7 +20,7 @@ from ..base import Context, Evaluator, Measured
 from ..codes import wilson
 from ..store import Store, digest
 from .forget import *
-from ...world import language as W
+from ...world import sets as W
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-config-def
 @dataclass
