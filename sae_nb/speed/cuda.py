@@ -517,6 +517,21 @@ def clip_factor(
     square = (gg - 2 * gw**2 + gw**2 * ww).sum() + hh.sum() + sum(o.float().square().sum() for o in others)
     return (clip / (square.clamp_min(0).sqrt() + 1e-6)).clamp(max=1.0)
 
+# %% ../../nbs/speed/cuda.ipynb #cuda-adam-torch
+def _adam_in_torch(p, g, m, v, step, factor, lr, betas, eps, along, low):
+    "The same step as separate passes."
+    b1, b2 = betas
+    if along is not None:
+        g = g - along[:, None] * p
+    g = g * factor
+    m.lerp_(g, 1 - b1)
+    v.mul_(b2).addcmul_(g, g, value=1 - b2)
+    p.addcdiv_(m, (v / (1 - b2**step)).sqrt_().add_(eps), value=-lr / (1 - b1**step))
+    if along is not None:
+        p.div_(p.norm(dim=1, keepdim=True).clamp_min(1e-8))
+    if low is not None:
+        low.copy_(p)
+
 # %% ../../nbs/speed/cuda.ipynb #cuda-adam-unit
 @jit
 def _unit_row(p, low, r, D, by, LOW: constexpr, B: constexpr):
@@ -577,21 +592,6 @@ def _adam_by_kernel(p, g, m, v, step, factor, lr, betas, eps, along, low):
     numbers = (lr, b1, b2, 1 - b1, 1 - b2, eps, 1 - b1**step, 1 - b2**step)
     flags = dict(UNIT=along is not None, LOW=low is not None)
     _launch(p, _adam, (len(p),), *tensors, D, *numbers, **flags, B=_tile_width(D, size), num_warps=warps)
-
-# %% ../../nbs/speed/cuda.ipynb #cuda-adam-torch
-def _adam_in_torch(p, g, m, v, step, factor, lr, betas, eps, along, low):
-    "The same step as separate passes."
-    b1, b2 = betas
-    if along is not None:
-        g = g - along[:, None] * p
-    g = g * factor
-    m.lerp_(g, 1 - b1)
-    v.mul_(b2).addcmul_(g, g, value=1 - b2)
-    p.addcdiv_(m, (v / (1 - b2**step)).sqrt_().add_(eps), value=-lr / (1 - b1**step))
-    if along is not None:
-        p.div_(p.norm(dim=1, keepdim=True).clamp_min(1e-8))
-    if low is not None:
-        low.copy_(p)
 
 # %% ../../nbs/speed/cuda.ipynb #cuda-adam-adam-rows
 def adam_rows(
