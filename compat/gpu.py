@@ -1,13 +1,16 @@
-"""Tokens per second of one TopK training step on a GPU, beside what other libraries run and beside the product that bounds it.
+"""Tokens per second of one TopK training step on a GPU.
 
-    python compat/gpu.py [--quick] [--out results.json] [--limit 480]   # an NVIDIA GPU, torch, triton; nothing else is needed
-    python compat/gpu.py --compile                                      # no GPU: builds every kernel for compute capability 9.0
-    [TRITON_INTERPRET=1] python compat/gpu.py --cpu                     # no GPU: the whole script at toy sizes
+It is measured beside what other libraries run and beside the encoder product, which bounds it.
 
-One recipe for all arms: weights, gradients and Adam's moments in float32; matrix products and activations in bfloat16 (autocast, or a
-bfloat16 copy of the weights); loss = squared error summed over d_in, averaged over tokens; decoder gradient projected, all gradients
-clipped to norm 1 together, fused Adam, decoder rows brought back to length one. Nothing is asked of the GPU within a step, save where
-a peer does so itself. Peers get the same fused Adam and no auxiliary loss.
+    python compat/gpu.py [--quick] [--out results.json] [--limit 480]   # an NVIDIA GPU, torch and triton
+    python compat/gpu.py --compile                    # no GPU: builds every kernel for compute capability 9.0
+    [TRITON_INTERPRET=1] python compat/gpu.py --cpu   # no GPU: the whole script at toy sizes
+
+One recipe for all arms: weights, gradients and Adam's moments in float32; matrix products and activations in
+bfloat16 (autocast, or a bfloat16 copy of the weights); loss = squared error summed over d_in, averaged over
+tokens; decoder gradient projected, all gradients clipped to norm 1 together, fused Adam, decoder rows brought
+back to length one. Nothing is asked of the GPU within a step, save where a peer does so itself. Peers get the
+same fused Adam and no auxiliary loss.
 """
 
 import argparse
@@ -18,9 +21,12 @@ import importlib.util
 import itertools
 import json
 import platform
+import re
 import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -28,12 +34,18 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 
-spec = importlib.util.spec_from_file_location(
-    "cuda", Path(__file__).resolve().parent.parent / "sae_nb/speed/cuda.py"
-)
-S = importlib.util.module_from_spec(spec)
-sys.modules["cuda"] = S
-spec.loader.exec_module(S)
+
+def load_kernels():
+    "`sae_nb.speed.cuda` from its file, so that the package need not be installed."
+    file = Path(__file__).resolve().parent.parent / "sae_nb/speed/cuda.py"
+    spec = importlib.util.spec_from_file_location("cuda", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cuda"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+S = load_kernels()
 LR, BETAS, CLIP = 1e-4, (0.9, 0.999), 1.0
 
 
@@ -49,7 +61,10 @@ def ring(*_):
 
 
 class Work:
-    "Weights to start from and batches to train on: some directions stronger than others, a mean, so that a few latents are on in very many tokens"
+    """Weights to start from and batches to train on.
+
+    Directions differ in strength and there is a mean, so that a few latents are on in very many tokens.
+    """
 
     def __init__(self, d_in, d_sae, n, k, device, batches=4):
         self.d_in, self.d_sae, self.n, self.k, self.device = d_in, d_sae, n, k, device
@@ -63,13 +78,14 @@ class Work:
         self.x = [(draw(n, d_in) * scale + mean).bfloat16() for _ in range(batches)]
         self.W = F.normalize(draw(d_sae, d_in), dim=1)
 
-    def tensors(self):  # encoder and decoder [d_sae, d_in], their biases
-        return (
-            self.W.clone(),
-            torch.zeros(self.d_sae, device=self.device),
-            self.W.clone(),
-            torch.zeros(self.d_in, device=self.device),
-        )
+    def tensors(self):
+        "Encoder [d_sae, d_in], its bias, decoder [d_sae, d_in], its bias."
+        b, c = torch.zeros(self.d_sae, device=self.device), torch.zeros(self.d_in, device=self.device)
+        return self.W.clone(), b, self.W.clone(), c
+
+    def batches(self, n):
+        "`n` batches, from the first one on, over and over."
+        return itertools.islice(itertools.cycle(self.x), n)
 
 
 def half(device):
@@ -84,20 +100,26 @@ def unit_(W):
     W.div_(W.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
 
-class Dense:
-    "What autograd does with the formulas: every product dense"
+def fused_adam(parameters):
+    return torch.optim.Adam(parameters, lr=LR, betas=BETAS, fused=True)
 
-    def __init__(self, w):
-        self.w = w
-        self.p = [torch.nn.Parameter(t) for t in w.tensors()]
-        self.opt = torch.optim.Adam(self.p, lr=LR, betas=BETAS, fused=True)
+
+class Dense:
+    "What autograd does with the formulas: every product dense."
+
+    one_pass = False
+
+    def __init__(self, work):
+        self.work = work
+        self.weights = [torch.nn.Parameter(t) for t in work.tensors()]
+        self.opt = fused_adam(self.weights)
 
     def select(self, z):
-        return z.topk(self.w.k, dim=-1, sorted=False)
+        return z.topk(self.work.k, dim=-1, sorted=False)
 
     def gradients(self, x):
-        E, b, D, c = self.p
-        with half(self.w.device):
+        E, b, D, c = self.weights
+        with half(self.work.device):
             z = F.linear(x - c, E, b)
             vals, cols = self.select(z)
             f = torch.zeros_like(z).scatter(-1, cols, vals.relu())
@@ -108,57 +130,54 @@ class Dense:
 
     def step(self, x):
         loss = self.gradients(x)
-        torch.nn.utils.clip_grad_norm_(self.p, CLIP)
+        torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
         self.opt.step()
-        unit_(self.p[2].data)
+        unit_(self.weights[2].data)
         self.opt.zero_grad(set_to_none=True)
         return loss
 
 
 class DenseTies(Dense):
-    "The same with ties in the top k settled to the left, as ours are: in bfloat16 many latents share the last place"
+    "The same with ties in the top k settled to the left, as ours are: in bfloat16 they are many."
 
     def select(self, z):
-        cols = S.topk(z.detach(), self.w.k)[1]
+        cols = S.topk(z.detach(), self.work.k)[1]
         return z.gather(-1, cols), cols
 
 
 class Ours:
-    "Dense encoder product, everything after it along the active latents; the optimiser as everywhere"
+    "Dense encoder product, everything after it along the active latents; the optimiser as everywhere."
 
     one_pass = False
 
-    def __init__(self, w):
-        self.w = w
-        self.p = [torch.nn.Parameter(t) for t in w.tensors()]
-        self.low = [self.p[0].data.bfloat16(), self.p[2].data.bfloat16()]
-        self.starts = torch.arange(0, w.n * w.k + 1, w.k, device=w.device)
-        self.opt = torch.optim.Adam(self.p[1::2] if self.one_pass else self.p, lr=LR, betas=BETAS, fused=True)
-        if self.one_pass:
-            self.t, self.moments = 0, [torch.zeros_like(self.p[i].data) for i in (0, 0, 2, 2)]
+    def __init__(self, work):
+        self.work = work
+        self.weights = [torch.nn.Parameter(t) for t in work.tensors()]
+        self.low = [self.weights[0].data.bfloat16(), self.weights[2].data.bfloat16()]
+        self.starts = torch.arange(0, work.n * work.k + 1, work.k, device=work.device)
+        self.opt = fused_adam(self.weights[1::2] if self.one_pass else self.weights)
 
     @torch.no_grad()
     def gradients(self, x):
-        (E, b, D, c), (E16, D16), w = self.p, self.low, self.w
+        (E, b, D, c), (E16, D16), work = self.weights, self.low, self.work
 
-        def rounded(f, *o):
-            return f(*o, out=torch.empty_like(x))  # one pass, no float32 copy
+        def rounded(f, *args):
+            return f(*args, out=torch.empty_like(x))  # one pass, no float32 copy
 
         seen = rounded(torch.sub, x, c)
         z = torch.addmm(b.bfloat16(), seen, E16.T)
-        vals, cols = S.topk(z, w.k)
+        vals, cols = S.topk(z, work.k)
         del z
-        a, v = S.Places(cols.flatten(), self.starts, w.d_sae, w.k), vals.relu().flatten()
-        e = S.spmm(a, v, D16, dtype=torch.float32).add_(c).sub_(x)
-        loss = torch.linalg.vector_norm(e).square() / w.n
-        g16 = rounded(torch.mul, e, 2 / w.n)
-        gv = S.sampled(a, g16, D16) * (v > 0)
-        r = S.spmm_t2(a, v, g16, gv, seen, W=D.data if self.one_pass else None)
-        gb = S.latent_sums(a, gv)
-        gc = e.sum(0) * (2 / w.n) - (gb.bfloat16()[None] @ E16)[0].float()
-        D.grad, E.grad, b.grad, c.grad = r[0], r[1], gb, gc
+        places, v = S.Places(cols.flatten(), self.starts, work.d_sae, work.k), vals.relu().flatten()
+        e = S.spmm(places, v, D16, dtype=torch.float32).add_(c).sub_(x)
+        loss = torch.linalg.vector_norm(e).square() / work.n
+        g16 = rounded(torch.mul, e, 2 / work.n)
+        gv = S.sampled(places, g16, D16) * (v > 0)
+        D.grad, E.grad, *stats = S.spmm_t2(places, v, g16, gv, seen, W=D.data if self.one_pass else None)
+        b.grad = S.latent_sums(places, gv)
+        c.grad = e.sum(0) * (2 / work.n) - (b.grad.bfloat16()[None] @ E16)[0].float()
         if self.one_pass:
-            self.stats = r[2]
+            self.stats = stats[0]
         else:
             project_(D.grad, D.data)
         return loss
@@ -166,35 +185,42 @@ class Ours:
     @torch.no_grad()
     def step(self, x):
         loss = self.gradients(x)
-        E, b, D, c = self.p
-        torch.nn.utils.clip_grad_norm_(self.p, CLIP)
+        E, b, D, c = self.weights
+        torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
         self.opt.step()
         unit_(D.data)
         self.low[0].copy_(E.data)
         self.low[1].copy_(D.data)
-        for p in self.p:
-            p.grad = None
+        self.forget_gradients()
         return loss
+
+    def forget_gradients(self):
+        for w in self.weights:
+            w.grad = None
 
 
 class OnePass(Ours):
-    "The same; clip, projection, Adam, normalisation and the bfloat16 copy in one pass over each matrix"
+    "The same; clip, projection, Adam, normalisation and the bfloat16 copy in one pass over each matrix."
 
     one_pass = True
+
+    def __init__(self, work):
+        super().__init__(work)
+        self.steps, self.moments = 0, [torch.zeros_like(self.weights[i].data) for i in (0, 0, 2, 2)]
 
     @torch.no_grad()
     def step(self, x):
         loss = self.gradients(x)
-        (E, b, D, c), (m, v, m2, v2) = self.p, self.moments
-        f = S.clip_factor(self.stats, b.grad, c.grad, clip=CLIP)
-        self.t += 1
-        S.adam_rows(E.data, E.grad, m, v, self.t, f, LR, BETAS, low=self.low[0])
-        S.adam_rows(D.data, D.grad, m2, v2, self.t, f, LR, BETAS, along=self.stats[1], low=self.low[1])
-        b.grad *= f
-        c.grad *= f
+        (E, b, D, c), (E16, D16) = self.weights, self.low
+        factor = S.clip_factor(self.stats, b.grad, c.grad, clip=CLIP)
+        self.steps += 1
+        how = (self.steps, factor, LR, BETAS)
+        S.adam_rows(E.data, E.grad, *self.moments[:2], *how, low=E16)
+        S.adam_rows(D.data, D.grad, *self.moments[2:], *how, along=self.stats[1], low=D16)
+        b.grad *= factor
+        c.grad *= factor
         self.opt.step()
-        for p in self.p:
-            p.grad = None
+        self.forget_gradients()
         return loss
 
 
@@ -203,7 +229,10 @@ class OnePass(Ours):
 
 @contextlib.contextmanager
 def without(*names):
-    "Lets a library be imported without packages that it reads text, models or logs with and that a training step never touches"
+    """Lets a library be imported without packages that a training step never touches.
+
+    They are what it reads text, models or logs with.
+    """
     missing = [n for n in names if n not in sys.modules and importlib.util.find_spec(n) is None]
     sys.modules.update({n: mock.MagicMock(__spec__=importlib.machinery.ModuleSpec(n, None)) for n in missing})
     try:
@@ -214,60 +243,43 @@ def without(*names):
 
 
 class DictionaryLearning:
-    def __init__(self, w):
+    def __init__(self, work):
         with without("nnsight", "datasets", "wandb", "zstandard"):
             from dictionary_learning.trainers.top_k import TopKTrainer
-        self.w, self.i = w, 1  # step 0 would look for a median
-        self.t = t = TopKTrainer(
-            steps=10**9,
-            activation_dim=w.d_in,
-            dict_size=w.d_sae,
-            k=w.k,
-            layer=0,
-            lm_name="",
-            auxk_alpha=0,
-            lr=LR,
-            warmup_steps=0,
-            device=w.device,
-            seed=0,
-        )
-        E, b, D, c = w.tensors()
-        t.ae.encoder.weight.data, t.ae.encoder.bias.data, t.ae.decoder.weight.data, t.ae.b_dec.data = (
-            E,
-            b,
-            D.T.contiguous(),
-            c,
-        )
-        for group in t.optimizer.param_groups:
+        self.work, self.i = work, 1  # step 0 would look for a median
+        size = dict(activation_dim=work.d_in, dict_size=work.d_sae, k=work.k)
+        schedule = dict(steps=10**9, lr=LR, warmup_steps=0, auxk_alpha=0)
+        self.trainer = TopKTrainer(**size, **schedule, layer=0, lm_name="", device=work.device, seed=0)
+        E, b, D, c = work.tensors()
+        ae = self.trainer.ae
+        ae.encoder.weight.data, ae.encoder.bias.data = E, b
+        ae.decoder.weight.data, ae.b_dec.data = D.T.contiguous(), c
+        for group in self.trainer.optimizer.param_groups:
             group.update(fused=True, foreach=False)
 
     def step(self, x):
         self.i += 1
-        with half(self.w.device):
-            return self.t.update(self.i, x)
+        with half(self.work.device):
+            return self.trainer.update(self.i, x)
 
 
 class SAELens:
-    def __init__(self, w):
+    def __init__(self, work):
         from sae_lens.saes.sae import TrainStepInput
         from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
-        self.w = w
-        self.sae = s = TopKTrainingSAE(
-            TopKTrainingSAEConfig(
-                d_in=w.d_in, d_sae=w.d_sae, k=w.k, device=w.device, dtype="float32", aux_loss_coefficient=0.0
-            )
-        )
-        E, b, D, c = w.tensors()
-        s.W_enc.data, s.b_enc.data, s.W_dec.data, s.b_dec.data = E.T.contiguous(), b, D, c
-        self.opt = torch.optim.Adam(s.parameters(), lr=LR, betas=BETAS, fused=True)
-        self.given = lambda x: TrainStepInput(
-            sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=1, is_logging_step=False
-        )
+        self.work, self.Input = work, TrainStepInput
+        size = dict(d_in=work.d_in, d_sae=work.d_sae, k=work.k)
+        config = TopKTrainingSAEConfig(**size, device=work.device, dtype="float32", aux_loss_coefficient=0.0)
+        self.sae = sae = TopKTrainingSAE(config)
+        E, b, D, c = work.tensors()
+        sae.W_enc.data, sae.b_enc.data, sae.W_dec.data, sae.b_dec.data = E.T.contiguous(), b, D, c
+        self.opt = fused_adam(sae.parameters())
 
     def step(self, x):
-        with half(self.w.device):
-            loss = self.sae.training_forward_pass(self.given(x)).loss
+        rest = dict(coefficients={}, dead_neuron_mask=None, n_training_steps=1, is_logging_step=False)
+        with half(self.work.device):
+            loss = self.sae.training_forward_pass(self.Input(sae_in=x, **rest)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.sae.parameters(), CLIP)
         self.opt.step()
@@ -276,17 +288,15 @@ class SAELens:
 
 
 class Sparsify:
-    def __init__(self, w):
+    def __init__(self, work):
         with without("datasets"):
             from sparsify.config import SparseCoderConfig
             from sparsify.sparse_coder import SparseCoder
-        self.w = w
-        self.sae = s = SparseCoder(
-            w.d_in, SparseCoderConfig(num_latents=w.d_sae, k=w.k), device=w.device, dtype=torch.float32
-        )
-        E, b, D, c = w.tensors()
-        s.encoder.weight.data, s.encoder.bias.data, s.W_dec.data, s.b_dec.data = E, b, D, c
-        self.opt = torch.optim.Adam(s.parameters(), lr=LR, betas=BETAS, fused=True)
+        config = SparseCoderConfig(num_latents=work.d_sae, k=work.k)
+        self.sae = sae = SparseCoder(work.d_in, config, device=work.device, dtype=torch.float32)
+        E, b, D, c = work.tensors()
+        sae.encoder.weight.data, sae.encoder.bias.data, sae.W_dec.data, sae.b_dec.data = E, b, D, c
+        self.opt = fused_adam(sae.parameters())
 
     def step(self, x):
         x = x.float()
@@ -302,11 +312,12 @@ class Sparsify:
 
 
 class Floor:
-    "The encoder product alone, nothing kept but its result"
+    "The encoder product alone, nothing kept but its result."
 
-    def __init__(self, w):
-        self.low, self.b = w.W.bfloat16(), torch.zeros(w.d_sae, device=w.device, dtype=torch.bfloat16)
-        self.z = torch.empty(w.n, w.d_sae, device=w.device, dtype=torch.bfloat16)
+    def __init__(self, work):
+        self.low = work.W.bfloat16()
+        self.b = torch.zeros(work.d_sae, device=work.device, dtype=torch.bfloat16)
+        self.z = torch.empty(work.n, work.d_sae, device=work.device, dtype=torch.bfloat16)
 
     def step(self, x):
         return torch.addmm(self.b, x, self.low.T, out=self.z)
@@ -326,363 +337,481 @@ ARMS = {
 
 
 def wait():
-    torch.cuda.is_available() and torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def timed(go, xs, reps):
-    "Milliseconds of one call, on the GPU's own clock where there is one"
-    if not xs[0].is_cuda:
-        t = time.perf_counter()
+def timed(go, batches, reps):
+    "Milliseconds of one call, on the GPU's own clock where there is one."
+    if not batches[0].is_cuda:
+        start = time.perf_counter()
         for i in range(reps):
-            go(xs[i % len(xs)])
-        return (time.perf_counter() - t) * 1e3 / reps
-    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            go(batches[i % len(batches)])
+        return (time.perf_counter() - start) * 1e3 / reps
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     wait()
-    a.record()
+    start.record()
     for i in range(reps):
-        go(xs[i % len(xs)])
-    b.record()
+        go(batches[i % len(batches)])
+    end.record()
     wait()
-    return a.elapsed_time(b) / reps
+    return start.elapsed_time(end) / reps
 
 
-def interleave(gos, xs, rounds, reps, deadline):
-    "Milliseconds of every arm in every round, the order turned round each time; an arm that fails leaves"
-    ms, why = {n: [] for n in gos}, {}
+def interleave(gos, batches, rounds, reps, deadline):
+    "Milliseconds of every arm in every round, the order turned round each time; an arm that fails leaves."
+    ms, why = {name: [] for name in gos}, {}
     for r in range(rounds):
         if time.time() > deadline:
             break
-        for n in list(gos)[:: 1 if r % 2 == 0 else -1]:
-            if n in why:
+        for name in list(gos)[:: 1 if r % 2 == 0 else -1]:
+            if name in why:
                 continue
             try:
-                ms[n].append(timed(gos[n], xs, reps))
+                ms[name].append(timed(gos[name], batches, reps))
             except Exception as e:
-                why[n] = reason(e)
+                why[name] = reason(e)
     return ms, why
 
 
 def reason(e):
+    "An exception in a line."
     if isinstance(e, ModuleNotFoundError):
         return f"not installed ({e.name})"
-    return (
-        f"{type(e).__name__}: {str(e).strip().splitlines()[0][:110]}" if str(e).strip() else type(e).__name__
-    )
+    text = str(e).strip()
+    return f"{type(e).__name__}: {text.splitlines()[0][:110]}" if text else type(e).__name__
+
+
+def free_memory():
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------ are the numbers right?
 
 
 def off(a, b):
+    "||a - b|| / ||b||, in float64."
     return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
 
 
-def check_kernels(w):
-    "Each kernel against its dense formula in float64, on numbers of this run; ||out - formula|| / ||formula||"
-    n, m, k = min(w.n, 2048), min(w.d_sae, 4096), w.k
-    out = {}
-    S.long, long = min(S.long, n // 2), S.long  # the latent that is always on is cut into pieces
-    for dtype in (torch.float32, torch.bfloat16):
-        g = torch.Generator(w.device).manual_seed(1)
+def drawn_case(work, dtype):
+    "Activations, weights and chosen latents; latent 0 is on in every token."
+    n, m, k = min(work.n, 2048), min(work.d_sae, 4096), work.k
+    g = torch.Generator(work.device).manual_seed(1)
 
-        def draw(*s):
-            return torch.randn(*s, generator=g, device=w.device).to(dtype)
+    def draw(*s):
+        return torch.randn(*s, generator=g, device=work.device).to(dtype)
 
-        X, Y, W = draw(n, w.d_in), draw(n, w.d_in), draw(m, w.d_in)
-        z = X.float() @ W.float().T
-        z[:, 0] = 1e9
-        z = z.to(dtype)  # latent 0: on in every token
-        vals, cols = S.topk(z, k)
-        assert torch.equal(vals.sort(-1, descending=True).values, z.topk(k).values) and torch.equal(
-            z.gather(1, cols), vals
-        ), "topk"
-        a = S.Places(cols.flatten(), torch.arange(0, n * k + 1, k, device=w.device), m, k)
-        v, u = draw(n * k), draw(n * k)
+    X, Y, W = draw(n, work.d_in), draw(n, work.d_in), draw(m, work.d_in)
+    z = X.float() @ W.float().T
+    z[:, 0] = 1e9
+    z = z.to(dtype)
+    vals, cols = S.topk(z, k)
+    assert torch.equal(vals.sort(-1, descending=True).values, z.topk(k).values), "topk: values"
+    assert torch.equal(z.gather(1, cols), vals), "topk: places"
+    places = S.Places(cols.flatten(), torch.arange(0, n * k + 1, k, device=work.device), m, k)
+    return places, X, Y, W, draw(n * k), draw(n * k)
 
-        def dense(v):
-            return torch.zeros(n, m, dtype=torch.float64, device=w.device).index_put(
-                (a.rows, a.cols), v.double()
-            )
 
-        G, H, stats = S.spmm_t2(a, v, X, u, Y, W=W.float())
-        G0, H0, W0 = dense(v).T @ X.double(), dense(u).T @ Y.double(), W.double()
-        e = {
-            "spmm": off(S.spmm(a, v, W), dense(v) @ W0),
-            "spmm_t": off(S.spmm_t(a, v, X), G0),
-            "sampled": off(S.sampled(a, X, W), (X.double() @ W0.T)[a.rows, a.cols]),
-            "spmm_t2": max(off(G, G0), off(H, H0)),
-            "stats": max(
-                off(s, t)
-                for s, t in zip(
-                    stats, ((G0 * G0).sum(1), (G0 * W0).sum(1), (W0 * W0).sum(1), (H0 * H0).sum(1))
-                )
-            ),
-            "latent_sums": off(S.latent_sums(a, v), dense(v).sum(0)),
-        }
-        again = S.spmm_t2(a, v, X, u, Y)
-        e["repeats"] = 0.0 if torch.equal(again[0], G) and torch.equal(again[1], H) else 1.0
-        tight = 2e-5 if dtype == torch.float32 else 8e-3
-        out[str(dtype)[6:]] = e
-        print(
-            f"kernels against float64, {str(dtype)[6:]}: " + ", ".join(f"{n} {x:.1e}" for n, x in e.items()),
-            "| ok" if max(e.values()) < tight else "| WRONG",
-            flush=True,
-        )
-    S.long = long
+def kernel_errors(places, X, Y, W, v, u):
+    "Error of every product against its dense formula in float64."
+
+    def dense(v):
+        size = (len(places), places.d_sae)
+        zeros = torch.zeros(size, dtype=torch.float64, device=v.device)
+        return zeros.index_put((places.rows, places.cols), v.double())
+
+    G, H, stats = S.spmm_t2(places, v, X, u, Y, W=W.float())
+    G0, H0, W0 = dense(v).T @ X.double(), dense(u).T @ Y.double(), W.double()
+    squares = ((G0 * G0).sum(1), (G0 * W0).sum(1), (W0 * W0).sum(1), (H0 * H0).sum(1))
+    errors = {
+        "spmm": off(S.spmm(places, v, W), dense(v) @ W0),
+        "spmm_t": off(S.spmm_t(places, v, X), G0),
+        "sampled": off(S.sampled(places, X, W), (X.double() @ W0.T)[places.rows, places.cols]),
+        "spmm_t2": max(off(G, G0), off(H, H0)),
+        "stats": max(off(s, t) for s, t in zip(stats, squares)),
+        "latent_sums": off(S.latent_sums(places, v), dense(v).sum(0)),
+    }
+    again = S.spmm_t2(places, v, X, u, Y)
+    errors["repeats"] = 0.0 if torch.equal(again[0], G) and torch.equal(again[1], H) else 1.0
+    return errors
+
+
+def check_kernels(work):
+    "Each kernel against its dense formula in float64, on numbers of this run."
+    out, long = {}, S.settings.long
+    S.settings.long = min(long, min(work.n, 2048) // 2)  # the latent that is always on is cut into pieces
+    for dtype, tight in ((torch.float32, 2e-5), (torch.bfloat16, 8e-3)):
+        precision = str(dtype)[6:]
+        out[precision] = errors = kernel_errors(*drawn_case(work, dtype))
+        listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        verdict = "ok" if max(errors.values()) < tight else "WRONG"
+        print(f"kernels against float64, {precision}: {listed} | {verdict}", flush=True)
+    S.settings.long = long
     return out
 
 
-def check_steps(arms, w, steps=3):
-    "Gradients of the first step, losses and weights of the first few, beside the dense step's; bfloat16 rounding is the tolerance"
-    dense = DenseTies(w)
-    dense.gradients(w.x[0])
-    ref = [p.grad for p in dense.p]
+def first_gradients(arm, x):
+    "Gradients of the first step, the decoder's projected."
+    arm.gradients(x)
+    gradients = [w.grad for w in arm.weights]
+    if arm.one_pass:
+        project_(gradients[2], arm.weights[2].data)
+    return gradients
+
+
+def step_errors(arm, work, reference, steps):
+    "Gradients of the first step, losses and weights of the first few, beside the dense step's."
+    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    gradients = first_gradients(arm, work.x[0])
+    errors = {f"grad {name}": off(g, r) for name, g, r in zip(names, gradients, reference)}
+    arm.forget_gradients()
+    dense = DenseTies(work)
+    losses = [(float(arm.step(x)), float(dense.step(x))) for x in work.batches(steps)]
+    errors["loss"] = max(abs(ours / theirs - 1) for ours, theirs in losses)
+
+    def moved(o):
+        return torch.cat([(w.data - start).flatten() for w, start in zip(o.weights, work.tensors())])
+
+    errors["weights' way"] = off(moved(arm), moved(dense))
+    return errors
+
+
+def check_steps(arms, work, steps=3):
+    "Our arms beside the dense step; the rounding of bfloat16 is the tolerance."
+    reference = first_gradients(DenseTies(work), work.x[0])
+    loss_limit = 5e-3 if S.interpreted else 1e-3  # the interpreter cuts bfloat16 off where a GPU rounds
     out = {}
-    for n, cls in arms.items():
-        a = cls(w)
-        a.gradients(w.x[0])
-        g = [p.grad for p in a.p]
-        if a.one_pass:
-            project_(g[2], a.p[2].data)
-        e = {f"grad {s}": off(p, q) for s, p, q in zip(("W_enc", "b_enc", "W_dec", "b_dec"), g, ref)}
-        for p in a.p:
-            p.grad = None
-        d = DenseTies(w)
-        e["loss"] = max(
-            abs(float(a.step(x)) / float(d.step(x)) - 1)
-            for x in itertools.islice(itertools.cycle(w.x), steps)
-        )
-
-        def moved(o):
-            return torch.cat([(p.data - q).flatten() for p, q in zip(o.p, w.tensors())])
-
-        e["weights' way"] = off(moved(a), moved(d))
-        bad = max(v for k, v in e.items() if "grad" in k) > 0.03 or e["loss"] > (
-            5e-3 if S.interpreted else 1e-3
-        )  # the interpreter cuts bfloat16 off where a GPU rounds
-        out[n] = dict(e, ok=not bad)
-        print(
-            f"{n} against dense: " + ", ".join(f"{k} {v:.1e}" for k, v in e.items()),
-            "| WRONG" if bad else "| ok",
-            flush=True,
-        )
-        del a, d
+    for name, cls in arms.items():
+        errors = step_errors(cls(work), work, reference, steps)
+        worst = max(v for k, v in errors.items() if "grad" in k)
+        ok = worst <= 0.03 and errors["loss"] <= loss_limit
+        out[name] = dict(errors, ok=ok)
+        listed = ", ".join(f"{k} {v:.1e}" for k, v in errors.items())
+        print(f"{name} against dense: {listed} | {'ok' if ok else 'WRONG'}", flush=True)
     return out
 
 
-def parts(w):
-    "The pieces of our step, each by itself, and torch.topk beside ours"
-    o = OnePass(w)
-    x = w.x[0]
-    o.step(x)
-    c = o.p[3].data
-    f = torch.ones((), device=w.device)
-    seen = (x - c).bfloat16()
-    z = torch.addmm(o.p[1].data.bfloat16(), seen, o.low[0].T)
-    vals, cols = S.topk(z, w.k)
+# ------------------------------------------------------------------ parts and tiles
+
+
+def parts(work):
+    "The pieces of our step, each by itself, and torch.topk beside ours."
+    arm = OnePass(work)
+    arm.step(work.x[0])
+    (E, b, D, c), (E16, D16) = (w.data for w in arm.weights), arm.low
+    m, factor = arm.moments, torch.ones((), device=work.device)
+    seen = (work.x[0] - c).bfloat16()
+    z = torch.addmm(b.bfloat16(), seen, E16.T)
+    vals, cols = S.topk(z, work.k)
 
     def place():
-        return S.Places(cols.flatten(), o.starts, w.d_sae, w.k)
+        return S.Places(cols.flatten(), arm.starts, work.d_sae, work.k)
 
-    a, v = place(), vals.flatten()
-    a.rows
-    a.by_latent
-    m = o.moments
-    D = o.p[2].data
-    gD, gE, stats = S.spmm_t2(a, v, seen, v, seen, W=D)
-    n_on = a.by_latent[1].diff().float()
-    print(
-        f"latents on in this batch {int((n_on > 0).sum())} of {w.d_sae}; busiest in {float(n_on.max()) / w.n:.0%} of tokens",
-        flush=True,
-    )
-
-    def adam(p, g, i, **kw):
-        return S.adam_rows(p, g, m[i], m[i + 1], 1, f, 0.0, BETAS, **kw)
-
+    places, v = place(), vals.flatten()
+    gD, gE, stats = S.spmm_t2(places, v, seen, v, seen, W=D)
+    print_busiest(places, work)
+    how = (1, factor, 0.0, BETAS)
     return {
-        "topk": lambda _: S.topk(z, w.k),
-        "torch.topk": lambda _: z.topk(w.k, dim=-1, sorted=False),
+        "topk": lambda _: S.topk(z, work.k),
+        "torch.topk": lambda _: z.topk(work.k, dim=-1, sorted=False),
         "order by latent": lambda _: place().by_latent,
-        "spmm": lambda _: S.spmm(a, v, o.low[1]),
-        "sampled": lambda _: S.sampled(a, seen, o.low[1]),
-        "both weight gradients": lambda _: S.spmm_t2(a, v, seen, v, seen, W=D),
-        "one weight gradient": lambda _: S.spmm_t(a, v, seen, dtype=torch.float32),
-        "Adam, encoder": lambda _: adam(o.p[0].data, gE, 0, low=o.low[0]),
-        "Adam, decoder": lambda _: adam(D, gD, 2, along=stats[1], low=o.low[1]),
+        "spmm": lambda _: S.spmm(places, v, D16),
+        "sampled": lambda _: S.sampled(places, seen, D16),
+        "both weight gradients": lambda _: S.spmm_t2(places, v, seen, v, seen, W=D),
+        "one weight gradient": lambda _: S.spmm_t(places, v, seen, dtype=torch.float32),
+        "Adam, encoder": lambda _: S.adam_rows(E, gE, m[0], m[1], *how, low=E16),
+        "Adam, decoder": lambda _: S.adam_rows(D, gD, m[2], m[3], *how, along=stats[1], low=D16),
     }
 
 
-def tune(w, reps, deadline):
-    "Other tiles for the kernels; prints the best of each, changes nothing"
-    kept, p = dict(S.shape), parts(w)
-    for name, part, choices in (
-        ("segments", "both weight gradients", itertools.product((8, 16, 32), (128, 256, 512), (4, 8))),
-        ("segments", "spmm", itertools.product((8, 16, 32), (128, 256, 512), (4, 8))),
-        ("sampled", "sampled", itertools.product((8, 16, 32), (128, 256, 512), (4, 8))),
-        ("groups", "topk", itertools.product((1024, 4096, 16384), (2, 4, 8))),
-        ("adam", "Adam, decoder", itertools.product((256, 512, 1024), (2, 4, 8))),
-    ):
+def print_busiest(places, work):
+    n_on = places.by_latent[1].diff().float()
+    on, busiest = int((n_on > 0).sum()), float(n_on.max()) / work.n
+    print(f"latents on in this batch {on} of {work.d_sae}; busiest in {busiest:.0%} of tokens", flush=True)
+
+
+ROW_TILES = ((8, 16, 32), (128, 256, 512), (4, 8))
+TRIALS = (  # tiles of which kernel, timed by which part, over which choices
+    ("segments", "both weight gradients", ROW_TILES),
+    ("segments", "spmm", ROW_TILES),
+    ("sampled", "sampled", ROW_TILES),
+    ("groups", "topk", ((1024, 4096, 16384), (2, 4, 8))),
+    ("adam", "Adam, decoder", ((256, 512, 1024), (2, 4, 8))),
+)
+
+
+def fits(kernel, tile):
+    "Whether the registers hold a tile of entries and columns."
+    return kernel not in ("segments", "sampled") or tile[0] * tile[1] // (32 * tile[2]) <= 64
+
+
+def tune(work, reps, deadline):
+    "Other tiles for the kernels; prints the best of each, changes nothing."
+    kept, steps = dict(S.settings.tiles), parts(work)
+    for kernel, part, choices in TRIALS:
         ms = {}
-        for c in choices:
+        for tile in itertools.product(*choices):
             if time.time() > deadline:
                 break
-            if name in ("segments", "sampled") and c[0] * c[1] // (32 * c[2]) > 64:
-                continue  # more than the registers hold
-            S.shape[name] = c
+            if not fits(kernel, tile):
+                continue
+            S.settings.tiles[kernel] = tile
             try:
-                p[part](None)
+                steps[part](None)
                 wait()
-                ms[c] = statistics.median(timed(p[part], w.x[:1], reps) for _ in range(3))
+                ms[tile] = statistics.median(timed(steps[part], work.x[:1], reps) for _ in range(3))
             except Exception as e:
-                print(name, c, reason(e))
-        S.shape.update(kept)
-        print(
-            f"d_sae {w.d_sae}, {part}: now {kept[name]} {ms.get(kept[name], float('nan')):.3f} ms; best "
-            + ", ".join(f"{c} {t:.3f}" for c, t in sorted(ms.items(), key=lambda i: i[1])[:4]),
-            flush=True,
-        )
+                print(kernel, tile, reason(e))
+        S.settings.tiles.update(kept)
+        now = f"now {kept[kernel]} {ms.get(kept[kernel], float('nan')):.3f} ms"
+        best = ", ".join(f"{tile} {t:.3f}" for tile, t in sorted(ms.items(), key=lambda i: i[1])[:4])
+        print(f"d_sae {work.d_sae}, {part}: {now}; best {best}", flush=True)
 
 
 # ------------------------------------------------------------------ without a GPU: does everything build?
 
 
+class Hopper:
+    "Stands for the driver of a GPU of compute capability 9.0."
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def call_everything(dtype, d, n=16, m=4096, k=64):
+    "Every kernel with the arguments that a step gives it."
+    z, X, W = torch.randn(n, m).to(dtype), torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
+    vals, cols = z.topk(k)
+    v = vals.flatten()
+    S.topk(z, 16)
+    for per in (k, 0):
+        places = S.Places(cols.flatten(), torch.arange(0, n * k + 1, k), m, per)
+        S.spmm(places, v, W)
+        S.spmm_t(places, v, X)
+        S.spmm_t2(places, v, X, v, X, W=W.float())
+        S.sampled(places, X, W)
+        S.latent_sums(places, v)
+    p, low = torch.zeros(n, d), torch.zeros(n, d, dtype=torch.bfloat16)
+    for along in (None, p[:, 0].contiguous()):
+        S.adam_rows(p, p, p, p, 1, torch.ones(()), along=along, low=low)
+
+
+def built(kernel, tool):
+    "Registers, bytes that did not fit into them, and loads of 16 bytes of a compiled kernel."
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+
+        def dump(what):
+            return subprocess.run([tool, what, f.name], capture_output=True, text=True).stdout
+
+        use = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage")))
+        wide = len(re.findall(r"LDG\.E\.128", dump("-sass")))
+    return int(use["REG"]), int(use["STACK"]) + int(use["LOCAL"]), wide
+
+
 def compile_all():
-    "Builds each kernel as a step at full size would call it, for compute capability 9.0; registers and bytes spilled"
-    import re
-    import subprocess
-    import tempfile
-
+    "Builds each kernel as a step at full size would call it; prints registers and bytes spilled."
     import triton
-    from triton.backends.compiler import GPUTarget
 
-    class Driver:
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device=None):
-            return 0
-
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(Hopper())
     made = {}
 
-    def launch(t, kernel, grid, *args, **kw):
-        made.setdefault(
-            (kernel.__name__, str(t.dtype)[6:], *kw.items()), kernel.run(*args, grid=grid, warmup=True, **kw)
+    def build(t, kernel, grid, *args, **options):
+        compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+        made.setdefault((kernel.__name__, str(t.dtype)[6:], *options.items()), compiled)
+
+    S.settings.launcher = build
+    for dtype, d in ((torch.bfloat16, 2304), (torch.float32, 2304), (torch.bfloat16, 1000)):
+        call_everything(dtype, d)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    uses = {}
+    for (name, dtype, *_), kernel in made.items():
+        uses.setdefault((name, dtype), []).append(built(kernel, tool))
+    print(f"triton {triton.__version__}, compute capability 9.0: {len(made)} kernels built")
+    for (name, dtype), use in sorted(uses.items()):
+        registers, spilled, wide = zip(*use)
+        print(
+            f"{name:10s} {dtype:9s} registers <= {max(registers):3d}   spilled {max(spilled)} bytes"
+            f"   16-byte loads {min(wide)} to {max(wide)}"
         )
 
-    S._launch, S.interpreted = launch, True
-    for dtype, d in ((torch.bfloat16, 2304), (torch.float32, 2304), (torch.bfloat16, 1000)):
-        n, m, k = 16, 4096, 64
-        z, X, W = torch.randn(n, m).to(dtype), torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
-        vals, cols = z.topk(k)
-        v = vals.flatten()
-        S.topk(z, 16)
-        for per in (k, 0):
-            a = S.Places(cols.flatten(), torch.arange(0, n * k + 1, k), m, per)
-            S.spmm(a, v, W)
-            S.spmm_t(a, v, X)
-            S.spmm_t2(a, v, X, v, X, W=W.float())
-            S.sampled(a, X, W)
-            S.latent_sums(a, v)
-        p, low = torch.zeros(n, d), torch.zeros(n, d, dtype=torch.bfloat16)
-        for along in (None, p[:, 0].contiguous()):
-            S.adam_rows(p, p, p, p, 1, torch.ones(()), along=along, low=low)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    worst = {}
-    for (name, dtype, *kw), k in made.items():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-            f.write(k.asm["cubin"])
-            f.flush()
-            use = dict(
-                re.findall(
-                    r"(REG|STACK|LOCAL):(\d+)",
-                    subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True).stdout,
-                )
-            )
-            wide = len(
-                re.findall(
-                    r"LDG\.E\.128",
-                    subprocess.run([tool, "-sass", f.name], capture_output=True, text=True).stdout,
-                )
-            )
-        worst.setdefault((name, dtype), []).append(
-            (int(use["REG"]), int(use["STACK"]) + int(use["LOCAL"]), wide)
-        )
-    print(f"triton {triton.__version__}, compute capability 9.0: {len(made)} kernels built")
-    for (name, dtype), u in sorted(worst.items()):
+
+# ------------------------------------------------------------------ the table
+
+
+def size_line(size, r, floor):
+    line = f"\n{size}: d_in {r['d_in']}, d_sae {r['d_sae']}, {r['n']} tokens, k {r['k']}"
+    if not floor:
+        return line
+    return line + f"; encoder product {2e-9 * r['n'] * r['d_in'] * r['d_sae'] / floor:.1f} TFLOP/s"
+
+
+def arm_line(name, arm, n, floor, dense):
+    if arm.get("ms") is None:
+        return f"  {name:22s} {arm.get('note', '')}"
+
+    def times(t):
+        return f"{arm['ms'] / t:8.2f}" if t else " " * 8
+
+    gib = "" if arm["gib"] is None else f"{arm['gib']:.2f}"
+    return (
+        f"  {name:22s} {arm['ms']:9.3f} {arm['low']:9.3f} {arm['high']:9.3f} {n / arm['ms'] * 1e3:12,.0f}"
+        f" {times(floor)} {times(dense)} {gib:>7s} {arm.get('loss', float('nan')):10.4f}"
+        f"  {arm.get('note', '')}"
+    )
+
+
+def table(results):
+    for size, r in results["sizes"].items():
+        floor = r["arms"].get("encoder product", {}).get("ms")
+        dense = r["arms"].get("dense", {}).get("ms")
+        print(size_line(size, r, floor))
         print(
-            f"{name:10s} {dtype:9s} registers <= {max(r for r, _, _ in u):3d}   spilled {max(s for _, s, _ in u)} bytes   16-byte loads {min(l for *_, l in u)} to {max(l for *_, l in u)}"
+            f"  {'arm':22s} {'ms':>9s} {'low':>9s} {'high':>9s} {'tokens/s':>12s}"
+            f" {'x floor':>8s} {'x dense':>8s} {'GiB':>7s} {'loss':>10s}  note"
         )
+        for name, arm in r["arms"].items():
+            print(arm_line(name, arm, r["n"], floor, dense))
+        for name, ms in r.get("parts", {}).items():
+            print(f"    part: {name:24s} {ms:9.3f} ms" + (f" {ms / floor:8.2f} x floor" if floor else ""))
 
 
 # ------------------------------------------------------------------ the run
 
 
-def table(results):
-    for size, r in results["sizes"].items():
-        floor, rows = r["arms"].get("encoder product", {}).get("ms"), r["arms"]
-        print(
-            f"\n{size}: d_in {r['d_in']}, d_sae {r['d_sae']}, {r['n']} tokens, k {r['k']}"
-            + (
-                f"; encoder product {2e-9 * r['n'] * r['d_in'] * r['d_sae'] / floor:.1f} TFLOP/s"
-                if floor
-                else ""
-            )
-        )
-        print(
-            f"  {'arm':22s} {'ms':>9s} {'low':>9s} {'high':>9s} {'tokens/s':>12s} {'x floor':>8s} {'x dense':>8s} {'GiB':>7s} {'loss':>10s}  note"
-        )
-        dense = rows.get("dense", {}).get("ms")
-        for n, a in rows.items():
-            if a.get("ms") is None:
-                print(f"  {n:22s} {a.get('note', '')}")
-                continue
-            of, gib = (
-                lambda t: f"{a['ms'] / t:8.2f}" if t else " " * 8,
-                "" if a["gib"] is None else f"{a['gib']:.2f}",
-            )
-            print(
-                f"  {n:22s} {a['ms']:9.3f} {a['low']:9.3f} {a['high']:9.3f} {r['n'] / a['ms'] * 1e3:12,.0f} {of(floor)} {of(dense)} {gib:>7s} {a.get('loss', float('nan')):10.4f}  {a.get('note', '')}"
-            )
-        for n, t in r.get("parts", {}).items():
-            print(f"    part: {n:24s} {t:9.3f} ms" + (f" {t / floor:8.2f} x floor" if floor else ""))
+def warmed_up(name, work, row, steps):
+    "An arm's step after a few of them; `row` takes peak memory and loss."
+    cuda = work.device.startswith("cuda")
+    wait()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    arm = ARMS[name](work)
+    for x in work.batches(steps):
+        loss = arm.step(x)
+    wait()
+    row["gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
+    if name != "encoder product":
+        row["loss"] = float(loss)
+    return arm.step
 
 
-def run_size(r, w, names, rounds, warm, reps, deadline):
-    cuda = w.device.startswith("cuda")
-    arms = {}
-    xs = w.x
-    for n in names:
-        row = r["arms"][n]
+def run_arms(r, work, how, deadline):
+    "Warm every arm up, then let them take turns; `r` takes what they did."
+    steps = {}
+    for name, row in r["arms"].items():
         if time.time() > deadline:
             break
         try:
-            wait()
-            before = torch.cuda.memory_allocated() if cuda else 0
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            arm = ARMS[n](w)
-            for i in range(warm):
-                loss = arm.step(xs[i % len(xs)])
-            wait()
-            arms[n] = arm.step
-            row["gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
-            if n != "encoder product":
-                row["loss"] = float(loss)
+            steps[name] = warmed_up(name, work, row, how["warm"])
         except Exception as e:
             row["note"] = reason(e)
-            arm = None
-            if cuda:
-                torch.cuda.empty_cache()
-    ms, why = interleave(arms, xs, rounds, reps, deadline)
-    for n, t in ms.items():
+            free_memory()
+    ms, why = interleave(steps, work.x, how["rounds"], how["reps"], deadline)
+    for name, t in ms.items():
         if t:
-            r["arms"][n].update(note="", ms=statistics.median(t), low=min(t), high=max(t), rounds=t)
-        if n in why or len(t) < rounds:
-            r["arms"][n]["note"] = why.get(n, f"{len(t)} of {rounds} rounds: out of time")
+            r["arms"][name].update(note="", ms=statistics.median(t), low=min(t), high=max(t), rounds=t)
+        if name in why or len(t) < how["rounds"]:
+            r["arms"][name]["note"] = why.get(name, f"{len(t)} of {how['rounds']} rounds: out of time")
 
 
-def main():
+def run_parts(r, work, how, deadline):
+    "Time the pieces of our step."
+    steps = parts(work)
+    for go in steps.values():
+        go(None)
+    ms = interleave(steps, work.x[:1], how["rounds"], how["reps"], deadline)[0]
+    r["parts"] = {name: statistics.median(t) for name, t in ms.items() if t}
+
+
+def run_size(r, how, device, tuning, deadline):
+    "Check, then time, one size of dictionary; `r` takes the results."
+    try:
+        work = Work(r["d_in"], r["d_sae"], r["n"], r["k"], device)
+    except Exception as e:
+        r["note"] = reason(e)
+        return print(f"d_sae {r['d_sae']}: {r['note']}", flush=True)
+    try:
+        r["kernels"] = check_kernels(work)
+        ours = {name: cls for name, cls in ARMS.items() if name in r["arms"] and issubclass(cls, Ours)}
+        r["steps"] = check_steps(ours, work)
+    except Exception as e:
+        print(f"check failed, d_sae {r['d_sae']}: {reason(e)}", flush=True)
+        r["check"] = reason(e)
+    free_memory()
+    try:
+        if tuning:
+            tune(work, how["reps"], time.time() + 0.4 * (deadline - time.time()))
+        run_arms(r, work, how, deadline)
+        free_memory()
+        run_parts(r, work, how, deadline)
+    except Exception as e:
+        r["note"] = reason(e)
+        print(f"d_sae {r['d_sae']}: {r['note']}", flush=True)
+    for name, check in r.get("steps", {}).items():
+        if not check["ok"] and name in r["arms"]:
+            r["arms"][name]["note"] = "WRONG: differs from the dense step"
+    free_memory()
+
+
+FULL = dict(d_in=2304, n=8192, k=64, sizes=(16384, 65536), rounds=9, warm=3, reps=5)
+TOY = dict(d_in=256, n=512, k=16, sizes=(2048, 8192), rounds=7, warm=2, reps=2)
+INTERPRETED = dict(d_in=72, n=24, k=2, sizes=(128, 256), rounds=2, warm=2, reps=1)
+RECIPE = (
+    "float32 weights, gradients and moments; bfloat16 products and activations; "
+    "projected decoder gradient, clip 1, fused Adam, unit decoder rows"
+)
+
+
+def machine(device):
+    "What this ran on."
+    kernels = "plain torch"
+    if S.interpreted:
+        kernels = "Triton's interpreter"
+    if device == "cuda" and S.triton:
+        kernels = "Triton"
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "torch": torch.__version__,
+        "triton": S.triton.__version__ if S.triton else "not installed",
+        "kernels": kernels,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def sizes_to_run(args):
+    "How to run, and a place for the results of every size."
+    how = FULL
+    if args.cpu:
+        how = INTERPRETED if S.interpreted else TOY
+    how = dict(how)
+    if args.quick:
+        how.update(sizes=how["sizes"][:1], rounds=3)
+    if args.sizes:
+        how["sizes"] = tuple(map(int, args.sizes.split(",")))
+    names = [name.replace(";", ",") for name in args.arms.split(",")]
+    sizes = {}
+    for d_sae in how["sizes"]:
+        arms = {name: dict(note="not measured: out of time") for name in names}
+        size = dict(d_in=how["d_in"], d_sae=d_sae, n=how["n"], k=how["k"])
+        sizes[f"d_sae {d_sae}"] = dict(size, arms=arms, parts={})
+    return how, sizes
+
+
+def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--quick", action="store_true", help="three rounds, the smaller dictionary only")
@@ -691,112 +820,45 @@ def main():
     add("--tune", action="store_true", help="try other tile sizes first")
     add("--out", help="results as JSON")
     add("--limit", type=float, default=480, help="seconds after which what is left is skipped")
-    add(
-        "--arms",
-        default=",".join(ARMS).replace(", ", "; "),
-        help="which, separated by commas (a comma within a name is written ;)",
-    )
+    every = ",".join(ARMS).replace(", ", "; ")
+    add("--arms", default=every, help="which, separated by commas (a comma within a name is written ;)")
     add("--sizes", default="", help="d_sae, separated by commas")
-    o = p.parse_args()
-    if o.compile:
+    return p.parse_args()
+
+
+def report(results, out):
+    "Keep the results, and print them."
+    if out:
+        Path(out).write_text(json.dumps(results, indent=1))
+    print("\n" + "\n".join(f"{k}: {v}" for k, v in results["about"].items()) + "\nrecipe: " + RECIPE)
+    table(results)
+
+
+def main():
+    args = arguments()
+    if args.compile:
         return compile_all()
-    if not o.cpu and not torch.cuda.is_available():
+    if not args.cpu and not torch.cuda.is_available():
         sys.exit("no GPU here: --cpu runs everything at toy sizes, --compile builds the kernels")
     start = time.time()
-    deadline = start + o.limit * 0.9
-    device = "cpu" if o.cpu else "cuda"
-    d_in, n, k, sizes, rounds, warm, reps = (
-        (2304, 8192, 64, (16384, 65536), 9, 3, 5)
-        if not o.cpu
-        else (72, 24, 2, (128, 256), 2, 2, 1)
-        if S.interpreted
-        else (256, 512, 16, (2048, 8192), 7, 2, 2)
-    )
-    if o.quick:
-        sizes, rounds = sizes[:1], 3
-    if o.sizes:
-        sizes = tuple(map(int, o.sizes.split(",")))
-    names = [a.replace(";", ",") for a in o.arms.split(",")]
+    deadline = start + args.limit * 0.9
+    device = "cpu" if args.cpu else "cuda"
     torch.backends.cuda.matmul.allow_tf32 = False
-    about = {
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "triton": S.triton.__version__ if S.triton else "not installed",
-        "kernels": "Triton"
-        if device == "cuda" and S.triton
-        else "Triton's interpreter"
-        if S.interpreted
-        else "plain torch",
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-    results = {
-        "about": about,
-        "recipe": "float32 weights, gradients and moments; bfloat16 products and activations; projected decoder gradient, clip 1, fused Adam, unit decoder rows",
-        "sizes": {},
-    }
-    for s, f in ((signal.SIGALRM, ring), (signal.SIGTERM, ring)):
-        signal.signal(s, f)
-    signal.alarm(int(o.limit))
-    for d_sae in sizes:
-        results["sizes"][f"d_sae {d_sae}"] = dict(
-            d_in=d_in,
-            d_sae=d_sae,
-            n=n,
-            k=k,
-            arms={a: dict(note="not measured: out of time") for a in names},
-            parts={},
-        )
+    how, sizes = sizes_to_run(args)
+    results = {"about": machine(device), "recipe": RECIPE, "sizes": sizes}
+    signal.signal(signal.SIGALRM, ring)
+    signal.signal(signal.SIGTERM, ring)
+    signal.alarm(int(args.limit))
     try:
-        for r in results["sizes"].values():
-            d_sae = r["d_sae"]
-            if time.time() > deadline:
-                continue
-            try:
-                w = Work(d_in, d_sae, n, k, device)
-                r["kernels"] = check_kernels(w)
-                r["steps"] = check_steps(
-                    {a: c for a, c in ARMS.items() if a in names and issubclass(c, Ours)}, w
-                )
-            except Exception as e:
-                print(f"check failed, d_sae {d_sae}: {reason(e)}", flush=True)
-                r["check"] = reason(e)
-            if device == "cuda":
-                torch.cuda.empty_cache()
-            try:
-                if o.tune:
-                    tune(w, reps, time.time() + 0.4 * (deadline - time.time()))
-                run_size(r, w, names, rounds, warm, reps, deadline)
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-                ps = parts(w)
-                for go in ps.values():
-                    go(None)
-                r["parts"] = {
-                    a: statistics.median(t)
-                    for a, t in interleave(ps, w.x[:1], rounds, reps, deadline)[0].items()
-                    if t
-                }
-                del ps
-            except Exception as e:
-                r["note"] = reason(e)
-                print(f"d_sae {d_sae}: {r['note']}", flush=True)
-            for a, c in r.get("steps", {}).items():
-                if not c["ok"] and a in r["arms"]:
-                    r["arms"][a]["note"] = "WRONG: differs from the dense step"
-            if device == "cuda":
-                torch.cuda.empty_cache()
+        for r in sizes.values():
+            if time.time() <= deadline:
+                run_size(r, how, device, args.tune, deadline)
     except OutOfTime:
         print("out of time: what is missing was not measured")
     finally:
         signal.alarm(0)
         results["seconds"] = time.time() - start
-        if o.out:
-            Path(o.out).write_text(json.dumps(results, indent=1))
-        print("\n" + "\n".join(f"{k}: {v}" for k, v in about.items()) + "\nrecipe: " + results["recipe"])
-        table(results)
+        report(results, args.out)
 
 
 if __name__ == "__main__":
