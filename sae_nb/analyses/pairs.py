@@ -19,9 +19,9 @@ from torch import Tensor
 from ..core import *
 from ..metrics import cosines, unit
 from ..sae import SAE
+from ..speed.pairs import pair_scores
 from ..toy import Toy
 from ..train import Trainer
-from ..variants.ortho import pair_scores
 from ..variants.topk import topk
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-watch
