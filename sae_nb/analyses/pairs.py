@@ -20,10 +20,10 @@ from torch import Tensor
 from ..core import *
 from ..metrics import cosines, unit
 from ..sae import SAE
+from ..speed.pairs import pair_scores
 from ..toy import Toy
 from ..train import Trainer
 from ..truth.related import *
-from ..variants.ortho import pair_scores
 from ..variants.topk import topk
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-watch
