@@ -93,7 +93,8 @@ class Absorption(Evaluator):
         c = self.config
         if "{word}" not in c.prompt_template:
             raise InputError(
-                f"prompt_template = {c.prompt_template!r} has no place for the word; write {{word}} where it goes"
+                f"prompt_template = {c.prompt_template!r} has no place for the word; write {{word}} where "
+                "it goes"
             )
         if not 0 < c.train_share < 1:
             raise InputError(f"train_share = {c.train_share} is out of range; it must be between 0 and 1")
@@ -140,7 +141,8 @@ def ask(
     out = []
     if len(pool) <= examples:
         raise InputError(
-            f"examples = {examples} needs more than {len(pool)} words to draw from; ask for fewer examples or more words"
+            f"examples = {examples} needs more than {len(pool)} words to draw from; ask for fewer examples "
+            "or more words"
         )
 
     def say(w):
@@ -357,7 +359,8 @@ def prompts(self: Absorption, lm) -> dict:  # "train", "test" and "again" -> Wor
     train, test = words[:n], words[n:]
     if min(len(train), len(test)) <= max(c.examples, 1):
         raise NoScore(
-            f"{len(words)} single-token words of ASCII letters are too few to split and draw {c.examples} examples from"
+            f"{len(words)} single-token words of ASCII letters are too few to split and draw {c.examples} "
+            "examples from"
         )
     out = dict(dropped=0)
     for i, (k, ws, pool) in enumerate(
@@ -389,15 +392,18 @@ def placed(self: Absorption, lm, words, prompts, ids) -> Words:
         )
     if pos == -1:
         raise NoScore(
-            "the prompts do not end in the same token: end the template in something after the word, such as a colon"
+            "the prompts do not end in the same token: end the template in something after the word, such "
+            "as a colon"
         )
     if sum(there) < len(words) / 2:
         raise NoScore(
-            f"the tokenizer cuts {len(words) - sum(there)} of {len(words)} words differently inside the prompt; choose a prompt_template in which a word can stand as one token"
+            f"the tokenizer cuts {len(words) - sum(there)} of {len(words)} words differently inside the "
+            "prompt; choose a prompt_template in which a word can stand as one token"
         )
     if want not in (0, pos):
         raise NoScore(
-            f"the word is token {pos} from the end of the prompt, and prompt_token_pos = {want} would read another one; set prompt_token_pos={pos}"
+            f"the word is token {pos} from the end of the prompt, and prompt_token_pos = {want} would read "
+            f"another one; set prompt_token_pos={pos}"
         )
     y = torch.tensor([alphabet.index(first_letter(w)) for w in words])
     return Words(torch.tensor(ids), y, tokens, docs, torch.stack([torch.arange(len(n)), n + pos], 1)).pick(
@@ -456,8 +462,8 @@ class Letters:
     text: Words = None  # Occurrences in running text
     drill: Tensor = None  # Which of them are spelling exercises
 
-    def sure(self, l):  # Test words of letter `l` that the probe finds
-        return ((self.test.y == l) & (self.logits[:, l] > 0)).nonzero()[:, 0].tolist()
+    def sure(self, which):  # Test words of letter `l` that the probe finds
+        return ((self.test.y == which) & (self.logits[:, which] > 0)).nonzero()[:, 0].tolist()
 
     @property
     def logits(self):
@@ -516,7 +522,8 @@ def data(self: Absorption, lm, hook, store, quiet=True) -> Letters:
     c, say = self.config, (lambda o: "" if quiet else o)
     if not re.search(r"resid_(pre|post)$", hook):
         raise NoScore(
-            f"{hook} is not a residual stream: the probe would be for what one layer adds, and SAEBench reads blocks.L.hook_resid_post"
+            f"{hook} is not a residual stream: the probe would be for what one layer adds, and SAEBench "
+            "reads blocks.L.hook_resid_post"
         )
     sets = self.kept_prompts(lm, store)
     known = dict(n_words=len(sets["train"]) + len(sets["test"]), n_words_left_out=sets["dropped"])
@@ -531,7 +538,8 @@ def data(self: Absorption, lm, hook, store, quiet=True) -> Letters:
         )["accuracy"]
         if acc < c.min_spelling_accuracy:
             raise NoScore(
-                f"the model names {acc:.0%} of first letters, fewer than min_spelling_accuracy = {c.min_spelling_accuracy}: it cannot spell",
+                f"the model names {acc:.0%} of first letters, fewer than min_spelling_accuracy = "
+                f"{c.min_spelling_accuracy}: it cannot spell",
                 **known,
             )
     for k in ("train", "test", "again"):
@@ -601,9 +609,11 @@ def main_latents(
     a = columns(train, n, cols)
     b = columns(test, m, cols)
     out = []
-    for l in tqdm(range(26), desc=desc, disable=not desc, leave=False, ncols=80):
-        best = k_sparse(a[:, where[l]], y_train == l, b[:, where[l]], y_test == l, c.f1_jump_threshold)
-        out.append(dict(main=rank[l][: len(best)].tolist(), k1_f1=best[0], main_f1=best[-1]))
+    for which in tqdm(range(26), desc=desc, disable=not desc, leave=False, ncols=80):
+        best = k_sparse(
+            a[:, where[which]], y_train == which, b[:, where[which]], y_test == which, c.f1_jump_threshold
+        )
+        out.append(dict(main=rank[which][: len(best)].tolist(), k1_f1=best[0], main_f1=best[-1]))
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-letter
@@ -640,23 +650,23 @@ def judge(self: Absorption, sae, D: Letters, mains, again, text=None) -> list:  
     at = {int(c): j for j, c in enumerate(cols)}
     said = columns(again, len(y), cols) >= 1e-8
     seen = None if text is None else columns(text, len(D.text.y), cols) >= 1e-8
-    for l, m in enumerate(mains):
-        sure, j = D.sure(l), [at[i] for i in m["main"]]
+    for which, m in enumerate(mains):
+        sure, j = D.sure(which), [at[i] for i in m["main"]]
         row = dict(
-            letter=alphabet[l],
-            probe_f1=float(D.f1[l]),
+            letter=alphabet[which],
+            probe_f1=float(D.f1[which]),
             n=len(sure),
             **m,
-            n_prompts=int((y == l).sum()),
-            silent_prompts=int((~said[y == l][:, j].any(1)).sum()),
+            n_prompts=int((y == which).sum()),
+            silent_prompts=int((~said[y == which][:, j].any(1)).sum()),
         )
         row.update(
-            word_scores(again(torch.tensor(sure)), D.again.x[sure], sae.W_dec.detach(), D.w[l], m["main"])
+            word_scores(again(torch.tensor(sure)), D.again.x[sure], sae.W_dec.detach(), D.w[which], m["main"])
             if sure
             else {}
         )
         if seen is not None:
-            is_l, quiet = D.text.y == l, ~seen[:, j].any(1)
+            is_l, quiet = D.text.y == which, ~seen[:, j].any(1)
             sets = dict(
                 n_text=is_l,
                 silent_text=is_l & quiet,
@@ -810,11 +820,13 @@ def warned(self: Absorption, sae, lm, extra) -> list:
         (n is not None and n < 10**9, f"the model has {n} parameters; SAEBench advises at least a billion"),
         (
             steps < 300,
-            f"the probe that ranks latents makes {steps} steps in all and may still be where it started; lower k_sparse_probe_batch_size",
+            f"the probe that ranks latents makes {steps} steps in all and may still be where it started; "
+            "lower k_sparse_probe_batch_size",
         ),
         (
             share is not None and share < 0.5,
-            f"{1 - (share or 0):.0%} of the letters have no latent of their own (F1 below {self.config.min_main_f1}); a low score then says little",
+            f"{1 - (share or 0):.0%} of the letters have no latent of their own (F1 below "
+            f"{self.config.min_main_f1}); a low score then says little",
         ),
     ]
     return [t for bad, t in said if bad]
@@ -982,7 +994,7 @@ def draw(
         )
         rand = u["null_letters"].get("random", {})
         ax.plot(
-            [alphabet.index(l) for l in rand],
+            [alphabet.index(which) for which in rand],
             list(rand.values()),
             "_",
             color=".35",

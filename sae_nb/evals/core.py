@@ -83,7 +83,8 @@ def read(
     if lm is None:
         if not isinstance(batch, Batch):
             raise InputError(
-                f"without a language model batches must be core.Batch of activations, not {type(batch).__name__}; hand over lm and hook, or activations"
+                "without a language model batches must be core.Batch of activations, not "
+                f"{type(batch).__name__}; hand over lm and hook, or activations"
             )
         x = batch.x.to(**to)
         mask = torch.ones(x.shape[:-1], dtype=torch.int64) if batch.mask is None else batch.mask
@@ -368,7 +369,8 @@ def walk(self: Core, sae, ctx: Context):
             j += len(some)
     if not rows["sae"].run.n:
         raise InputError(
-            "no token counted: the batches were empty or every mask was 0; hand over held-out batches with counted tokens"
+            "no token counted: the batches were empty or every mask was 0; hand over held-out batches with "
+            "counted tokens"
         )
     seen = dict(
         total_tokens_eval_reconstruction=sum(int(v.sum()) for v in ref.pop("seen_lm", [])),

@@ -97,7 +97,8 @@ class RAVEL(Evaluator):
         one_of("position", c.position, ("entity", "last", "auto"))
         if not 0 < c.train_test_split < 1:
             raise InputError(
-                f"train_test_split {c.train_test_split} is not a share; give a number between 0 and 1, e.g. 0.7"
+                f"train_test_split {c.train_test_split} is not a share; give a number between 0 and 1, e.g. "
+                "0.7"
             )
         for k in (
             "num_pairs_per_attribute",
@@ -146,7 +147,7 @@ def matches(
     if "Mandarin" in answer:
         return out in label or out == "chinese"
     if "language" in prompt and "," in label:
-        return any(l.strip() in out for l in label.split(","))
+        return any(latent.strip() in out for latent in label.split(","))
     if "UTC" in prompt and "/" in label:
         m = re.match(r"([+\-−]?)\s*(\d{1,2})(?::(\d\d))?", out)
         return m is not None and (-1 if m[1] in ("-", "−") else 1) * (
@@ -170,7 +171,8 @@ def _file(name, data_dir):
             raise InputError(why_not(ravel_repo, e)) from None
     if not p.exists():
         raise InputError(
-            f"{name} is not in {Path(data_dir).name!r}; put the files of the data set {ravel_repo} there under {ravel_repo}/, or leave data_dir empty to use the hub"
+            f"{name} is not in {Path(data_dir).name!r}; put the files of the data set {ravel_repo} there "
+            f"under {ravel_repo}/, or leave data_dir empty to use the hub"
         )
     try:
         return json.loads(p.read_text(encoding="utf-8"))
@@ -252,7 +254,8 @@ def tokenized(
     tokens, docs = lm.encode([r["prompt"] for r in rows])
     if not getattr(lm.tokenizer, "is_fast", False):
         raise InputError(
-            "RAVEL needs to know which characters a token covers; load a fast tokenizer (AutoTokenizer does by default)"
+            "RAVEL needs to know which characters a token covers; load a fast tokenizer (AutoTokenizer does "
+            "by default)"
         )
     spans = lm.tokenizer([r["prompt"] for r in rows], add_special_tokens=False, return_offsets_mapping=True)[
         "offset_mapping"
@@ -423,7 +426,8 @@ def tasks(
         few = [s for s in (0, 1) if len({rows[i]["answer"] for i in pool[a, s]}) < 2]
         if few:
             why[a] = (
-                f"not measurable, because prompts that the model answers rightly have fewer than two answers to {a!r} {'to test on' if few == [1] else 'to train on'}"
+                "not measurable, because prompts that the model answers rightly have fewer than two "
+                f"answers to {a!r} {'to test on' if few == [1] else 'to train on'}"
             )
     use = [a for a in attributes if a not in why]
     if len(use) < 2:
@@ -884,7 +888,8 @@ def measure(self: RAVEL, sae, ctx: Context):
     )
     if ts and (best := max(share.values())) < c.min_moved:
         no = (
-            f"not measurable, because a swap of the whole activation at {hook} moves only {best:.0%} of the answers (swap at: {', '.join(share)}); try an earlier hook"
+            f"not measurable, because a swap of the whole activation at {hook} moves only {best:.0%} of the "
+            f"answers (swap at: {', '.join(share)}); try an earlier hook"
             + (" or position='auto'" if c.position == "entity" else "")
         )
     done = []

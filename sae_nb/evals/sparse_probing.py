@@ -95,7 +95,8 @@ class SparseProbing(Evaluator):
         files = [Path(n).name for n in c.dataset_names]
         if len(set(files)) < len(files):
             raise InputError(
-                f"dataset_names has {max(files, key=files.count)!r} more than once; give each set, or each file, a name of its own"
+                f"dataset_names has {max(files, key=files.count)!r} more than once; give each set, or each "
+                "file, a name of its own"
             )
         if not c.dataset_names:
             raise InputError("dataset_names is empty; name at least one set of texts")
@@ -118,7 +119,7 @@ def one_vs_rest(
     "Texts of a class and as many others."
 
     def at(o):
-        return torch.tensor([i for i, l in enumerate(labels) if l == o])
+        return torch.tensor([i for i, label in enumerate(labels) if label == o])
 
     pos = at(cls)
     others = [o for o in dict.fromkeys(labels) if o != cls]
@@ -486,7 +487,7 @@ def over_texts(
     for h, ls in zip(hits, labels):
         w = torch.zeros(draws, len(ls), dtype=torch.float64)
         for c in dict.fromkeys(ls):
-            at = torch.tensor([i for i, l in enumerate(ls) if l == c])
+            at = torch.tensor([i for i, label in enumerate(ls) if label == c])
             w.scatter_add_(
                 1,
                 at[torch.randint(len(at), (draws, len(at)), generator=gen)],
@@ -623,7 +624,10 @@ def reason(self: SparseProbing, name, widths):
     if k and k not in c.k_values:
         return f"not measurable, because k = {k} is not among k_values"
     if k > widths[row]:
-        return f"not measurable, because there are only {widths[row]} {'latents' if row == 'sae' else 'channels'}"
+        return (
+            f"not measurable, because there are only {widths[row]} "
+            f"{'latents' if row == 'sae' else 'channels'}"
+        )
     if not k and row == "sae" and c.lower_vram_usage:
         return "not measurable, because lower_vram_usage leaves out the probe on all latents"
     return f"not measurable, because the {'latents' if row == 'sae' else 'activations'} are not finite"
@@ -699,8 +703,8 @@ def null_rows(
 def chosen(self: Result):
     "Which latents were chosen first, and what that says."
     first = [p["latents"][:, :5].tolist() for p in self.rows["sae"][1]]
-    ones = [l[0] for s in first for l in s if l[0] >= 0]
-    return {s.name: {t.cls: l for t, l in zip(s.tasks, f)} for s, f in zip(self.sets, first)}, dict(
+    ones = [label[0] for s in first for label in s if label[0] >= 0]
+    return {s.name: {t.cls: label for t, label in zip(s.tasks, f)} for s, f in zip(self.sets, first)}, dict(
         n_tasks=len(ones), n_data_sets=len(first), distinct_first_latents=len(set(ones))
     )
 

@@ -51,7 +51,8 @@ def _feed(h, o):
     elif isinstance(o, nn.Module):
         put(
             "module",
-            f"{getattr(o, 'variant', None) or type(o).__name__} {json.dumps(getattr(o, 'args', {}), sort_keys=True, default=str)}",
+            f"{getattr(o, 'variant', None) or type(o).__name__} "
+            f"{json.dumps(getattr(o, 'args', {}), sort_keys=True, default=str)}",
         )
         for k, v in sorted(o.state_dict().items()):
             put("name", k)
@@ -71,7 +72,8 @@ def _feed(h, o):
         put(type(o).__name__, repr(o))
     else:
         raise InputError(
-            f"{type(o).__name__} has no fingerprint; give tensors, modules, numbers, words, or lists and dictionaries of them"
+            f"{type(o).__name__} has no fingerprint; give tensors, modules, numbers, words, or lists and "
+            "dictionaries of them"
         )
 
 # %% ../../nbs/evals/store.ipynb #store-digest-def-digest

@@ -112,7 +112,8 @@ def checked(
     "Options that cannot work are told in a line."
     if (c.n_latents is None) == (c.override_latents is None):
         raise InputError(
-            f"n_latents = {c.n_latents} and override_latents = {c.override_latents}: give one of them and set the other to None"
+            f"n_latents = {c.n_latents} and override_latents = {c.override_latents}: give one of them and "
+            "set the other to None"
         )
     n = dict(
         n_latents=c.n_latents if c.override_latents is None else len(c.override_latents),
@@ -130,11 +131,13 @@ def checked(
         raise InputError("n_iw_sampled_ex_for_generation and n_iw_sampled_ex_for_scoring cannot be negative")
     if not 0 <= c.act_threshold_frac < 1:
         raise InputError(
-            f"act_threshold_frac = {c.act_threshold_frac} is not a share of the maximum; give at least 0 and less than 1"
+            f"act_threshold_frac = {c.act_threshold_frac} is not a share of the maximum; give at least 0 "
+            "and less than 1"
         )
     if c.llm_context_size < 2 * c.buffer + 1:
         raise InputError(
-            f"a window of 2 * {c.buffer} + 1 tokens does not fit in a row of {c.llm_context_size}; lower buffer or raise llm_context_size"
+            f"a window of 2 * {c.buffer} + 1 tokens does not fit in a row of {c.llm_context_size}; lower "
+            "buffer or raise llm_context_size"
         )
     lv = tuple(c.label_levels)
     if not lv or lv[0] != 0 or sorted(set(lv)) != list(lv) or lv[-1] >= 1:
@@ -166,7 +169,8 @@ def _packed(c, lm, n):
     rows = list(islice(pack(docs(), c.llm_context_size, lm.bos, lm.pad or 0), n))
     if len(rows) < n:
         raise InputError(
-            f"data set {c.dataset_name!r} fills {len(rows):,} rows of {c.llm_context_size} tokens and total_tokens = {c.total_tokens:,} needs {n:,}; lower total_tokens or give more text"
+            f"data set {c.dataset_name!r} fills {len(rows):,} rows of {c.llm_context_size} tokens and "
+            f"total_tokens = {c.total_tokens:,} needs {n:,}; lower total_tokens or give more text"
         )
     return tuple(torch.tensor(t) for t in zip(*rows))
 
@@ -182,7 +186,8 @@ def text(
     if c.dataset_name == "world":
         if getattr(lm, "name", "") != "world":
             raise InputError(
-                f"dataset_name 'world' is written in the vocabulary of the world's model, not of {lm.name or 'this one'}; name a data set or a file"
+                "dataset_name 'world' is written in the vocabulary of the world's model, not of "
+                f"{lm.name or 'this one'}; name a data set or a file"
             )
         docs = W.documents(700_000 + c.random_seed, 0, n)
         tokens, d = W.encode(docs, c.llm_context_size)
@@ -238,8 +243,10 @@ def fired(
 
     def cut(x, m):
         f = read(x, m)
-        r, t, l = (f > 0).nonzero(as_tuple=True)
-        return dict(latent=l.int().cpu(), place=(r * T + t).int().cpu(), value=f[r, t, l].float().cpu())
+        r, t, which = (f > 0).nonzero(as_tuple=True)
+        return dict(
+            latent=which.int().cpu(), place=(r * T + t).int().cpu(), value=f[r, t, which].float().cpu()
+        )
 
     for s, x, m in blocks(store, lm, hook, data.tokens, data.docs, rows, desc):
         b = parts.get("fired", [key, lm, hook, data.tokens[s], data.docs[s]], lambda: cut(x, m))
@@ -270,7 +277,8 @@ def chosen(self: AutoInterp, sae, name, lm, hook, data, store, parts, desc=""):
         idx = torch.tensor(c.override_latents)
         if idx.min() < 0 or idx.max() >= sae.d_sae:
             raise InputError(
-                f"override_latents names latent {int(idx.max() if idx.max() >= sae.d_sae else idx.min())}; this SAE has 0 to {sae.d_sae - 1}"
+                f"override_latents names latent {int(idx.max() if idx.max() >= sae.d_sae else idx.min())}; "
+                f"this SAE has 0 to {sae.d_sae - 1}"
             )
         return idx, read(idx), None
     order = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(c.random_seed))
@@ -386,10 +394,10 @@ def thresholds(
     levels: tuple,  # Quantiles, the first of them 0
 ) -> Tensor:  # [n_latents, n_levels]; the first is 0, a latent silent here has inf after it
     "Values a latent must reach."
-    l, v = f.latent[keep], f.value[keep]
+    which, v = f.latent[keep], f.value[keep]
     o = v.argsort(stable=True)
-    o = o[l[o].argsort(stable=True)]
-    n = torch.bincount(l, minlength=f.n)
+    o = o[which[o].argsort(stable=True)]
+    n = torch.bincount(which, minlength=f.n)
     start = n.cumsum(0) - n
     at = start[:, None] + (torch.tensor(levels, dtype=torch.float64) * n[:, None]).long()
     thr = torch.where(
@@ -677,7 +685,11 @@ def window(self: Rows, lm, place: int, buffer: int) -> list:  # Tokens around `p
     return self.pieces[r][t - buffer : t + buffer + 1]
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-questions
-_demos = " Examples of good answers: This unit is active on the word 'because'; This unit is active on numbers in dates; This unit is active on the first word of a question; This unit is active on texts about cooking."
+_demos = (
+    " Examples of good answers: This unit is active on the word 'because'; This unit is active on "
+    "numbers in dates; This unit is active on the first word of a question; This unit is active on "
+    "texts about cooking."
+)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-questions-explain-prompt
 def explain_prompt(
@@ -857,14 +869,14 @@ def detection(self: AutoInterp, judge, latents, f, lm, data, keep, quiet=True):
     c = self.config
     ok = centres(data.mask, c.buffer)
     where = ok.flatten().nonzero()[:, 0]
-    tried = [case_of(c, f, i, l, ok, where) for i, l in enumerate(latents.tolist())]
+    tried = [case_of(c, f, i, which, ok, where) for i, which in enumerate(latents.tolist())]
     cases = [o for o in tried if isinstance(o, Case)]
     if not cases:
         raise InputError(
             "no latent has enough windows to be described and recognised; give more total_tokens"
         )
     ans, used = self.judged(judge, cases, lm, data, keep, quiet)
-    recs = {l: dict(dropped=o) for l, o in zip(latents.tolist(), tried) if isinstance(o, str)}
+    recs = {which: dict(dropped=o) for which, o in zip(latents.tolist(), tried) if isinstance(o, str)}
     for o, a in zip(cases, ans):
         r = recs[o.latent] = dict(
             explanation=a["explanation"],
@@ -969,7 +981,10 @@ def label_judge(
     return LocalJudge(answer, f"labels-{digest(data.tokens, names, buffer)}")
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-nojudge
-no_judge = "no judge is configured (set SAE_NB_JUDGE_URL, SAE_NB_JUDGE_MODEL and SAE_NB_JUDGE_KEY: any OpenAI-compatible address)"
+no_judge = (
+    "no judge is configured (set SAE_NB_JUDGE_URL, SAE_NB_JUDGE_MODEL and SAE_NB_JUDGE_KEY: any "
+    "OpenAI-compatible address)"
+)
 no_labels = "labels of tokens exist only in the embedded world (dataset_name world)"
 _label_names = (
     "label_f1",
@@ -1078,12 +1093,12 @@ def one(self: AutoInterp, sae, judge, labels, first, lm, hook, data, store, keep
     idx, f, alive = self.chosen(sae, key, lm, hook, data, store, keep, "" if quiet else desc)
     out = dict.fromkeys(_label_names + _judge_names)
     why = {}
-    recs = {l: {} for l in idx.tolist()}
+    recs = {which: {} for which in idx.tolist()}
     curve = []
     o = None
     density = f.count / max(int((data.mask > 0).sum()), 1)
-    for l, d in zip(idx.tolist(), density.tolist()):
-        recs[l]["density"] = d
+    for which, d in zip(idx.tolist(), density.tolist()):
+        recs[which]["density"] = d
     if not len(idx):
         return (
             out,
@@ -1100,8 +1115,8 @@ def one(self: AutoInterp, sae, judge, labels, first, lm, hook, data, store, keep
         curve = _curve(o["f1"])
         names = labels.all
         why["label_f1"] = "no description found on the first half occurs on the second"
-        for j, l in enumerate(idx.tolist()):
-            recs[l].update(
+        for j, which in enumerate(idx.tolist()):
+            recs[which].update(
                 description=names[int(o["description"][j])],
                 **{
                     k: round(o[n][j].item(), 4)
@@ -1120,8 +1135,8 @@ def one(self: AutoInterp, sae, judge, labels, first, lm, hook, data, store, keep
         n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
         try:
             rs, used, models = self.detection(judge, idx, f, lm, data, keep, quiet)
-            for l, r in rs.items():
-                recs[l].update(r)
+            for which, r in rs.items():
+                recs[which].update(r)
             out.update(detection_metrics(rs, n_yes, n_yes + c.n_random_ex_for_scoring))
             info.update(used, judge_models=models)
             why.update(
@@ -1135,7 +1150,8 @@ def one(self: AutoInterp, sae, judge, labels, first, lm, hook, data, store, keep
             ).items():
                 if not on:
                     why[k] = (
-                        f"{dict(autointerp_score_swapped='judge_nulls', autointerp_score_saebench='compatible')[k]} is off"
+                        f"{dict(autointerp_score_swapped='judge_nulls', autointerp_score_saebench='compatible')[k]} "
+                        "is off"
                     )
         except InputError as e:
             why.update(dict.fromkeys(_judge_names, str(e)))
@@ -1268,7 +1284,8 @@ def report(self: AutoInterp, out, why, recs, more, rows, curves, labels, data, j
             info.get("judge_tokens_in", 0), info.get("judge_tokens_out", 0)
         )
     details = [
-        dict(index=l, **{k: v for k, v in r.items() if v not in ("", None)}) for l, r in sorted(recs.items())
+        dict(index=latent, **{k: v for k, v in r.items() if v not in ("", None)})
+        for latent, r in sorted(recs.items())
     ]
     return Measured(
         _categories(out),

@@ -30,11 +30,13 @@ def _checked_url(url):
     u = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
     if u.scheme not in ("http", "https") or not u.hostname:
         raise InputError(
-            f"judge address {u.hostname or url!r} is not an http address; give one such as http://localhost:8000/v1"
+            f"judge address {u.hostname or url!r} is not an http address; give one such as "
+            "http://localhost:8000/v1"
         )
     if u.username or u.password:
         raise InputError(
-            f"the judge's address at {u.hostname} contains a user name or password; put the key into SAE_NB_JUDGE_KEY instead"
+            f"the judge's address at {u.hostname} contains a user name or password; put the key into "
+            "SAE_NB_JUDGE_KEY instead"
         )
     path = u.path.rstrip("/")
     return urllib.parse.urlunsplit(
@@ -71,17 +73,20 @@ class Judge:
     ):
         if any(not "!" <= o <= "~" for o in key):
             raise InputError(
-                "the judge's key holds a line break, a space or a letter beyond ASCII; set SAE_NB_JUDGE_KEY to the key alone"
+                "the judge's key holds a line break, a space or a letter beyond ASCII; set SAE_NB_JUDGE_KEY "
+                "to the key alone"
             )
         if not model:
             raise InputError("no judge model named; set SAE_NB_JUDGE_MODEL to a model the address serves")
         if concurrent < 1 or timeout <= 0 or retries < 0 or per_minute < 0:
             raise InputError(
-                f"concurrent = {concurrent}, timeout = {timeout}, retries = {retries}, per_minute = {per_minute}: give at least 1, more than 0, at least 0, at least 0"
+                f"concurrent = {concurrent}, timeout = {timeout}, retries = {retries}, per_minute = "
+                f"{per_minute}: give at least 1, more than 0, at least 0, at least 0"
             )
         if max_cost is not None and None in (price_in, price_out):
             raise InputError(
-                f"max_cost = {max_cost} cannot be watched without prices; give price_in and price_out in dollars per million tokens"
+                f"max_cost = {max_cost} cannot be watched without prices; give price_in and price_out in "
+                "dollars per million tokens"
             )
         self.url, self.host = _checked_url(url)
         self.model = model
@@ -164,7 +169,10 @@ def allow(
     need: dict,  # An estimate
 ) -> str:  # One line for people
     "Refuse what exceeds a limit."
-    says = f"{need['requests']:,} requests to {self.model} at {self.host}, about {need['tokens_in']:,} tokens to read and at most {need['tokens_out']:,} to write"
+    says = (
+        f"{need['requests']:,} requests to {self.model} at {self.host}, about {need['tokens_in']:,} "
+        f"tokens to read and at most {need['tokens_out']:,} to write"
+    )
     if need["cost"] is not None:
         says += f", at most {need['cost']:.2f} dollars"
     if self.max_requests is not None and need["requests"] > self.max_requests:
@@ -224,19 +232,23 @@ def _fault(self: Judge, code, text, header):
     said = self._clean(text)
     if code in (401, 403):
         return InputError(
-            f"the judge at {self.host} does not accept the key ({code}); set SAE_NB_JUDGE_KEY to one that is valid there"
+            f"the judge at {self.host} does not accept the key ({code}); set SAE_NB_JUDGE_KEY to one that "
+            "is valid there"
         )
     if code == 402 or "insufficient_quota" in text:
         return InputError(
-            f"the judge at {self.host} says there is no credit left ({code}); top it up, what was answered is kept"
+            f"the judge at {self.host} says there is no credit left ({code}); top it up, what was answered "
+            "is kept"
         )
     if code == 404:
         return InputError(
-            f"the judge at {self.host} knows no model {self.model!r} or serves no chat completions at {urllib.parse.urlsplit(self.url).path} (404); check SAE_NB_JUDGE_MODEL and SAE_NB_JUDGE_URL"
+            f"the judge at {self.host} knows no model {self.model!r} or serves no chat completions at "
+            f"{urllib.parse.urlsplit(self.url).path} (404); check SAE_NB_JUDGE_MODEL and SAE_NB_JUDGE_URL"
         )
     if 300 <= code < 400:
         return InputError(
-            f"the judge at {self.host} sends us elsewhere ({code}); give the final address in SAE_NB_JUDGE_URL"
+            f"the judge at {self.host} sends us elsewhere ({code}); give the final address in "
+            "SAE_NB_JUDGE_URL"
         )
     if code in (408, 409, 425, 429) or code >= 500:
         return _Passing(f"status {code}: {said}", retry_after(header))
@@ -329,7 +341,8 @@ def _one(self: Judge, messages, max_tokens, stop):
             return _stopped
         if self.max_cost is not None and self.spent >= self.max_cost:
             raise InputError(
-                f"{self.spent:.2f} dollars spent, max_cost = {self.max_cost} reached; raise it to go on, what was answered is kept"
+                f"{self.spent:.2f} dollars spent, max_cost = {self.max_cost} reached; raise it to go on, "
+                "what was answered is kept"
             )
         try:
             return self._paid(self._parse(self._post(body)), messages)
@@ -339,7 +352,8 @@ def _one(self: Judge, messages, max_tokens, stop):
             why, after = str(e), e.after
         if after is not None and after > self.most_wait:
             raise InputError(
-                f"the judge at {self.host} asks us to wait {after:.0f} s; run again then, what was answered is kept"
+                f"the judge at {self.host} asks us to wait {after:.0f} s; run again then, what was answered "
+                "is kept"
             )
         if after:
             with self._lock:
@@ -434,7 +448,8 @@ def ask(
                 failed = failed + 1 if "error" in a else 0
                 if failed >= give_up:
                     raise InputError(
-                        f"the judge at {self.host} left {failed} questions in a row unanswered, the last with: {a['error']}; what was answered is kept, run again to go on"
+                        f"the judge at {self.host} left {failed} questions in a row unanswered, the last "
+                        f"with: {a['error']}; what was answered is kept, run again to go on"
                     )
         except BaseException:
             stop.set()

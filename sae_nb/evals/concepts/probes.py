@@ -69,18 +69,21 @@ def checked(
     for k in ("n_seeds", "probe_epochs", "probe_train_batch_size", "early_stopping_patience"):
         if getattr(c, k) < 1:
             raise InputError(
-                f"{k} = {getattr(c, k)} is not a number of at least 1; the paper's value is {getattr(ConceptConfig(), k)}"
+                f"{k} = {getattr(c, k)} is not a number of at least 1; the paper's value is "
+                f"{getattr(ConceptConfig(), k)}"
             )
     for k in ("train_set_size", "test_set_size"):
         if getattr(c, k) < 40:
             raise InputError(f"{k} = {getattr(c, k)} is too few for a probe; give at least 40")
     if not 0 < c.validation_share < 0.9:
         raise InputError(
-            f"validation_share = {c.validation_share} is not a share; give a number between 0 and 0.9, e.g. 0.1"
+            f"validation_share = {c.validation_share} is not a share; give a number between 0 and 0.9, e.g. "
+            "0.1"
         )
     if c.effect_set_size and not 40 <= c.effect_set_size <= c.train_set_size:
         raise InputError(
-            f"effect_set_size = {c.effect_set_size}: give 0 for all, or 40 to train_set_size = {c.train_set_size}"
+            f"effect_set_size = {c.effect_set_size}: give 0 for all, or 40 to train_set_size = "
+            f"{c.train_set_size}"
         )
     if not c.dataset_names:
         raise InputError("dataset_names is empty; name at least one data set")

@@ -131,13 +131,13 @@ def prepare(
     def cut(t, rows):
         return (t.tokens[rows][:, : c.context_length], t.docs[rows][:, : c.context_length])
 
-    n = min(len(train.rows(l)) for l in train.classes)
+    n = min(len(train.rows(label)) for label in train.classes)
     k = (c.effect_set_size or c.train_set_size) // 2
-    m = min(len(test.rows(l)) for l in train.classes)
+    m = min(len(test.rows(label)) for label in train.classes)
     k = min(k, n)
-    effect = [i for l in train.classes for i in train.rows(l)[:k]]
-    rest = [i for l in train.classes for i in train.rows(l)[k:n]]
-    held = [i for l in train.classes for i in test.rows(l)[:m]]
+    effect = [i for label in train.classes for i in train.rows(label)[:k]]
+    rest = [i for label in train.classes for i in train.rows(label)[k:n]]
+    held = [i for label in train.classes for i in test.rows(label)[:m]]
     X_eff, X_test = [acts_means(lm, hook, *cut(t, r), store) for t, r in ((train, effect), (test, held))]
     X = torch.cat([X_eff, acts_means(lm, hook, *cut(train, rest), store, again=False)]) if rest else X_eff
     C = range(len(train.classes))
@@ -147,7 +147,7 @@ def prepare(
 
     first, test_rows = of(0, k), of(0, m)
     every = [a + b for a, b in zip(first, of(len(effect), n - k))]
-    seeds = [seed_of(l, c.random_seed + s) for s in range(c.n_seeds) for l in train.classes]
+    seeds = [seed_of(label, c.random_seed + s) for s in range(c.n_seeds) for label in train.classes]
     gens = [torch.Generator().manual_seed(s) for s in seeds]
     rows, y = map(torch.stack, zip(*[one_vs_rest(every, j % len(C), g) for j, g in enumerate(gens)]))
     rt, yt = map(torch.stack, zip(*[one_vs_rest(test_rows, j % len(C), g) for j, g in enumerate(gens)]))
@@ -205,7 +205,7 @@ def redrawn(
         return one_vs_rest(rows, c, gen)
 
     return torch.tensor(
-        [[hits(l[r], y).item() for l, (r, y) in zip(L, map(sets, range(len(rows))))] for L in flat]
+        [[hits(label[r], y).item() for label, (r, y) in zip(L, map(sets, range(len(rows))))] for L in flat]
     ).view(*logits.shape[:-1])
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-accuracy-probe-logits

@@ -112,7 +112,8 @@ class Unlearning(Evaluator):
         one_of("multiplier_unit", c.multiplier_unit, ("raw", "mean"))
         if len(c.dataset_names) < 2:
             raise InputError(
-                f"dataset_names = {c.dataset_names} names no subject to retain; give the one to forget first and at least one other"
+                f"dataset_names = {c.dataset_names} names no subject to retain; give the one to forget "
+                "first and at least one other"
             )
         for n, ok, say in (
             ("retain_thresholds", all(0 < t <= 1 for t in c.retain_thresholds), "shares of tokens above 0"),
@@ -409,7 +410,8 @@ def relearning(self: Unlearning, sae, lm, hook, p, t, store, keep):
     if i is None:
         return (
             {},
-            "not measurable, because no setting makes the model lose half of the subject on the validation half",
+            "not measurable, because no setting makes the model lose half of the subject on the validation "
+            "half",
         )
 
     def go(a, b, keep, *how):
@@ -445,7 +447,8 @@ def relearning(self: Unlearning, sae, lm, hook, p, t, store, keep):
         return dict(out, relearn_after=r["test_after"]), ""
     return (
         out,
-        f"not measurable, because in {c.relearn_steps} steps not even the half trained on was learned back (accuracy {r['train_after']:.2f})",
+        f"not measurable, because in {c.relearn_steps} steps not even the half trained on was learned back "
+        f"(accuracy {r['train_after']:.2f})",
     )
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-report
