@@ -285,7 +285,7 @@ def why_not(
     name: str,  # Model or data set
     error,  # The exception
     what: str = "data set",  # "data set" or "model"
-    instead: str = "put its csv, parquet or jsonl files under data_dir",  # What else the user can do
+    instead: str = "give a local copy of its csv, parquet or jsonl files",  # What else the user can do
 ) -> str:  # One line
     "What to tell about a model or data set that could not be opened."
     trouble = hub_trouble(error)

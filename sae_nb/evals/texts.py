@@ -119,8 +119,8 @@ def _refuse_short(name, bins, need):
     if short:
         told = [f"{' '.join(filter(None, cell))} ({len(bins[cell])} of {need[cell]})" for cell in short[:6]]
         raise InputError(
-            f"data set {name!r} has fewer texts than asked for in: {', '.join(told)}; ask for smaller sets, or "
-            "leave those classes out"
+            f"data set {name!r} has fewer texts than asked for in: {', '.join(told)}; ask for smaller sets, "
+            "or leave those classes out"
         )
 
 # %% ../../nbs/evals/texts.ipynb #texts-draw-def-tabular
@@ -188,8 +188,8 @@ def _own(path, n_train, n_test, seed, column="", label_column=""):
     least = min(map(len, by_class.values()), default=0)
     if len(by_class) < 2 or least < 10:
         raise InputError(
-            f"{Path(path).name} has {len(by_class)} classes, the smallest with {least} texts; probing needs two "
-            "classes with ten texts each"
+            f"{Path(path).name} has {len(by_class)} classes, the smallest with {least} texts; probing needs "
+            "two classes with ten texts each"
         )
     n = min(least, n_train + n_test)
     chance = random.Random(f"{seed}")
