@@ -173,7 +173,7 @@ def fixed_sets(pooled, tensors):
 
 
 def run_probing(model, saes, tensors, meta):
-    "Pooling, ranking and probes on fixed sets; then the whole evaluation, whose negatives are drawn from seed 42."
+    "Pooling, ranking and probes on fixed sets; then the whole evaluation, its negatives drawn with seed 42."
     task, splits, saes = meta["task"], [meta["train"], meta["test"]], {n: saes[n] for n in ("topk", "relu")}
     tokens = [du.tokenize_data_dictionary(s, model.tokenizer, 128, "cpu") for s in splits]
     acts = [
