@@ -1,10 +1,13 @@
-"Our numbers beside SAEBench's on the inputs of `inputs.py`: the largest difference of each, relative where numbers exceed one."
+"""Our numbers beside SAEBench's on the inputs of `inputs.py`.
+
+For each number the largest difference, relative where numbers exceed one.
+"""
 
 import hashlib
 import json
 from pathlib import Path
 
-import inputs as I
+import inputs
 import torch
 
 from sae_nb.evals.absorption import (
@@ -27,151 +30,183 @@ from sae_nb.metrics import unit
 from sae_nb.world import sets as world
 
 
-def fixture(what):
-    return json.loads((Path(__file__).parent / f"fixtures/saebench-{what}.json").read_text())
+def fixture(evaluation):
+    "What SAEBench answered."
+    return json.loads((Path(__file__).parent / f"fixtures/saebench-{evaluation}.json").read_text())
 
 
-def gap(a, b):
-    return abs(a - b) / max(1.0, abs(b))
+def gap(ours, theirs):
+    return abs(ours - theirs) / max(1.0, abs(theirs))
 
 
-categories = ("preservation", "quality", "shrinkage", "sparsity", "stats", "misc_metrics")
+class Gaps(dict):
+    "The largest difference of each number."
+
+    def add(self, name, difference):
+        self[name] = max(difference, self.get(name, 0.0))
+
+
+# ------------------------------------------------------------------ core
+
+
+CATEGORIES = ("preservation", "quality", "shrinkage", "sparsity", "stats", "misc_metrics")
+
+
+def run_core(sae, lm, **options):
+    "Our core evaluation on the rows of `inputs`."
+    rows = inputs.core(lm)
+    batches = [tuple(t[i : i + 8] for t in rows) for i in (0, 8, 16)]
+    counts = dict(n_eval_reconstruction_batches=3, n_eval_sparsity_variance_batches=3, null_batches=0)
+    return Core(**counts, **options)(sae, Context(model=lm, hook=inputs.HOOK, batches=batches))
+
+
+def metrics(envelope):
+    "The metrics of all categories."
+    out = {}
+    for category in envelope["eval_result_metrics"].values():
+        out.update(category)
+    return out
+
+
+def metric_gaps(envelope, theirs):
+    "Every metric; explained variance and mse under the names our formulas do not use."
+    ours, extra = metrics(envelope), envelope["eval_result_unstructured"]["extra"]
+    for name in ("explained_variance", "mse"):
+        ours[name] = extra[f"{name}_saebench"]
+    gaps = Gaps()
+    for category, values in theirs.items():
+        if category.endswith(CATEGORIES):
+            for name, value in values.items():
+                gaps[name] = gap(ours[name], value)
+    return gaps
+
+
+def latent_gaps(latents, theirs):
+    "The latents one by one, and on average."
+
+    def value(latent, name):
+        return -1.0 if latent[name] is None else latent[name]  # SAEBench's number for one that never fired
+
+    gaps = Gaps()
+    for name, mean in theirs["latents_mean"].items():
+        ours = sum(value(latent, name) for latent in latents) / len(latents)
+        gaps[f"{name} of the latents"] = gap(ours, mean)
+    for latent, first in zip(latents, theirs["latents_first"]):
+        for name, number in first.items():
+            gaps.add("first latents", gap(value(latent, name), number))
+    return gaps
 
 
 def core(lm):
-    "Every metric and the latents; explained variance and mse under the names our formulas do not use."
-    t, d, m = I.core(lm)
-    for name, sae in I.saes(lm).items():
-        batches = [(t[i : i + 8], d[i : i + 8], m[i : i + 8]) for i in (0, 8, 16)]
-
-        def run(batches=batches, sae=sae, **options):
-            counts = dict(n_eval_reconstruction_batches=3, n_eval_sparsity_variance_batches=3)
-            ctx = Context(model=lm, hook=I.HOOK, batches=batches)
-            return Core(**counts, null_batches=0, **options)(sae, ctx)
-
-        r, theirs = run(), fixture("core")[name]
-        ours = {k: v for c in r["eval_result_metrics"].values() for k, v in c.items()}
-        ours.update(
-            {
-                k: r["eval_result_unstructured"]["extra"][f"{k}_saebench"]
-                for k in ("explained_variance", "mse")
-            }
-        )
-        gaps = {
-            k: gap(ours[k], v) for c, ms in theirs.items() if c.endswith(categories) for k, v in ms.items()
-        }
-
-        def of(o, k):
-            return -1.0 if o[k] is None else o[k]  # what SAEBench writes for a latent that never fired
-
-        gaps.update(
-            {
-                f"{k} of the latents": gap(sum(of(o, k) for o in r["eval_result_details"]) / sae.d_sae, v)
-                for k, v in theirs["latents_mean"].items()
-            }
-        )
-        gaps["first latents"] = max(
-            gap(of(o, k), v)
-            for o, p in zip(r["eval_result_details"], theirs["latents_first"])
-            for k, v in p.items()
-        )
-        all_tokens = {
-            k: v
-            for c in run(exclude_special_tokens_from_reconstruction=False)["eval_result_metrics"].values()
-            for k, v in c.items()
-        }
-        gaps["with BOS and the end replaced too"] = max(
-            gap(all_tokens[k], v) for k, v in theirs["everywhere"].items()
-        )
+    "Every metric, and the latents."
+    for name, sae in inputs.saes(lm).items():
+        theirs = fixture("core")[name]
+        envelope = run_core(sae, lm)
+        everywhere = metrics(run_core(sae, lm, exclude_special_tokens_from_reconstruction=False))
+        gaps = Gaps(metric_gaps(envelope, theirs))
+        gaps.update(latent_gaps(envelope["eval_result_details"], theirs))
+        for metric, value in theirs["everywhere"].items():
+            gaps.add("with BOS and the end replaced too", gap(everywhere[metric], value))
         yield f"core {name}", gaps
+
+
+# ------------------------------------------------------------------ sparse probing
 
 
 def pool(docs, sae, lm):
     "Mean codes of each class's texts."
-    return {c: pooled(sae, lm, I.HOOK, *world.encode(v, 128), Store()) for c, v in docs.items()}
+    return {c: pooled(sae, lm, inputs.HOOK, *world.encode(texts, 128), Store()) for c, texts in docs.items()}
+
+
+def class_gaps(gaps, train, test, c, theirs):
+    "One class against the others."
+    (X, y), (X_test, y_test) = inputs.binary(train, c), inputs.binary(test, c)
+    y, y_test = y.bool(), y_test.bool()
+    chosen = set(top_k(X, y, 20).tolist())
+    guess = best_epoch(X, y, X_test, y_test, torch.Generator().manual_seed(0))
+    gaps.add("columns chosen", len(chosen ^ set(theirs["columns"])))
+    gaps.add("best epoch", gap((guess == y_test).float().mean().item(), theirs["all"]))
+    for k in (1, 2, 5, 10, 20):
+        gaps.add(f"top_{k}", gap(sparse_probe(X, y, X_test, y_test, k), theirs[f"top_{k}"]))
 
 
 def probing(lm):
     "Pooling, ranking and probes."
-    for name, sae in dict(I.saes(lm), llm=None).items():
-        (train, test), theirs, gaps = (pool(s, sae, lm) for s in I.probing()), fixture("probing")[name], {}
-
-        def worse(k, v):
-            return gaps.update({k: max(v, gaps.get(k, 0.0))})
-
-        for c, o in theirs["fixed"].items():
-            (X, y), (Xt, yt) = I.binary(train, c), I.binary(test, c)
-            y, yt = y.bool(), yt.bool()
-            worse("pooled", gap(train[c].norm(dim=1).mean().item(), theirs["pooled_norm"][c]))
-            worse("columns chosen", len(set(top_k(X, y, 20).tolist()) ^ set(o["columns"])))
-            worse(
-                "best epoch",
-                gap(
-                    (best_epoch(X, y, Xt, yt, torch.Generator().manual_seed(0)) == yt).float().mean().item(),
-                    o["all"],
-                ),
-            )
-            for k in (1, 2, 5, 10, 20):
-                worse(f"top_{k}", gap(sparse_probe(X, y, Xt, yt, k), o[f"top_{k}"]))
+    for name, sae in dict(inputs.saes(lm), llm=None).items():
+        theirs, gaps = fixture("probing")[name], Gaps()
+        train, test = (pool(docs, sae, lm) for docs in inputs.probing())
+        for c, fixed in theirs["fixed"].items():
+            gaps.add("pooled", gap(train[c].norm(dim=1).mean().item(), theirs["pooled_norm"][c]))
+            class_gaps(gaps, train, test, c, fixed)
         yield f"sparse probing {name}", gaps
+
+
+# ------------------------------------------------------------------ absorption
+
+
+def formula_gaps(theirs):
+    "The formulas on latents made up."
+    made = inputs.words_made_up()
+    main, projection = made["main"].tolist(), made["x"] @ unit(made["probe"][None])[0]
+    s, c = contributions(made["f"], made["W_dec"], made["probe"], as_unit=True)
+    ours = dict(
+        fraction=absorption_fraction(s, c, projection, main),
+        full=full_absorption(made["f"], s, c, projection, main),
+    )
+    return {name: (v.float() - torch.tensor(theirs[name])).abs().max().item() for name, v in ours.items()}
+
+
+def asking_gaps(lm, theirs):
+    "Which words are asked about, and how."
+    words = sorted(ascii_words(lm.tokenizer, lm.special_ids))
+    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()
+    prompts = ask(["cat"], "{word} has the first letter:", 1, pool=["dog", "dog"])
+    return dict(words=float(digest != theirs["digest"]), prompt=float(prompts != [theirs["prompt"]]))
+
+
+def letter_gaps(gaps, sae, f, x, y, says, test, w, theirs):
+    "Splits and scores of one letter, with SAEBench's ranking of the latents; `says`: the probe's logits."
+    ranked = f[:, theirs["latents"]]
+    best = k_sparse(ranked[~test], y[~test], ranked[test], y[test])
+    gaps.add("F1 of the probe", gap(f1(says[test], y[test]).item(), theirs["f1_probe"]))
+    gaps.add("F1 of the main latents", max(gap(u, v) for u, v in zip(best, theirs["f1"])))
+    gaps.add("split features", abs(len(best) - theirs["n_split"]))
+    sure = test & y & (says > 0)
+    n = int(sure.sum())
+    if not n:
+        return
+    scores = word_scores(f[sure], x[sure], sae.W_dec, w, theirs["latents"][: len(best)])
+    fraction, full = scores["fraction_saebench"] / n, scores["full_saebench"] / n
+    gaps.add("true positives", gap(n, theirs["num_probe_true_positives"]))
+    gaps.add("fraction of a letter", gap(fraction, theirs["mean_absorption_fraction"]))
+    gaps.add("full absorption of a letter", gap(full, theirs["full_absorption_rate"]))
 
 
 @torch.no_grad()
 def absorption(lm):
-    "The formulas on latents made up, then splits and scores of every letter with SAEBench's ranking of the latents."
-    theirs, m = fixture("absorption"), I.words_made_up()
-    main, p = m["main"].tolist(), m["x"] @ unit(m["probe"][None])[0]
-    s, c = contributions(m["f"], m["W_dec"], m["probe"], as_unit=True)
-    fraction, full = absorption_fraction(s, c, p, main), full_absorption(m["f"], s, c, p, main)
-
-    def worst(a, k):
-        return (a.float() - torch.tensor(theirs["made_up"][k])).abs().max().item()
-
-    yield ("absorption formulas", dict(fraction=worst(fraction, "fraction"), full=worst(full, "full")))
-    o, words = theirs["asking"], sorted(ascii_words(lm.tokenizer, lm.special_ids))
-    yield (
-        "absorption asking",
-        dict(
-            words=float(hashlib.sha256("\n".join(words).encode()).hexdigest() != o["digest"]),
-            prompt=float(
-                ask(["cat"], "{word} has the first letter:", 1, pool=["dog", "dog"]) != [o["prompt"]]
-            ),
-        ),
-    )
-    _, labels, test, _, x = I.letters(lm)
-    W, b = I.probe(x[~test], labels[~test])
-    for name, sae in dict(relu=I.saes(lm)["relu"], planted=I.planted(x, labels, test, W, b)).items():
-        f, gaps = sae.encode(x), {}
-
-        def worse(k, v):
-            return gaps.update({k: max(v, gaps.get(k, 0.0))})
-
-        for l, o in enumerate(theirs[name].values()):
-            y, says = labels == l, x @ W[l] + b[l] > 0
-            best = k_sparse(f[~test][:, o["latents"]], y[~test], f[test][:, o["latents"]], y[test])
-            worse("F1 of the probe", gap(f1(x[test] @ W[l] + b[l], y[test]).item(), o["f1_probe"]))
-            worse("F1 of the main latents", max(gap(u, v) for u, v in zip(best, o["f1"])))
-            worse("split features", abs(len(best) - o["n_split"]))
-            sure = test & y & says
-            if not sure.any():
-                continue
-            r = word_scores(f[sure], x[sure], sae.W_dec, W[l], o["latents"][: len(best)])
-            worse("true positives", gap(int(sure.sum()), o["num_probe_true_positives"]))
-            worse(
-                "fraction of a letter",
-                gap(r["fraction_saebench"] / int(sure.sum()), o["mean_absorption_fraction"]),
-            )
-            worse(
-                "full absorption of a letter",
-                gap(r["full_saebench"] / int(sure.sum()), o["full_absorption_rate"]),
-            )
+    "The formulas, the questions, then every letter."
+    theirs = fixture("absorption")
+    yield "absorption formulas", formula_gaps(theirs["made_up"])
+    yield "absorption asking", asking_gaps(lm, theirs["asking"])
+    _, labels, test, _, x = inputs.letters(lm)
+    W, b = inputs.probe(x[~test], labels[~test])
+    saes = dict(relu=inputs.saes(lm)["relu"], planted=inputs.planted(x, labels, test, W, b))
+    for name, sae in saes.items():
+        f, gaps = sae.encode(x), Gaps()
+        for letter, answer in enumerate(theirs[name].values()):
+            says = x @ W[letter] + b[letter]
+            letter_gaps(gaps, sae, f, x, labels == letter, says, test, W[letter], answer)
         yield f"absorption {name}", gaps
 
 
-if __name__ == "__main__":
+def main():
     torch.set_num_threads(1)
     lm = load_lm("world")
-    for f in (core, probing, absorption):
-        for what, gaps in f(lm):
-            for k, v in sorted(gaps.items(), key=lambda o: o[1]):
-                print(f"{what:24} {k:34} {v:.1e}{'   <---' if v > 1e-3 else ''}")
+    for evaluation in (core, probing, absorption):
+        for what, gaps in evaluation(lm):
+            for name, difference in sorted(gaps.items(), key=lambda item: item[1]):
+                print(f"{what:24} {name:34} {difference:.1e}{'   <---' if difference > 1e-3 else ''}")
+
+
+if __name__ == "__main__":
+    main()

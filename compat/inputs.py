@@ -1,4 +1,7 @@
-"Inputs on which SAEBench and this repository are compared: everything follows from seeds and the model in the package."
+"""Inputs on which SAEBench and this repository are compared.
+
+Everything follows from seeds and the model in the package.
+"""
 
 import json
 import sys
@@ -29,17 +32,17 @@ def centred(lm, n=64):
 
 @torch.no_grad()
 def saes(lm):
-    "Two SAEs nobody trained: TopK whose rows are activations, and ReLU with random rows, some of which fire on zero."
+    "Two SAEs nobody trained: TopK whose rows are activations; ReLU with random rows (some fire on zero)."
     mean, x = centred(lm)
-    a, b = build("topk", lm.d_model, 512, k=16), build("standard", lm.d_model, 256)
-    a.W_dec.copy_(unit(x[torch.randperm(len(x), generator=gen(1))[:512]]))
-    a.W_enc.copy_(0.17 * a.W_dec.T)
-    a.b_enc.copy_(0.1 * torch.randn(512, generator=gen(2)))
-    a.b_dec.copy_(mean)
-    b.W_dec.copy_(unit(torch.randn(256, lm.d_model, generator=gen(3))))
-    b.W_enc.copy_(0.4 * (b.W_dec.T + 0.05 * torch.randn(lm.d_model, 256, generator=gen(4))))
-    b.b_enc.copy_(1.5 * torch.randn(256, generator=gen(5)) - 2.0)
-    return dict(topk=a.eval(), relu=b.eval())
+    topk, relu = build("topk", lm.d_model, 512, k=16), build("standard", lm.d_model, 256)
+    topk.W_dec.copy_(unit(x[torch.randperm(len(x), generator=gen(1))[:512]]))
+    topk.W_enc.copy_(0.17 * topk.W_dec.T)
+    topk.b_enc.copy_(0.1 * torch.randn(512, generator=gen(2)))
+    topk.b_dec.copy_(mean)
+    relu.W_dec.copy_(unit(torch.randn(256, lm.d_model, generator=gen(3))))
+    relu.W_enc.copy_(0.4 * (relu.W_dec.T + 0.05 * torch.randn(lm.d_model, 256, generator=gen(4))))
+    relu.b_enc.copy_(1.5 * torch.randn(256, generator=gen(5)) - 2.0)
+    return dict(topk=topk.eval(), relu=relu.eval())
 
 
 def core(lm, n=24):
@@ -65,20 +68,15 @@ def binary(by_class, c):
 
 
 def letters(lm):
-    "First-letter prompts of every word: words, labels 0-25, which are for testing, prompts, activations of the word."
+    "First-letter prompts: words, labels 0-25, which are for testing, prompts, activations of the word."
     words = list(world.LEXICON)
     prompts = [p for p, _ in world.letter_prompts(words)]
     test = torch.arange(len(words)) % 5 == 0
     tokens, _ = world.encode(prompts, 128, eos=False)
     last = (tokens != lm.pad).sum(1)
     acts = torch.cat([lm.acts(t, HOOK) for t in tokens.split(128)])
-    return (
-        words,
-        torch.tensor([ord(w[0]) - 97 for w in words]),
-        test,
-        prompts,
-        acts[torch.arange(len(words)), last + POS],
-    )
+    labels = torch.tensor([ord(word[0]) - 97 for word in words])
+    return words, labels, test, prompts, acts[torch.arange(len(words)), last + POS]
 
 
 def probe(acts, labels):
@@ -92,25 +90,25 @@ def probe(acts, labels):
 @torch.no_grad()
 def planted(acts, labels, test, W, b):
     "A ReLU SAE with one latent per letter, which falls silent on some words that have a latent of their own."
-    s, mean, w = build("standard", acts.shape[1], 256), acts.mean(0), test.nonzero()[::3, 0]
-    x = acts[w] - mean
-    D, own = unit(x), slice(26, 26 + len(w))
-    s.W_dec.copy_(unit(torch.randn(256, len(mean), generator=gen(6))))
-    s.W_dec[:26], s.W_dec[own] = unit(W), D
-    s.W_enc.copy_(0.3 * s.W_dec.T)
-    s.b_enc.fill_(-1.0)
-    s.b_dec.copy_(mean)
-    s.W_enc[:, :26], s.b_enc[:26] = 10 * W.T, 10 * (b + W @ mean)
-    s.W_enc[:, own], s.b_enc[own] = D.T, -0.7 * x.norm(dim=1)
-    z = s.pre(acts[w]).gather(1, labels[w, None]).relu()
-    s.W_enc[:, :26] -= (D.T * (1.2 * z[:, 0] / x.norm(dim=1))) @ torch.nn.functional.one_hot(
-        labels[w], 26
-    ).float()
-    return s.eval()
+    sae, mean = build("standard", acts.shape[1], 256), acts.mean(0)
+    words = test.nonzero()[::3, 0]
+    x, letter = acts[words] - mean, labels[words]
+    D, own = unit(x), slice(26, 26 + len(words))
+    sae.W_dec.copy_(unit(torch.randn(256, len(mean), generator=gen(6))))
+    sae.W_dec[:26], sae.W_dec[own] = unit(W), D
+    sae.W_enc.copy_(0.3 * sae.W_dec.T)
+    sae.b_enc.fill_(-1.0)
+    sae.b_dec.copy_(mean)
+    sae.W_enc[:, :26], sae.b_enc[:26] = 10 * W.T, 10 * (b + W @ mean)
+    sae.W_enc[:, own], sae.b_enc[own] = D.T, -0.7 * x.norm(dim=1)
+    z = sae.pre(acts[words]).gather(1, letter[:, None]).relu()
+    too_much = D.T * (1.2 * z[:, 0] / x.norm(dim=1))  # takes each word's letter below zero
+    sae.W_enc[:, :26] -= too_much @ torch.nn.functional.one_hot(letter, 26).float()
+    return sae.eval()
 
 
 def words_made_up(n=100, d=8, d_sae=32):
-    "Activations, latents, decoder, probe direction and main latents such that every branch of the absorption formulas occurs."
+    "Inputs of the absorption formulas such that every branch of them occurs."
 
     def r(i, *s):
         return torch.randn(*s, generator=gen(i))
@@ -123,50 +121,43 @@ def words_made_up(n=100, d=8, d_sae=32):
     return dict(x=f @ W + 0.3 * r(15, n, d), f=f, W_dec=W, probe=probe, main=torch.tensor([0, 1]))
 
 
+def save_saes(folder, saes):
+    "Weights of every SAE."
+    for name, sae in saes.items():
+        weights = {k: getattr(sae, k).detach().contiguous() for k in ("W_enc", "W_dec", "b_enc", "b_dec")}
+        save_file(weights, folder / f"{name}.safetensors")
+
+
+def binary_places(splits):
+    "Which texts of each split stand for and against each class, as places in the list of all texts."
+    out = {}
+    for split, docs in splits.items():
+        sizes = [len(texts) for texts in docs.values()]
+        places = dict(zip(docs, torch.arange(sum(sizes)).split(sizes)))
+        for c in docs:
+            out[f"{split}_{c}"], out[f"{split}_{c}_y"] = binary(places, c)
+    return out
+
+
 def main(folder):
     "Write what SAEBench's side reads."
     folder, lm = Path(folder), load_lm("world")
     folder.mkdir(parents=True, exist_ok=True)
-    tokens, docs, mask = core(lm)
+    tokens, _, _ = core(lm)
     words, labels, test, prompts, acts = letters(lm)
     W, b = probe(acts[~test], labels[~test])
-    for n, s in dict(saes(lm), planted=planted(acts, labels, test, W, b)).items():
-        save_file(
-            {k: getattr(s, k).detach().contiguous() for k in ("W_enc", "W_dec", "b_enc", "b_dec")},
-            folder / f"{n}.safetensors",
-        )
-    ts = dict(
-        tokens=tokens,
-        acts=lm.acts(tokens, HOOK),
-        word_acts=acts,
-        labels=labels,
-        test=test,
-        probe_W=W,
-        probe_b=b,
-        **{f"made_{k}": v for k, v in words_made_up().items()},
-    )
-    train, held = ({c: [" ".join(d.words) for d in v] for c, v in s.items()} for s in probing())
-    for n, s in dict(train=train, test=held).items():
-        at = dict(zip(s, torch.arange(sum(map(len, s.values()))).split([len(v) for v in s.values()])))
-        for c in s:
-            ts[f"{n}_{c}"], ts[f"{n}_{c}_y"] = binary(at, c)
-    save_file({k: v.contiguous() for k, v in ts.items()}, folder / "tensors.safetensors")
-    (folder / "texts.json").write_text(
-        json.dumps(
-            dict(
-                train=train,
-                test=held,
-                words=words,
-                prompts=prompts,
-                hook=HOOK,
-                layer=LAYER,
-                task=TASK,
-                pos=POS,
-                k=16,
-                model=str(world.WORLD_DIR.resolve()),
-            )
-        )
-    )
+    save_saes(folder, dict(saes(lm), planted=planted(acts, labels, test, W, b)))
+    tensors = dict(tokens=tokens, acts=lm.acts(tokens, HOOK), word_acts=acts, labels=labels, test=test)
+    tensors.update(probe_W=W, probe_b=b)
+    tensors.update({f"made_{k}": v for k, v in words_made_up().items()})
+    splits = {}
+    for split, docs in zip(("train", "test"), probing()):
+        splits[split] = {c: [" ".join(d.words) for d in texts] for c, texts in docs.items()}
+    tensors.update(binary_places(splits))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "tensors.safetensors")
+    settings = dict(hook=HOOK, layer=LAYER, task=TASK, pos=POS, k=16, model=str(world.WORLD_DIR.resolve()))
+    texts = dict(**splits, words=words, prompts=prompts, **settings)
+    (folder / "texts.json").write_text(json.dumps(texts))
 
 
 if __name__ == "__main__":

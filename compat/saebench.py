@@ -1,4 +1,7 @@
-"SAEBench's own functions on the inputs of `inputs.py`; run inside SAEBench's environment: python saebench.py INPUTS FIXTURES"
+"""SAEBench's own functions on the inputs of `inputs.py`.
+
+Run inside SAEBench's environment: python saebench.py INPUTS FIXTURES
+"""
 
 import hashlib
 import json
@@ -7,9 +10,8 @@ import random
 import sys
 import tempfile
 
-os.environ |= dict(
-    HF_HUB_OFFLINE="1", JAXTYPING_DISABLE="1"
-)  # the probes fail under the shape checks of newer jaxtyping
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAXTYPING_DISABLE"] = "1"  # the probes fail under the shape checks of newer jaxtyping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,12 +40,10 @@ from transformer_lens.pretrained.weight_conversions import convert_neox_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def the_model(folder):
-    "The world's GPT-NeoX as a HookedTransformer, nothing folded."
-    hf, tok = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    c = hf.config
+def model_config(c):
+    "The config of a GPT-NeoX in TransformerLens's words."
     h = c.hidden_size // c.num_attention_heads
-    cfg = HookedTransformerConfig(
+    return HookedTransformerConfig(
         n_layers=c.num_hidden_layers,
         d_model=c.hidden_size,
         n_ctx=c.max_position_embeddings,
@@ -63,31 +63,31 @@ def the_model(folder):
         model_name="world",
         device="cpu",
     )
-    m = HookedTransformer(cfg, tok)
-    m.load_and_process_state_dict(
+
+
+def the_model(folder):
+    "The world's GPT-NeoX as a HookedTransformer, nothing folded."
+    hf, tok = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    cfg = model_config(hf.config)
+    model = HookedTransformer(cfg, tok)
+    model.load_and_process_state_dict(
         convert_neox_weights(hf, cfg),
         fold_ln=False,
         center_writing_weights=False,
         center_unembed=False,
         fold_value_biases=False,
     )
-    return m.eval()
+    return model.eval()
 
 
 def the_sae(path, meta):
     "One of SAEBench's own SAE classes with our weights."
-    w = load_file(path)
-    args = (
-        *w["W_enc"].shape,
-        *([meta["k"]] if path.stem == "topk" else []),
-        "world",
-        meta["layer"],
-        torch.device("cpu"),
-        torch.float32,
-    )
-    s = (TopKSAE if path.stem == "topk" else ReluSAE)(*args)
-    s.load_state_dict(w, strict=False)
-    return s
+    weights = load_file(path)
+    where = ("world", meta["layer"], torch.device("cpu"), torch.float32)
+    size = weights["W_enc"].shape
+    sae = TopKSAE(*size, meta["k"], *where) if path.stem == "topk" else ReluSAE(*size, *where)
+    sae.load_state_dict(weights, strict=False)
+    return sae
 
 
 def fixed(seed=42):
@@ -98,7 +98,7 @@ def fixed(seed=42):
 
 
 class Store:
-    "Stands for the activation store: hands out the rows it was given, from the first one again for each phase."
+    "Stands for the activation store: hands out the rows it was given, for each phase from the first one."
 
     def __init__(self, tokens):
         self.tokens, self.at, self.context_size, self.store_batch_size_prompts = tokens, 0, tokens.shape[1], 8
@@ -114,43 +114,33 @@ class Store:
         pass
 
 
+def core_envelope(name, sae, **options):
+    "What SAEBench's core evaluation writes."
+    with tempfile.TemporaryDirectory() as d:
+        # 3 batches each, of 8 rows; both parts; then the folder
+        core.multiple_evals(
+            [(name, sae)], 3, 3, 8, True, True, context_size=128, output_folder=d, device="cpu", **options
+        )
+        return json.loads(next(Path(d).glob("*.json")).read_text())
+
+
 def run_core(model, saes, tensors, meta):
     "The whole core evaluation, with the model and the rows handed in."
     core.HookedTransformer = SimpleNamespace(from_pretrained_no_processing=lambda *a, **k: model)
     core.ActivationsStore = SimpleNamespace(from_sae=lambda *a, **k: Store(tensors["tokens"]))
     out = {}
-
-    def ran(name, **options):
-        with tempfile.TemporaryDirectory() as d:
-            core.multiple_evals(
-                [(name, saes[name])],
-                3,
-                3,
-                8,
-                True,
-                True,
-                context_size=128,
-                output_folder=d,
-                device="cpu",
-                **options,
-            )
-            return json.loads(next(Path(d).glob("*.json")).read_text())
-
     for name in ("topk", "relu"):
-        r, everywhere = (
-            ran(name, exclude_special_tokens_from_reconstruction=True),
-            ran(name)["eval_result_metrics"],
-        )
-        per = r["eval_result_details"]
+        envelope = core_envelope(name, saes[name], exclude_special_tokens_from_reconstruction=True)
+        latents = envelope["eval_result_details"]
+        numbers = [k for k in latents[0] if k != "index"]
+        everywhere, all_tokens = {}, core_envelope(name, saes[name])["eval_result_metrics"]
+        for category in ("model_behavior_preservation", "model_performance_preservation"):
+            everywhere.update(all_tokens[category])
         out[name] = dict(
-            r["eval_result_metrics"],
-            latents_mean={k: float(np.mean([o[k] for o in per])) for k in per[0] if k != "index"},
-            latents_first=per[:4],
-            everywhere={
-                k: v
-                for c in ("model_behavior_preservation", "model_performance_preservation")
-                for k, v in everywhere[c].items()
-            },
+            envelope["eval_result_metrics"],
+            latents_mean={k: float(np.mean([latent[k] for latent in latents])) for k in numbers},
+            latents_first=latents[:4],
+            everywhere=everywhere,
         )
     return out
 
@@ -159,7 +149,7 @@ KS = [1, 2, 5, 10, 20]
 
 
 def fixed_sets(pooled, tensors):
-    "Accuracies and chosen columns on sets of texts that nothing was drawn for, and of a probe on all columns with seed 0."
+    "On sets that nothing was drawn for: accuracies, chosen columns, a probe on all columns with seed 0."
     train, test = (torch.cat(list(s.values())) for s in pooled)
     out = {}
     for c in pooled[0]:
@@ -183,7 +173,7 @@ def fixed_sets(pooled, tensors):
 
 
 def run_probing(model, saes, tensors, meta):
-    "Pooling, ranking and probes on fixed sets; then the whole evaluation, whose negatives are drawn from seed 42."
+    "Pooling, ranking and probes on fixed sets; then the whole evaluation, its negatives drawn with seed 42."
     task, splits, saes = meta["task"], [meta["train"], meta["test"]], {n: saes[n] for n in ("topk", "relu")}
     tokens = [du.tokenize_data_dictionary(s, model.tokenizer, 128, "cpu") for s in splits]
     acts = [
@@ -231,12 +221,12 @@ def made_up(t):
     )
 
 
-def by_letter(name, sae, model, t, meta, probe, d):
-    "k-sparse probes (seed 0), splits and absorption with the prompts, the split and the ground-truth probe handed in."
+def k_sparse_table(name, sae, t, meta, probe, d):
+    "k-sparse probes (seed 0) and splits, a row per letter; split and ground-truth probe are handed in."
     labelled, test = list(zip(meta["words"], t["labels"].tolist())), t["test"]
 
-    def pick(m):
-        return ([o for o, keep in zip(labelled, m.tolist()) if keep], t["word_acts"][m])
+    def pick(mask):
+        return [word for word, keep in zip(labelled, mask.tolist()) if keep], t["word_acts"][mask]
 
     torch.set_grad_enabled(True)
     torch.manual_seed(0)
@@ -245,41 +235,44 @@ def by_letter(name, sae, model, t, meta, probe, d):
     raw.to_parquet(d / ks.get_sparse_probing_raw_results_filename(name, meta["layer"]))
     df = ks.build_metrics_df(raw, ks.sae_k_sparse_metadata(sae, probe, k_probes, name, meta["layer"]), 10)
     ks.add_feature_splits_to_metrics_df(df, 10)
+    return df
+
+
+def by_letter(name, sae, model, t, meta, probe, d):
+    "Splits and absorption of every letter, with the prompts handed in too."
+    df = k_sparse_table(name, sae, t, meta, probe, d)
     c = calc.FeatureAbsorptionCalculator(model, meta["words"], word_token_pos=meta["pos"])
     stats = fa.get_stats_and_likely_false_negative_tokens(df, name, meta["layer"], d)
-    agg = absorption._aggregate_results_df(
-        fa.calculate_projection_and_cos_sims(c, sae, probe, meta["layer"], stats)
-    ).set_index("letter")
+    scores = fa.calculate_projection_and_cos_sims(c, sae, probe, meta["layer"], stats)
+    by = absorption._aggregate_results_df(scores).set_index("letter")
     out = {}
-    for r in df.to_dict("records"):
-        l = r["letter"]
-        out[l] = dict(
-            f1_probe=r["f1_probe"],
-            f1=[r[f"f1_sparse_sae_{k}"] for k in range(1, 11)],
-            latents=r["sparse_sae_k_10_feats"].tolist(),
-            n_split=len(r["split_feats"]),
+    for row in df.to_dict("records"):
+        letter = row["letter"]
+        out[letter] = dict(
+            f1_probe=row["f1_probe"],
+            f1=[row[f"f1_sparse_sae_{k}"] for k in range(1, 11)],
+            latents=row["sparse_sae_k_10_feats"].tolist(),
+            n_split=len(row["split_feats"]),
         )
-        if l in agg.index:
-            out[l].update(
-                {
-                    k: float(agg.loc[l, k])
-                    for k in ("num_probe_true_positives", "mean_absorption_fraction", "full_absorption_rate")
-                }
-            )
+        if letter in by.index:
+            for k in ("num_probe_true_positives", "mean_absorption_fraction", "full_absorption_rate"):
+                out[letter][k] = float(by.loc[letter, k])
     return out
 
 
 def whole_absorption(model, saes, d):
     "The whole evaluation, seed 42: its own split, prompts and probes, in the world's wording."
     absorption.HookedTransformer = SimpleNamespace(from_pretrained_no_processing=lambda *a, **k: model)
-    for n in ("k_sparse_probing", "feature_absortion"):
-        name, own = f"run_{n}_experiment", getattr(fa if n.startswith("f") else ks, f"run_{n}_experiment")
-        dirs = (
-            dict(experiment_dir=d / n, sparse_probing_experiment_dir=d / "k_sparse_probing")
-            if n.startswith("f")
-            else dict(experiment_dir=d / n)
-        )
-        setattr(absorption, name, partial(own, probes_dir=d / "probes", **dirs))
+    sparse, probes = d / "k_sparse_probing", d / "probes"
+    absorption.run_k_sparse_probing_experiment = partial(
+        ks.run_k_sparse_probing_experiment, probes_dir=probes, experiment_dir=sparse
+    )
+    absorption.run_feature_absortion_experiment = partial(
+        fa.run_feature_absortion_experiment,
+        probes_dir=probes,
+        experiment_dir=d / "feature_absortion",
+        sparse_probing_experiment_dir=sparse,
+    )
     config = absorption.AbsorptionEvalConfig(
         model_name="world",
         prompt_template=". {word} has the first letter :",
@@ -292,34 +285,34 @@ def whole_absorption(model, saes, d):
     return {n: r[f"{n}_custom_sae"]["eval_result_metrics"]["mean"] for n in saes if f"{n}_custom_sae" in r}
 
 
+def asking(model):
+    "Which words SAEBench would ask about, and how it asks."
+    words = sorted(get_alpha_tokens(model.tokenizer))
+    prompt = calc.create_icl_prompt(
+        "cat",
+        ["dog"],
+        "{word} has the first letter:",
+        max_icl_examples=1,
+        prepend_separator_to_first_example=True,
+    )
+    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()
+    return dict(words=len(words), digest=digest, prompt=prompt.base, answer=prompt.answer)
+
+
 def run_absorption(model, saes, tensors, meta):
     "Formulas, stages and the whole evaluation."
     saes = {n: saes[n] for n in ("relu", "planted")}
     probe, own = LinearProbe(tensors["probe_W"].shape[1], 26), calc.create_icl_prompt
     probe.load_state_dict({"fc.weight": tensors["probe_W"], "fc.bias": tensors["probe_b"]})
     prompt_of = dict(zip(meta["words"], meta["prompts"]))
-    common.get_alpha_tokens = fa.get_alpha_tokens = lambda tokenizer: list(
-        meta["words"]
-    )  # words the model learned to spell
+    # words the model learned to spell
+    common.get_alpha_tokens = fa.get_alpha_tokens = lambda tokenizer: list(meta["words"])
     with tempfile.TemporaryDirectory() as d:
         d, here = Path(d), os.getcwd()
         calc.create_icl_prompt = lambda word, **k: calc.SpellingPrompt(prompt_of[word], word[0].upper(), word)
         out = {n: by_letter(n, s, model, tensors, meta, probe, d) for n, s in saes.items()}
         calc.create_icl_prompt = own
-        alpha = sorted(get_alpha_tokens(model.tokenizer))
-        prompt = own(
-            "cat",
-            ["dog"],
-            "{word} has the first letter:",
-            max_icl_examples=1,
-            prepend_separator_to_first_example=True,
-        )
-        out["asking"] = dict(
-            words=len(alpha),
-            digest=hashlib.sha256("\n".join(alpha).encode()).hexdigest(),
-            prompt=prompt.base,
-            answer=prompt.answer,
-        )
+        out["asking"] = asking(model)
         out["made_up"] = made_up(tensors)
         os.chdir(d)
         fixed()
@@ -330,13 +323,32 @@ def run_absorption(model, saes, tensors, meta):
     return out
 
 
-def short(o):
+def seven_digits(o):
     "Numbers to seven digits."
     if isinstance(o, dict):
-        return {k: short(v) for k, v in o.items()}
+        return {k: seven_digits(v) for k, v in o.items()}
     if isinstance(o, list):
-        return [short(v) for v in o]
+        return [seven_digits(v) for v in o]
     return float(f"{o:.7g}") if isinstance(o, float) else o
+
+
+def as_json(answers):
+    "JSON with a line per SAE or stage, so that changes can be read."
+    lines = []
+    for name, answer in answers.items():
+        text = json.dumps(answer)
+        if name != "versions":
+            text = "{\n " + ",\n ".join(f'"{k}": {json.dumps(v)}' for k, v in answer.items()) + "}"
+        lines.append(f'"{name}": {text}')
+    return "{" + ",\n".join(lines) + "}\n"
+
+
+def check_model(model, tensors, hook):
+    "Both sides have to have the same activations."
+    acts = model.run_with_cache(tensors["tokens"], names_filter=hook, prepend_bos=False)[1][hook]
+    same = (acts - tensors["acts"])[tensors["tokens"] > 2].abs().max().item()
+    assert same < 1e-3, f"the two models differ by {same}"
+    print(f"activations differ by at most {same:.1e}")
 
 
 def main(inputs, fixtures, *only):
@@ -344,30 +356,15 @@ def main(inputs, fixtures, *only):
     meta, tensors = json.loads((inputs / "texts.json").read_text()), load_file(inputs / "tensors.safetensors")
     model = the_model(meta["model"])
     saes = {n: the_sae(inputs / f"{n}.safetensors", meta) for n in ("topk", "relu", "planted")}
-    acts = model.run_with_cache(tensors["tokens"], names_filter=meta["hook"], prepend_bos=False)[1][
-        meta["hook"]
-    ]
-    same = (acts - tensors["acts"])[tensors["tokens"] > 2].abs().max().item()
-    assert same < 1e-3, f"the two models differ by {same}"
-    print(f"activations differ by at most {same:.1e}")
-    about = {
-        p: version(p) for p in ("sae-bench", "sae-lens", "transformer-lens", "torch", "scikit-learn", "numpy")
-    }
-    for what, fn in dict(core=run_core, probing=run_probing, absorption=run_absorption).items():
+    check_model(model, tensors, meta["hook"])
+    packages = ("sae-bench", "sae-lens", "transformer-lens", "torch", "scikit-learn", "numpy")
+    versions = {package: version(package) for package in packages}
+    for what, run in dict(core=run_core, probing=run_probing, absorption=run_absorption).items():
         if only and what not in only:
             continue
         fixed()
-        out = short(dict(versions=about, **fn(model, saes, tensors, meta)))
-        lines = [
-            f'"{k}": '
-            + (
-                json.dumps(v)
-                if k == "versions"
-                else "{\n " + ",\n ".join(f'"{a}": {json.dumps(b)}' for a, b in v.items()) + "}"
-            )
-            for k, v in out.items()
-        ]
-        (fixtures / f"saebench-{what}.json").write_text("{" + ",\n".join(lines) + "}\n")
+        answers = seven_digits(dict(versions=versions, **run(model, saes, tensors, meta)))
+        (fixtures / f"saebench-{what}.json").write_text(as_json(answers))
 
 
 if __name__ == "__main__":
