@@ -10,11 +10,11 @@ __all__ = ['overlap', 'nearest_row', 'branches_of', 'Separation', 'Watch', 'bran
 import functools
 
 import torch
-from ..fronts.branches import Branches, look_back, same_document
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import *
+from ..fronts.branches import Branches, look_back, same_document
 from ..sae import *
 from ..train import Trainer
 
