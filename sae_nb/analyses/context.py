@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..core import *
 from ..evals.running import Running, ratio_se
+from ..fronts.branches import Branches
 from ..sae import *
 from ..train import TrainConfig, Trainee, TrainingError, train
-from ..variants.temporal import Branches
 
 # %% ../../nbs/analyses/context.ipynb #context-parts
 def front_of(

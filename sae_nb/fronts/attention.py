@@ -7,6 +7,7 @@ __all__ = ['may_read', 'Attention']
 
 # %% ../../nbs/fronts/attention.ipynb #attention-imports
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -40,25 +41,28 @@ class Attention(Front):
         super().__init__()
         if window is not None and (not isinstance(window, int) or window < 1):
             raise InputError(
-                f"window = {window} is not a number of positions; give a whole number of at least 1, or None for all"
+                f"window = {window} is not a number of positions; "
+                "give a whole number of at least 1, or None for all"
             )
         self.window = window
         gen = gen or torch.Generator().manual_seed(0)
-
-        def draw():
-            return nn.Parameter(torch.randn(d_in, max(1, d_in // 4), generator=gen) / d_in**0.5)
-
-        self.W_Q = draw()
-        self.W_K = draw()
+        width = max(1, d_in // 4)
+        self.W_Q = nn.Parameter(torch.randn(d_in, width, generator=gen) / d_in**0.5)
+        self.W_K = nn.Parameter(torch.randn(d_in, width, generator=gen) / d_in**0.5)
         self.gate = nn.Parameter(torch.tensor(0.1))
 
-    def read(self, x, mask=None):
-        "Every token with what it attends to."
-        if x.ndim == 2:  # tokens without neighbours attend to themselves
-            return x + self.gate * x
-        if mask is None:
-            mask = torch.ones(x.shape[:-1], dtype=torch.long, device=x.device)
-        v = x.masked_fill((mask == 0)[..., None], 0)
-        return x + self.gate * scaled_dot_product_attention(
-            v @ self.W_Q, v @ self.W_K, v, attn_mask=may_read(mask, self.window)
-        )
+# %% ../../nbs/fronts/attention.ipynb #attention-read
+@patch
+def read(
+    self: Attention,
+    x: Tensor,  # Centred activations, [B, T, d_in]; [N, d_in] are tokens without neighbours
+    mask: Tensor = None,  # Document numbers, [B, T]; None: a document per row
+) -> Tensor:  # Same shape
+    "Every token with what it attends to."
+    if x.ndim == 2:
+        return x + self.gate * x  # itself
+    if mask is None:
+        mask = torch.ones(x.shape[:-1], dtype=torch.long, device=x.device)
+    v = x.masked_fill((mask == 0)[..., None], 0)
+    near = may_read(mask, self.window)
+    return x + self.gate * scaled_dot_product_attention(v @ self.W_Q, v @ self.W_K, v, attn_mask=near)

@@ -24,6 +24,13 @@ def standardise(
     return (y * (y.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
 # %% ../../nbs/fronts/norms.ipynb #norms-function-layernorm
+def _check_width(d_in):
+    if d_in < 2:
+        raise InputError(
+            f"d_in = {d_in}: a token of one number has no variance to divide by; norms need at least 2"
+        )
+
+
 class LayerNorm(Front):
     "What the encoder reads has mean 0 and variance 1 in every token."
 
@@ -32,10 +39,7 @@ class LayerNorm(Front):
         d_in: int,  # Width of the activations
     ):
         super().__init__()
-        if d_in < 2:
-            raise InputError(
-                f"d_in = {d_in}: a token of one number has no variance to divide by; norms need at least 2"
-            )
+        _check_width(d_in)
 
     def read(self, x, mask=None):
         return standardise(x)
@@ -70,10 +74,7 @@ class ScaleNorm(Front):
         eps: float = 1.0,  # ε, in squared units of training: knees lie at variances eps / s
     ):
         super().__init__()
-        if d_in < 2:
-            raise InputError(
-                f"d_in = {d_in}: a token of one number has no variance to divide by; norms need at least 2"
-            )
+        _check_width(d_in)
         if not len(scales) or not all(s > 0 for s in scales):
             raise InputError(f"scales = {scales} must be numbers above 0, at least one")
         if not eps > 0:
@@ -86,6 +87,7 @@ class ScaleNorm(Front):
 @patch
 def read(self: ScaleNorm, x, mask=None):
     "Every token divided by the mixture."
-    v = x.float().var(-1, keepdim=True, correction=0)
-    gain = (self.w.float().softmax(0) * (self.scales.float() * v + self.eps).rsqrt()).sum(-1, keepdim=True)
+    variance = x.float().var(-1, keepdim=True, correction=0)
+    gains = (self.scales.float() * variance + self.eps).rsqrt()
+    gain = (self.w.float().softmax(0) * gains).sum(-1, keepdim=True)
     return (x.float() * gain).to(x.dtype)

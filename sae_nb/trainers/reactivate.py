@@ -41,52 +41,71 @@ class Reactivate(Trainer):
         self.heaviest = heaviest
         self.enc_norm = enc_norm
 
-    def start(self, t, cfg):
-        if "interference" not in t.sae.penalties:
-            raise InputError(
-                f"reactivate needs the interference penalty, and {t.name} has none; use variant interference or self_correcting (ortho_coeff = 0 is enough), or the recipe resample"
-            )
-        self.rows = torch.zeros(0, len(self.columns), dtype=torch.long)
-        self.updates = 0
-        self.batches = 0
-        self.seen = 0
-        self.mark = 0  # so far; tokens at the last look
+# %% ../../nbs/trainers/reactivate.ipynb #reactivate-start
+@patch
+def start(self: Reactivate, t, cfg):
+    "Nothing restarted, nothing counted."
+    if "interference" not in t.sae.penalties:
+        raise InputError(
+            f"reactivate needs the interference penalty, and {t.name} has none; use variant interference "
+            "or self_correcting (ortho_coeff = 0 is enough), or the trainer resample"
+        )
+    self.rows = torch.zeros(0, len(self.columns), dtype=torch.long)
+    self.updates = 0
+    self.batches = 0
+    self.seen = 0  # tokens
+    self.mark = 0  # tokens at the last look
 
-    def after_loss(self, t, o):
-        self.batches, self.seen = self.batches + 1, self.seen + len(o.x)
 
-    def tensors(self):
-        return dict(rows=self.rows, clock=torch.tensor([self.updates, self.batches, self.seen, self.mark]))
+@patch
+def after_loss(self: Reactivate, t, o):
+    "Count."
+    self.batches += 1
+    self.seen += len(o.x)
 
-    def load_tensors(self, ts):
-        self.rows, (self.updates, self.batches, self.seen, self.mark) = ts["rows"], ts["clock"].tolist()
+# %% ../../nbs/trainers/reactivate.ipynb #reactivate-state
+@patch
+def tensors(self: Reactivate) -> dict:
+    "The record and the counts."
+    return dict(rows=self.rows, clock=torch.tensor([self.updates, self.batches, self.seen, self.mark]))
+
+
+@patch
+def load_tensors(self: Reactivate, ts):
+    "Take them back."
+    self.rows = ts["rows"]
+    self.updates, self.batches, self.seen, self.mark = ts["clock"].tolist()
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-where
 @torch.no_grad()
 def conflicts(
-    a: Places,
-    v: Tensor,  # Which latents are on, and how strongly, [n_on]
+    places: Places,  # Which latents are on
+    v: Tensor,  # How strongly, [n_on]
     idx: Tensor,  # Latents the weights speak of, [m]
     W: Tensor,  # Weights of their pairs, [m, m], symmetric
     heaviest: int = 1000,  # Pairs that count
 ) -> Tensor:  # Sum over these pairs of w_ij f_i f_j, [n_tokens]
     "How much the heaviest pairs fire together on each token."
-    w, at = (
-        W.triu(1).flatten().topk(min(heaviest, W.numel())) if W.numel() else (W.flatten(), W.flatten().long())
-    )
-    at = at[w > 0]
-    i, j = at // max(1, len(idx)), at % max(1, len(idx))
-    own, place = torch.cat([i, j]).unique(
-        return_inverse=True
-    )  # the latents of these pairs, the only ones made dense
-    column = a.cols.new_full((a.d_sae,), -1)
-    column[idx[own]] = torch.arange(len(own), device=own.device)
-    c = column[a.cols]
-    keep = c >= 0
-    f = v.new_zeros(len(a), len(own), dtype=torch.float32)
-    f[a.rows[keep], c[keep]] = v[keep].float()
+    if not W.numel():
+        return v.new_zeros(len(places), dtype=torch.float32)
+    w, at = W.triu(1).flatten().topk(min(heaviest, W.numel()))
+    w, at = w[w > 0], at[w > 0]
+    pairs = torch.cat([at // len(idx), at % len(idx)])
+    own, place = pairs.unique(return_inverse=True)
     i, j = place.chunk(2)
-    return (f[:, i] * f[:, j]) @ w[w > 0]
+    f = _columns_of(places, v, idx[own])
+    return (f[:, i] * f[:, j]) @ w
+
+# %% ../../nbs/trainers/reactivate.ipynb #reactivate-columns-of
+def _columns_of(places, v, latents):
+    "Some latents, dense, [n_tokens, len(latents)]."
+    column = places.cols.new_full((places.d_sae,), -1)
+    column[latents] = torch.arange(len(latents), device=latents.device)
+    column = column[places.cols]
+    here = column >= 0
+    f = v.new_zeros(len(places), len(latents), dtype=torch.float32)
+    f[places.rows[here], column[here]] = v[here].float()
+    return f
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-draw
 @patch
@@ -98,32 +117,32 @@ def draw(
     k: int,  # Directions wanted
 ) -> tuple:  # (directions [k, d_in], whether they were drawn by residual)
     "Residuals of tokens on which the heaviest pairs fire together."
-    e = (o.x - o.x_hat).detach()
-    p = conflicts(*entries(o), *t.sae.penalties["interference"].pairs()[:2], self.heaviest).cpu()
-    r = e.float().pow(2).sum(-1).cpu() + 1e-12
-    by_residual = not bool(p.sum() > 0)
-    p = (
-        r / r.sum() if by_residual else p / p.sum() + 1e-6 * r / r.sum()
-    )  # where conflicts run out, the residual decides
-    return e[torch.multinomial(p, k, generator=t.sae.gen).to(e.device)], by_residual
+    residual = (o.x - o.x_hat).detach()
+    idx, W, _ = t.sae.penalties["interference"].pairs()
+    conflict = conflicts(*entries(o), idx, W, self.heaviest).cpu()
+    error = residual.float().pow(2).sum(-1).cpu() + 1e-12
+    by_residual = not bool(conflict.sum() > 0)
+    if by_residual:
+        chance = error / error.sum()
+    else:
+        chance = conflict / conflict.sum() + 1e-6 * error / error.sum()
+    tokens = torch.multinomial(chance, k, generator=t.sae.gen)
+    return residual[tokens.to(residual.device)], by_residual
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-look
 @patch
 @torch.no_grad()
 def look(
     self: Reactivate,
-    t,
-    o,
+    t,  # Trainee
+    o,  # The pass
     due: bool,  # A full window has passed
     may: bool,  # Restarts are allowed
 ):
-    "Bring the log up to date; restart what is dead."
+    "Bring the record up to date; restart what is dead."
     silent = t.silent.cpu()
     dead = (silent >= self.seen - self.mark) if due else torch.zeros_like(silent, dtype=torch.bool)
-    r = self.rows
-    lat, lives = r[:, 2], r[:, 6] == 0
-    r[:, 5] = torch.where(lives, self.seen - r[:, 1] - silent[lat] * dead[lat], r[:, 5])
-    r[:, 6] = torch.where(lives, dead[lat].long(), r[:, 6])
+    self._age(silent, dead)
     if due:
         self.mark = self.seen
     if may and dead.any():
@@ -131,33 +150,44 @@ def look(
     if t.folder:
         write_text(t.folder / "reactivations.csv", self.events().to_csv(index=False))
 
+# %% ../../nbs/trainers/reactivate.ipynb #reactivate-age
+@patch
+def _age(self: Reactivate, silent, dead):
+    "How long the restarted latents have lived, and which have ended."
+    column = {name: self.rows[:, n] for n, name in enumerate(self.columns)}  # views
+    latent, lives = column["latent"], column["ended"] == 0
+    lived = self.seen - column["tokens"] - silent[latent] * dead[latent]
+    column["lived_tokens"].copy_(torch.where(lives, lived, column["lived_tokens"]))
+    column["ended"].copy_(torch.where(lives, dead[latent].long(), column["ended"]))
+
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-look-wake
 @patch
 @torch.no_grad()
-def wake(self: Reactivate, t, o, idx: Tensor):
-    "Restart latents `idx` and write them down."
-    dev = t.sae.W_dec.device
-    idx = idx[: len(o.x)]  # one token each: two latents with one direction would never part; the rest wait
-    directions, by = self.draw(t, o, len(idx))
-    restart(t, idx.to(dev), directions, self.enc_norm)
+def wake(
+    self: Reactivate,
+    t,  # Trainee
+    o,  # The pass
+    idx: Tensor,  # Dead latents, [k]; if there are more than tokens the rest wait
+):
+    "Restart latents and write them down."
+    idx = idx[: len(o.x)]
+    directions, by_residual = self.draw(t, o, len(idx))
+    restart(t, idx.to(t.sae.W_dec.device), directions, self.enc_norm)
     nth = 1 + torch.bincount(self.rows[:, 2], minlength=t.sae.d_sae)[idx]
-
-    def same(v):
-        return torch.full_like(idx, int(v))
-
-    self.rows = torch.cat(
-        [
-            self.rows,
-            torch.stack([same(self.updates), same(self.seen), idx, nth, same(by), same(0), same(0)], 1),
-        ]
-    )
+    new = torch.zeros(len(idx), len(self.columns), dtype=torch.long)
+    new[:, 0] = self.updates
+    new[:, 1] = self.seen
+    new[:, 2] = idx
+    new[:, 3] = nth
+    new[:, 4] = int(by_residual)
+    self.rows = torch.cat([self.rows, new])
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-events
 @patch
 def events(
     self: Reactivate,
-) -> pd.DataFrame:  # One row per restart: update, tokens, latent, nth (restart of this latent), by_residual, lived_tokens, ended (0: still lived when last looked at)
-    "What was restarted, and what became of it."
+) -> pd.DataFrame:  # One row per restart, with `columns`
+    "What was restarted, for which time, and what became of it; `ended` is 0 if it lived at the last look."
     return pd.DataFrame(self.rows.tolist(), columns=list(self.columns))
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-events-after-step

@@ -16,12 +16,24 @@ from ..speed.roads import stored
 from ..speed.sparse import dense, entries_of, latent_sums, spmm, spmm_t
 
 # %% ../../nbs/variants/interference.ipynb #interference-follow
-def times(f, T):  # f T, [n_tokens, l]
+def times(f, T):
+    "f T, [n_tokens, m]"
     return f @ T if isinstance(f, Tensor) else spmm(*f, T)
 
 
-def times_t(f, X):  # fᵀ X, [n, l]
+def times_t(f, X):
+    "fᵀ X, [n, m]"
     return f.T @ X if isinstance(f, Tensor) else spmm_t(*f, X)
+
+# %% ../../nbs/variants/interference.ipynb #interference-trial
+def _trial_columns(A, n_columns, gen):
+    "The directions of A's rows as columns, and random ones where there is none, [n, n_columns]."
+    T = torch.randn(A.shape[1], n_columns, generator=gen).to(A)
+    size = A.norm(dim=1)
+    known = size > 1e-5 * size.max()
+    r = len(A)
+    T[:, :r] = torch.where(known, A.T / size.clamp_min(1e-30), T[:, :r])
+    return T
 
 # %% ../../nbs/variants/interference.ipynb #interference-follow-follow
 @torch.no_grad()
@@ -34,16 +46,12 @@ def follow(
 ) -> Tensor:  # New factor, [r, n]
     "The best r rows for (1 - eta) AᵀA + eta fᵀf / n_tokens."
     r, n = A.shape
-    l = min(r + extra, n)
-    eta = float(eta)
-    N = len(f if isinstance(f, Tensor) else f[0])
-    T = torch.randn(n, l, generator=gen).to(A)
-    size = A.norm(dim=1)
-    known = size > 1e-5 * size.max()
-    T[:, :r] = torch.where(known, A.T / size.clamp_min(1e-30), T[:, :r])
-    Q = torch.linalg.qr((1 - eta) * (A.T @ (A @ T)) + eta / N * times_t(f, times(f, T)))[0]
+    old = 1 - float(eta)
+    new = float(eta) / len(f if isinstance(f, Tensor) else f[0])
+    T = _trial_columns(A, min(r + extra, n), gen)
+    Q = torch.linalg.qr(old * (A.T @ (A @ T)) + new * times_t(f, times(f, T)))[0]
     a, b = A @ Q, times(f, Q)
-    val, vec = torch.linalg.eigh((1 - eta) * (a.T @ a) + eta / N * (b.T @ b))
+    val, vec = torch.linalg.eigh(old * (a.T @ a) + new * (b.T @ b))
     return (Q @ vec[:, -r:] * val[-r:].clamp_min(0).sqrt()).T.contiguous()
 
 # %% ../../nbs/variants/interference.ipynb #interference-penalty
@@ -54,7 +62,7 @@ class Interference(nn.Module):
         self,
         n: int,  # Number of latents
         coeff: float = 0.1,  # Weight in the loss
-        tau: float = 0.1,  # C_ij up to which a pair costs nothing, in squared units of f; a cosine with `normalise`
+        tau: float = 0.1,  # C_ij up to which a pair is free, in squared units of f; with `normalise` a cosine
         rank: int = 32,  # Rows of the memory; n or more: nothing is lost
         decay: float = 0.99,  # Of the memory, per batch
         sketch: str = "sketch",  # "sketch" or "dense", which holds n x n numbers
@@ -62,23 +70,7 @@ class Interference(nn.Module):
         most: int = 2048,  # Latents compared with each other, those with the largest C_ii
     ):
         super().__init__()
-        if not isinstance(rank, int) or rank < 1:
-            raise InputError(f"rank = {rank} is not a number of rows; give a whole number of at least 1")
-        if not coeff >= 0:
-            raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
-        if tau < 0 or normalise and tau >= 1:
-            raise InputError(
-                f"tau = {tau} is out of range; give 0 or more"
-                + (" and less than 1, since it is a cosine" if normalise else "")
-            )
-        if not 0 <= decay < 1:
-            raise InputError(
-                f"decay = {decay} is out of range; give 0 (the last batch only) or more and less than 1"
-            )
-        if one_of("sketch", sketch, ["sketch", "dense"]) == "dense" and n > 8192:
-            raise InputError(
-                f"sketch = 'dense' would hold {n:,} x {n:,} numbers; use sketch = 'sketch' beyond 8,192 latents"
-            )
+        _check(n, coeff, tau, rank, decay, sketch, normalise)
         self.coeff = coeff
         self.tau = tau
         self.rank = min(rank, n)
@@ -86,11 +78,31 @@ class Interference(nn.Module):
         self.sketch = sketch
         self.normalise = normalise
         self.most = most
-        self.register_buffer(
-            "A" if sketch == "sketch" else "C", torch.zeros(self.rank if sketch == "sketch" else n, n)
-        )
+        if sketch == "sketch":
+            self.register_buffer("A", torch.zeros(self.rank, n))
+        else:
+            self.register_buffer("C", torch.zeros(n, n))
         self.register_buffer("diag", torch.zeros(n))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+# %% ../../nbs/variants/interference.ipynb #interference-check
+def _check(n, coeff, tau, rank, decay, sketch, normalise):
+    "One line for what cannot be."
+    if not isinstance(rank, int) or rank < 1:
+        raise InputError(f"rank = {rank} is not a number of rows; give a whole number of at least 1")
+    if not coeff >= 0:
+        raise InputError(f"ortho_coeff = {coeff} is negative or no number; give 0 or more")
+    if tau < 0 or normalise and tau >= 1:
+        range_of_cosine = " and less than 1, since it is a cosine" if normalise else ""
+        raise InputError(f"tau = {tau} is out of range; give 0 or more{range_of_cosine}")
+    if not 0 <= decay < 1:
+        raise InputError(
+            f"decay = {decay} is out of range; give 0 (the last batch only) or more and less than 1"
+        )
+    if one_of("sketch", sketch, ["sketch", "dense"]) == "dense" and n > 8192:
+        raise InputError(
+            f"sketch = 'dense' would hold {n:,} x {n:,} numbers; use sketch = 'sketch' beyond 8,192 latents"
+        )
 
 # %% ../../nbs/variants/interference.ipynb #interference-remember
 @patch
@@ -101,21 +113,26 @@ def remember(
     gen: torch.Generator,  # The SAE's
 ):
     "Take a batch into the memory."
-    if isinstance(f, Tensor):
-        N, f = len(f), f.float()
-        sq = f.pow(2).sum(0)
-    else:
-        N, f = len(f[0]), (f[0], f[1].float())
-        sq = latent_sums(f[0], f[1] ** 2)
-    if N == 0:
+    f, squares, n_tokens = _second_moments(f)
+    if n_tokens == 0:
         return
     self.count += 1
     eta = max(1 / self.count.item(), 1 - self.decay)
-    self.diag.lerp_((sq / N).to(self.diag), eta)
+    self.diag.lerp_((squares / n_tokens).to(self.diag), eta)
     if self.sketch == "dense":
-        self.C.lerp_((times_t(f, f if isinstance(f, Tensor) else dense(*f)) / N).to(self.C), eta)
+        moment = times_t(f, f if isinstance(f, Tensor) else dense(*f)) / n_tokens
+        self.C.lerp_(moment.to(self.C), eta)
     else:
         self.A.copy_(follow(self.A.float(), f, eta, gen))
+
+
+def _second_moments(f):
+    "Latents in float32, the sum of squares of each, [n], and the number of tokens."
+    if isinstance(f, Tensor):
+        f = f.float()
+        return f, f.pow(2).sum(0), len(f)
+    places, v = f
+    return (places, v.float()), latent_sums(places, v**2), len(places)
 
 # %% ../../nbs/variants/interference.ipynb #interference-pairs
 @patch
@@ -124,19 +141,22 @@ def pairs(
     self: Interference,
 ) -> tuple:  # (latents that were compared [m], weights between them [m, m], number of latents passed over)
     "Weights of the pairs above the threshold."
-    per = (
-        self.diag.float().clamp_min(1e-12).rsqrt()
-        if self.normalise
-        else torch.ones_like(self.diag, dtype=torch.float32)
-    )
-    A = self.A.float() * per if self.sketch == "sketch" else None
-    size = self.C.diagonal().float().sqrt() * per if A is None else A.norm(dim=0)
+    if self.normalise:
+        scale = self.diag.float().clamp_min(1e-12).rsqrt()
+    else:
+        scale = torch.ones_like(self.diag, dtype=torch.float32)
+    sketched = self.sketch == "sketch"
+    A = self.A.float() * scale if sketched else None
+    size = A.norm(dim=0) if sketched else self.C.diagonal().float().sqrt() * scale
     idx = (size * size.max() > self.tau).nonzero()[:, 0]
-    left = max(0, len(idx) - self.most)
-    if left:
+    passed_over = max(0, len(idx) - self.most)
+    if passed_over:
         idx = size.topk(self.most).indices.sort().values
-    C = A[:, idx].T @ A[:, idx] if A is not None else self.C[idx][:, idx].float() * per[idx, None] * per[idx]
-    return idx, (C - self.tau).clamp_min_(0).fill_diagonal_(0), left
+    if sketched:
+        C = A[:, idx].T @ A[:, idx]
+    else:
+        C = self.C[idx][:, idx].float() * scale[idx, None] * scale[idx]
+    return idx, (C - self.tau).clamp_min_(0).fill_diagonal_(0), passed_over
 
 # %% ../../nbs/variants/interference.ipynb #interference-cost
 class Crossing(torch.autograd.Function):
@@ -164,17 +184,17 @@ def forward(
     "What the pairs above the threshold pay."
     if self.training:
         self.remember(stored(o), sae.gen)
-    idx, W, left = self.pairs()
-    each = W.sum(1)
-    total = each.sum()
-    o.logs.update(
-        pairs=int(W.count_nonzero()) // 2, top_weight=W.max().item() if len(idx) else 0.0, uncompared=left
-    )
+    idx, W, passed_over = self.pairs()
+    o.logs["pairs"] = int(W.count_nonzero()) // 2
+    o.logs["top_weight"] = W.max().item() if len(idx) else 0.0
+    o.logs["uncompared"] = passed_over
+    of_each = W.sum(1)
+    total = of_each.sum()
     if not total > 0:
         return {"interference": sae.W_dec.new_zeros(())}
-    if not each.all():
-        on = each > 0
-        idx, W = idx[on], W[on][:, on]
+    if not of_each.all():
+        paying = of_each > 0
+        idx, W = idx[paying], W[paying][:, paying]
     D = nn.functional.normalize(sae.W_dec.index_select(0, idx).float(), dim=-1)
     return {"interference": self.coeff / total * Crossing.apply(D, W)}
 
@@ -186,10 +206,12 @@ def forget(
     idx: Tensor,  # Latents, [k]
 ):
     "Forget what latents `idx` did."
-    (self.A if self.sketch == "sketch" else self.C)[:, idx] = 0
-    if self.sketch == "dense":
-        self.C[idx] = 0
     self.diag[idx] = 0
+    if self.sketch == "sketch":
+        self.A[:, idx] = 0
+    else:
+        self.C[:, idx] = 0
+        self.C[idx] = 0
 
 # %% ../../nbs/variants/interference.ipynb #interference-variant
 @composed("interference")

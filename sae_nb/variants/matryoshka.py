@@ -10,7 +10,6 @@ from fractions import Fraction
 
 import torch
 from fastcore.basics import patch
-from torch import Tensor
 
 from ..core import *
 from ..sae import *
@@ -22,30 +21,34 @@ def nested_sizes(
     d_sae: int,  # Number of latents
 ) -> list:  # Numbers of latents, rising, the last one `d_sae`
     "How many latents each level holds."
+    values = _as_numbers(prefixes, d_sae)
+    shares = max(values, default=2) <= 1
+    if not shares and any(v.denominator > 1 for v in values):
+        raise _bad(prefixes, "mixes shares with numbers of latents", d_sae)
+    sizes = [round(v * d_sae) if shares else int(v) for v in values]
+    rising = all(shorter < longer for shorter, longer in zip(sizes, sizes[1:]))
+    if not sizes or sizes[0] < 1 or sizes[-1] > d_sae or not rising:
+        raise _bad(prefixes, f"makes levels of {sizes} of {d_sae} latents", d_sae)
+    return sizes if sizes[-1] == d_sae else sizes + [d_sae]
 
-    def bad(why):
-        return InputError(
-            f"prefixes = {prefixes!r} {why}; write rising shares such as 1/4,1/2,1 or rising numbers of latents up to {d_sae}"
-        )
-
-    vs = (
-        prefixes.split(",")
-        if isinstance(prefixes, str)
-        else prefixes
-        if isinstance(prefixes, (list, tuple))
-        else [prefixes]
-    )
+# %% ../../nbs/variants/matryoshka.ipynb #matryoshka-sizes-read
+def _as_numbers(prefixes, d_sae):
+    "A word, a list or a single number as exact fractions."
+    if isinstance(prefixes, str):
+        prefixes = prefixes.split(",")
+    elif not isinstance(prefixes, (list, tuple)):
+        prefixes = [prefixes]
     try:
-        vs = [Fraction(v) for v in vs]
+        return [Fraction(v) for v in prefixes]
     except (ValueError, TypeError, ArithmeticError):
-        raise bad("cannot be read") from None
-    shares = max(vs, default=2) <= 1
-    if not shares and any(v.denominator > 1 for v in vs):
-        raise bad("mixes shares with numbers of latents")
-    ms = [round(v * d_sae) if shares else int(v) for v in vs]
-    if not ms or ms[0] < 1 or ms[-1] > d_sae or any(b <= a for a, b in zip(ms, ms[1:])):
-        raise bad(f"makes levels of {ms} of {d_sae} latents")
-    return ms if ms[-1] == d_sae else ms + [d_sae]
+        raise _bad(prefixes, "cannot be read", d_sae) from None
+
+
+def _bad(prefixes, why, d_sae):
+    return InputError(
+        f"prefixes = {prefixes!r} {why}; write rising shares such as 1/4,1/2,1 "
+        f"or rising numbers of latents up to {d_sae}"
+    )
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-draw
 def draw_sizes(
@@ -56,8 +59,9 @@ def draw_sizes(
     "Random levels, short ones more often."
     if n_levels == 1:
         return [d_sae]
-    p = torch.arange(d_sae, dtype=torch.float64).sqrt().diff()
-    return sorted((torch.multinomial(p, n_levels - 1, generator=gen) + 1).tolist()) + [d_sae]
+    chances = torch.arange(d_sae, dtype=torch.float64).sqrt().diff()
+    inner = torch.multinomial(chances, n_levels - 1, generator=gen) + 1
+    return sorted(inner.tolist()) + [d_sae]
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-class
 @register("variants", "matryoshka")
@@ -79,33 +83,30 @@ class MatryoshkaSAE(BatchTopKSAE):
         self.sampled = sampled
         if not isinstance(sampled, int) or not 0 <= sampled <= d_sae:
             raise InputError(
-                f"sampled = {sampled} is not a number of levels; give 0 for fixed ones, or 1 to d_sae = {d_sae}"
+                f"sampled = {sampled} is not a number of levels; "
+                f"give 0 for fixed ones, or 1 to d_sae = {d_sae}"
             )
-        n = sampled or len(self.sizes)
-        w = weights.split(",") if isinstance(weights, str) else weights
-        try:
-            self.weights = [1.0] * n if w is None else [float(o) for o in w]
-        except (TypeError, ValueError):
-            raise InputError(
-                f"weights = {weights!r} cannot be read; write {n} numbers, such as {','.join(['1'] * n)}"
-            ) from None
-        if len(self.weights) != n or min(self.weights) < 0 or self.weights[-1] <= 0:
-            raise InputError(
-                f"weights = {weights!r} does not fit {n} levels; give {n} numbers of at least 0, the last above 0"
-            )
+        self.weights = _level_weights(weights, sampled or len(self.sizes))
 
-# %% ../../nbs/variants/matryoshka.ipynb #matryoshka-nested
-@patch
-def nested(
-    self: MatryoshkaSAE,
-    f: Tensor,  # Latents, [..., d_sae]
-    sizes: list,  # Rising numbers of latents
-):  # Yields reconstructions, [..., d_in], one per level
-    "Reconstructions from ever longer prefixes."
-    x_hat, a = self.b_dec, 0
-    for m in sizes:
-        x_hat, a = x_hat + f[..., a:m] @ self.W_dec[a:m], m
-        yield x_hat
+# %% ../../nbs/variants/matryoshka.ipynb #matryoshka-weights
+def _level_weights(weights, n_levels):
+    "One number per level, or an error."
+    if weights is None:
+        return [1.0] * n_levels
+    try:
+        given = weights.split(",") if isinstance(weights, str) else weights
+        numbers = [float(weight) for weight in given]
+    except (TypeError, ValueError):
+        example = ",".join(["1"] * n_levels)
+        raise InputError(
+            f"weights = {weights!r} cannot be read; write {n_levels} numbers, such as {example}"
+        ) from None
+    if len(numbers) != n_levels or min(numbers) < 0 or numbers[-1] <= 0:
+        raise InputError(
+            f"weights = {weights!r} does not fit {n_levels} levels; "
+            f"give {n_levels} numbers of at least 0, the last above 0"
+        )
+    return numbers
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-inner-levels
 @patch
@@ -114,7 +115,7 @@ def inner_levels(
     o: Out,  # A pass
     sizes: list,  # Rising numbers of latents
 ):  # Yields reconstructions, [n_tokens, d_in], one per level
-    "The same from the latents of a pass, whatever form they have."
+    "Reconstructions from ever longer prefixes of a pass."
     x_hat, first = self.b_dec, 0
     for stop in sizes:
         x_hat = x_hat + o.decode(o.values, self.W_dec, slice(first, stop))
@@ -125,7 +126,9 @@ def inner_levels(
 @patch
 def levels(self: MatryoshkaSAE) -> list:
     "Levels of this pass; drawn in training only."
-    return draw_sizes(self.sampled, self.d_sae, self.gen) if self.sampled and self.training else self.sizes
+    if self.sampled and self.training:
+        return draw_sizes(self.sampled, self.d_sae, self.gen)
+    return self.sizes
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-levels-reconstruction
 @patch

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..core import *
 from ..sae import *
-from ..speed.sparse import Places, sampled, spmm, spmm_t
+from ..speed.pair_cost import symmetric_product
+from ..speed.sparse import Places, sampled
 
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-nearest
 @torch.no_grad()
@@ -25,12 +26,12 @@ def nearest(
 ) -> Tensor:  # Row nearest to each within its chunk, [n]; itself if it is alone there
     "Where each row's largest cosine is."
     out = torch.arange(len(D), device=D.device)
-    for c in chunks:
-        C = D[c] @ D[c].T
+    for chunk in chunks:
+        cosines = D[chunk] @ D[chunk].T
         if absolute:
-            C = C.abs()
-        C.fill_diagonal_(-math.inf)
-        out[c] = c[C.argmax(1)]
+            cosines = cosines.abs()
+        cosines.fill_diagonal_(-math.inf)
+        out[chunk] = chunk[cosines.argmax(1)]
     return out
 
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-cost
@@ -39,13 +40,13 @@ class Nearness(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, W, chunks, absolute):
-        wide = W if W.dtype == torch.float64 else W.float()
-        size = wide.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        D = wide / size
+        rows = W if W.dtype == torch.float64 else W.float()
+        size = rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        D = rows / size
         j = nearest(D, chunks, absolute)
-        i = torch.arange(len(j) + 1, device=j.device)
-        ctx.U = U = Places(j, i, len(j))
-        cos = sampled(U, D, D).masked_fill(j == i[:-1], 0.0)
+        starts = torch.arange(len(j) + 1, device=j.device)
+        ctx.pairs = Places(j, starts, len(j))
+        cos = sampled(ctx.pairs, D, D).masked_fill(j == starts[:-1], 0.0)
         if not absolute:
             cos = cos.relu()
         ctx.save_for_backward(D, size, cos)
@@ -55,9 +56,10 @@ class Nearness(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up):
         D, size, cos = ctx.saved_tensors
-        g = 2 * up / max(1, len(cos)) * cos
-        G = spmm(ctx.U, g, D).add_(spmm_t(ctx.U, g, D))
-        return G.addcmul_(D, (G * D).sum(-1, keepdim=True), value=-1).div_(size).to(ctx.dtype), None, None
+        slope = 2 * up / max(1, len(cos)) * cos
+        grad = symmetric_product(ctx.pairs, slope, D)
+        along = (grad * D).sum(-1, keepdim=True)
+        return grad.addcmul_(D, along, value=-1).div_(size).to(ctx.dtype), None, None
 
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-cost-crowding
 def crowding(
@@ -92,6 +94,24 @@ class Crowding(nn.Module):
         self.cosine = one_of("cosine", cosine, ["positive", "absolute"])
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
+# %% ../../nbs/variants/ortsae.ipynb #ortsae-deal
+@patch
+def _due(self: Crowding):
+    "Is it this step's turn? In evaluation always."
+    if not self.training:
+        return True
+    due = self.step.item() % self.every == 0
+    self.step += 1
+    return due
+
+
+@patch
+def _deal(self: Crowding, sae):
+    "The chunks of this step."
+    n = sae.d_sae
+    order = torch.randperm(n, generator=sae.gen) if self.training else torch.arange(n)
+    return order.to(sae.W_dec.device).tensor_split(math.ceil(n / self.chunk))
+
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-forward
 @patch
 def forward(
@@ -100,20 +120,12 @@ def forward(
     o: Out,  # The pass
 ) -> dict:  # The term of the loss
     "Penalty of this step, if it is its turn."
-    n, due = sae.d_sae, True
-    if self.training:
-        due = self.step.item() % self.every == 0
-        self.step += 1
-    if not due:
+    if not self._due():
         return {}
-    order = torch.randperm(n, generator=sae.gen) if self.training else torch.arange(n)
-    cost = crowding(
-        sae.W_dec,
-        order.to(sae.W_dec.device).tensor_split(math.ceil(n / self.chunk)),
-        self.cosine == "absolute",
-    )
-    V = (o.x - o.x.mean(0)).detach().float().pow(2).sum(-1).mean()
-    return {"ortsae": self.coeff * (self.every if self.training else 1) * V * cost}
+    cost = crowding(sae.W_dec, self._deal(sae), self.cosine == "absolute")
+    variance = (o.x - o.x.mean(0)).detach().float().pow(2).sum(-1).mean()
+    turns = self.every if self.training else 1
+    return {"ortsae": self.coeff * turns * variance * cost}
 
 # %% ../../nbs/variants/ortsae.ipynb #ortsae-variant
 @composed("ortsae")

@@ -26,25 +26,36 @@ def partners(
 ) -> tuple:  # (a, b, doc), each [M]: token, partner (both as numbers of counted tokens), document of the pair
     "Pairs of a token and an earlier one of its document."
     if mask is None or mask.dim() != 2:
-        return (torch.zeros(0, dtype=torch.long, device=getattr(mask, "device", "cpu")),) * 3
+        none = torch.zeros(0, dtype=torch.long, device=getattr(mask, "device", "cpu"))
+        return none, none, none
     row, col = (mask > 0).nonzero(as_tuple=True)
-    i = torch.arange(len(row), device=mask.device)
-    doc = mask[row, col]
-    new = torch.ones_like(i, dtype=torch.bool)
-    new[1:] = (row[1:] != row[:-1]) | (doc[1:] != doc[:-1])
-    start = torch.where(new, i, 0).cummax(0).values
-    name = new.cumsum(0)
+    number = torch.arange(len(row), device=mask.device)
+    is_first = _document_starts(row, mask[row, col])
+    doc = is_first.cumsum(0)
     if partner == "previous":
-        has, b = ~new & (col == col.roll(1) + 1), i - 1
+        has = ~is_first & (col == col.roll(1) + 1)
+        earlier = number - 1
     else:
-        u = (
-            torch.rand(len(i), generator=gen).to(i.device)
-            if gen is not None
-            else torch.full(i.shape, 0.5, device=i.device)
-        )
-        has = ~new
-        b = start + torch.minimum((u * (i - start)).long(), i - start - 1)
-    return i[has], b[has], name[has]
+        has = ~is_first
+        earlier = _random_earlier(number, torch.where(is_first, number, 0).cummax(0).values, gen)
+    return number[has], earlier[has], doc[has]
+
+# %% ../../nbs/variants/tsae.ipynb #tsae-partners-helpers
+def _document_starts(row, doc):
+    "Is a counted token the first of its document in its row?"
+    is_first = torch.ones_like(row, dtype=torch.bool)
+    is_first[1:] = (row[1:] != row[:-1]) | (doc[1:] != doc[:-1])
+    return is_first
+
+
+def _random_earlier(number, start, gen):
+    "A number from `start` to `number` - 1, drawn uniformly; without a generator the one halfway."
+    if gen is None:
+        share = torch.full(number.shape, 0.5, device=number.device)
+    else:
+        share = torch.rand(len(number), generator=gen).to(number.device)
+    since = number - start
+    return start + torch.minimum((share * since).long(), since - 1)
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-nce
 def info_nce(
@@ -54,41 +65,52 @@ def info_nce(
     "How badly codes pick out their partners among the pairs of other documents, both ways."
     own = torch.eye(len(S), dtype=torch.bool, device=S.device)
     S = S.masked_fill((doc[:, None] == doc) & ~own, -torch.inf)
-    return 0.5 * sum((o.logsumexp(1) - S.diagonal()).mean() for o in (S, S.T))
+    forwards, backwards = (way.logsumexp(1) - S.diagonal() for way in (S, S.T))
+    return 0.5 * (forwards.mean() + backwards.mean())
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-similar
 def codes(
-    a: Places,
-    v: Tensor,  # Which latents are on, and how strongly, [n_on]
-    t: Tensor,  # Numbers of tokens, [M]
+    places: Places,  # Which latents are on, of every token
+    v: Tensor,  # How strongly, [n_on]
+    tokens: Tensor,  # Numbers of the tokens to read, [M]
     n_high: int,  # Latents to read, the first ones
 ) -> tuple:  # (places, values) of a sparse [M, n_high]
     "What the first latents say on some tokens."
-    m = a.starts.diff()[t]
-    at = (a.starts[t] - m.cumsum(0) + m).repeat_interleave(m) + torch.arange(int(m.sum()), device=m.device)
-    a, keep = Places(a.cols[at], F.pad(m.cumsum(0), (1, 0)), a.d_sae).between(0, n_high)
-    return a, v[at][keep]
+    active = places.starts.diff()[tokens]
+    ends = active.cumsum(0)
+    offset = places.starts[tokens] - ends + active
+    of_tokens = torch.arange(int(active.sum()), device=active.device)
+    at = offset.repeat_interleave(active) + of_tokens
+    some = Places(places.cols[at], F.pad(ends, (1, 0)), places.d_sae)
+    first, keep = some.between(0, n_high)
+    return first, v[at][keep]
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-similar-similarities
 def similarities(
-    p: tuple,  # Codes of tokens, (places, values) of a sparse [M, n_high]
-    q: tuple,  # Codes of their partners, the same
+    of_tokens: tuple,  # Codes of tokens, (places, values) of a sparse [M, n_high]
+    of_partners: tuple,  # Codes of their partners, the same
     similarity: str = "cosine",  # "cosine" or "dot"
     temperature: float = 1.0,  # Similarities are divided by it
 ) -> Tensor:  # [M, M]
     "How alike each token is to each partner."
+    sized = _unit_codes if similarity == "cosine" else _wide_codes
+    places, v = sized(*of_tokens)
+    others = dense(*sized(*of_partners)).T.contiguous()
+    n_high, M = others.shape
+    if len(v) <= pays(M, M, n_high):
+        return decode_active(places, v, others) / temperature
+    return dense(places, v) @ others / temperature
 
-    def sized(a, v):
-        v = v.to(torch.promote_types(v.dtype, torch.float32))
-        return (
-            (a, v / v.new_zeros(len(a)).index_add(0, a.rows, v * v).clamp_min(1e-12).sqrt()[a.rows])
-            if similarity == "cosine"
-            else (a, v)
-        )
 
-    p, q = sized(*p), dense(*sized(*q)).T.contiguous()
-    few = len(p[1]) <= pays(q.shape[1], q.shape[1], q.shape[0])
-    return (decode_active(*p, q) if few else dense(*p) @ q) / temperature
+def _wide_codes(places, v):
+    return places, v.to(torch.promote_types(v.dtype, torch.float32))
+
+
+def _unit_codes(places, v):
+    "Codes of length one; a code of zeros stays."
+    places, v = _wide_codes(places, v)
+    squares = v.new_zeros(len(places)).index_add(0, places.rows, v * v)
+    return places, v / squares.clamp_min(1e-12).sqrt()[places.rows]
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-penalty
 class Contrast(nn.Module):
@@ -106,20 +128,42 @@ class Contrast(nn.Module):
         max_pairs: int = 1024,  # Most pairs compared with each other
     ):
         super().__init__()
-        if coeff < 0:
-            raise InputError(f"contrast_coeff = {coeff} is negative; give 0 or more")
-        if not temperature > 0:
-            raise InputError(f"temperature = {temperature} must be above 0")
-        if not isinstance(max_pairs, int) or max_pairs < 2:
-            raise InputError(
-                f"max_pairs = {max_pairs} leaves nothing to compare; give a whole number of at least 2"
-            )
+        _check(coeff, temperature, max_pairs)
         self.n_high = n_high
         self.coeff = coeff
         self.temperature = temperature
         self.max_pairs = max_pairs
         self.similarity = one_of("similarity", similarity, ["cosine", "dot"])
         self.partner = one_of("partner", partner, ["previous", "random"])
+
+# %% ../../nbs/variants/tsae.ipynb #tsae-check-numbers
+def _check(coeff, temperature, max_pairs):
+    if coeff < 0:
+        raise InputError(f"contrast_coeff = {coeff} is negative; give 0 or more")
+    if not temperature > 0:
+        raise InputError(f"temperature = {temperature} must be above 0")
+    if not isinstance(max_pairs, int) or max_pairs < 2:
+        raise InputError(
+            f"max_pairs = {max_pairs} leaves nothing to compare; give a whole number of at least 2"
+        )
+
+# %% ../../nbs/variants/tsae.ipynb #tsae-some
+@patch
+def pairs(
+    self: Contrast,
+    mask: Tensor,  # Document numbers, [B, T]
+    gen,  # Draws partners and pairs; None: nothing is drawn
+) -> tuple:  # As `partners`, at most `max_pairs`
+    "The pairs of a batch that are compared."
+    found = partners(mask, self.partner, gen)
+    n = len(found[0])
+    if n <= self.max_pairs:
+        return found
+    if gen is None:
+        some = torch.linspace(0, n - 1, self.max_pairs).long()
+    else:
+        some = torch.randperm(n, generator=gen)[: self.max_pairs]
+    return tuple(tensor[some.to(tensor.device)] for tensor in found)
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-forward
 @patch
@@ -129,26 +173,16 @@ def forward(
     o: Out,  # The pass
 ) -> dict:  # The term of the loss
     "Contrast of this batch."
-    gen = sae.gen if self.training else None
-    a, b, doc = partners(o.mask, self.partner, gen)
-    if len(a) > self.max_pairs:
-        i = (
-            torch.randperm(len(a), generator=gen)[: self.max_pairs]
-            if self.training
-            else torch.linspace(0, len(a) - 1, self.max_pairs).long()
-        )
-        a, b, doc = (t[i.to(t.device)] for t in (a, b, doc))
-    if len(a) == 0:
+    tokens, earlier, doc = self.pairs(o.mask, sae.gen if self.training else None)
+    if len(tokens) == 0:
         return {"contrast": o.values.sum() * 0}
-    cost = info_nce(
-        similarities(
-            *(codes(*entries(o), t, self.n_high) for t in (a, b)), self.similarity, self.temperature
-        ),
-        doc,
-    )
-    V = (o.x - o.x.mean(0)).detach().float().pow(2).sum(-1).mean()
+    places, v = entries(o)
+    of_tokens = codes(places, v, tokens, self.n_high)
+    of_partners = codes(places, v, earlier, self.n_high)
+    cost = info_nce(similarities(of_tokens, of_partners, self.similarity, self.temperature), doc)
+    variance = (o.x - o.x.mean(0)).detach().float().pow(2).sum(-1).mean()
     o.logs["nce"] = cost.item()
-    return {"contrast": self.coeff * V * cost}
+    return {"contrast": self.coeff * variance * cost}
 
 # %% ../../nbs/variants/tsae.ipynb #tsae-variant
 @composed("tsae", aim=MatryoshkaSAE.aim)
@@ -158,7 +192,7 @@ def tsae(
     k: int = 32,  # Latents kept per token, on average
     high: float = 0.2,  # Share of the latents that are high-level, or their number
     weights=None,  # Weights of the two reconstructions, high-level and all; None: alike
-    contrast_coeff: float = 0.05,  # Weight of the contrast, in shares of the variance of the activations per nat
+    contrast_coeff: float = 0.05,  # Weight of the contrast, per nat, in shares of the activations' variance
     similarity: str = "cosine",  # "cosine" or "dot"
     temperature: float = 0.1,  # Similarities are divided by it
     partner: str = "previous",  # "previous" or "random"
@@ -166,13 +200,18 @@ def tsae(
     seed: int = 0,  # Seeds the initial weights and what is drawn
 ) -> SAE:  # A two-level Matryoshka SAE with the contrast in its loss
     "Temporal SAE."
+    n_high = _high_latents(high, d_sae)
+    sae = MatryoshkaSAE(d_in, d_sae, k, prefixes=(n_high, d_sae), weights=weights, seed=seed)
+    sae.penalties["tsae"] = Contrast(n_high, contrast_coeff, similarity, temperature, partner, max_pairs)
+    return sae
+
+
+def _high_latents(high, d_sae):
+    "How many latents are high-level, or an error."
     n = round(high * d_sae) if 0 < high <= 1 else high
     if n != n or n != int(n) or not 1 <= n < d_sae:
         raise InputError(
-            f"high = {high} does not make a part of d_sae = {d_sae} latents; give a share such as 0.2, or a number of latents above 1"
+            f"high = {high} does not make a part of d_sae = {d_sae} latents; "
+            "give a share such as 0.2, or a number of latents above 1"
         )
-    sae = MatryoshkaSAE(d_in, d_sae, k, prefixes=(int(n), d_sae), weights=weights, seed=seed)
-    sae.penalties["tsae"] = Contrast(
-        sae.sizes[0], contrast_coeff, similarity, temperature, partner, max_pairs
-    )
-    return sae
+    return int(n)
