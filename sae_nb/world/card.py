@@ -171,7 +171,7 @@ def probe_accuracy(
     x = StandardScaler().fit(x[:half]).transform(x)
     return LogisticRegression(max_iter=300, C=0.1).fit(x[:half], y[:half]).score(x[half:], y[half:])
 
-# %% ../../nbs/world/card.ipynb #card-measure-probes
+# %% ../../nbs/world/card.ipynb #card-probed
 PROBED = dict(
     kind=None,
     profession="bio",
@@ -187,7 +187,7 @@ PROBED = dict(
     form="spelling",
 )
 
-
+# %% ../../nbs/world/card.ipynb #card-measure-probes
 def measure_probes(
     model,  # A GPT-NeoX
     seed: int,  # Which documents
