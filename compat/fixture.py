@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python compat/fixture.py record FILE      # in one checkout
     OMP_NUM_THREADS=1 python compat/fixture.py compare A B      # what two such files say differently
 
-`record` trains every variant and every preset for 50 steps on the toy (where steps are dense) and on a short stream of the
-embedded world (where they are sparse), and keeps a hash of the weights and the last row of the history. It then runs the
-run notebook with every evaluator at short settings on both, and the main command of the README, and keeps what they write.
-Hashes agree between two checkouts on one machine with one number of threads; between machines compare the histories.
+`record` trains every variant and every preset for 50 steps on the toy (where steps are dense) and on a
+short stream of the embedded world (where they are sparse), and keeps a hash of the weights and the last row
+of the history. It then runs the run notebook with every evaluator at short settings on both, and the main
+command of the README, and keeps what they write. Hashes agree between two checkouts on one machine with one
+number of threads; between machines compare the histories.
 """
 
 import argparse
