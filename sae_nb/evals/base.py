@@ -458,7 +458,7 @@ def draw(
     import matplotlib.pyplot as plt
 
     n = len(self.headline)
-    size = 3.2 * n, 0.9 + 0.25 * len(envs)
+    size = 1.4 + 3.4 * n, 1.2 + 0.25 * len(envs)
     fig, axes = plt.subplots(1, n, figsize=size, layout="constrained", squeeze=False, sharey=True)
     for ax, m in zip(axes[0], self.headline):
         ax.barh(list(envs), [values(env).get(m) or 0 for env in envs.values()], color="C0", height=0.6)
