@@ -20,60 +20,76 @@ from tqdm import tqdm
 from ..core import *
 from ..data import count_mask
 
+# %% ../../nbs/evals/store.ipynb #store-put
+def _put(h, kind, word=""):
+    "Tell a hash one word."
+    h.update(f"{kind}:{word};".encode())
+
+
+def _feed_tensor(h, t):
+    "Tell it a tensor."
+    _put(h, "tensor", f"{t.dtype} {list(t.shape)}")
+    h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+# %% ../../nbs/evals/store.ipynb #store-feed-module
+def _feed_module(h, module):
+    "Tell it a module, e.g. an SAE."
+    name = getattr(module, "variant", None) or type(module).__name__
+    args = json.dumps(getattr(module, "args", {}), sort_keys=True, default=str)
+    _put(h, "module", f"{name} {args}")
+    for key, v in sorted(module.state_dict().items()):
+        _put(h, "name", key)
+        _feed(h, v)
+
 # %% ../../nbs/evals/store.ipynb #store-digest-def
-def _reads(o):
-    "How a language model splits text, which is not in its weights."
-    tok = getattr(o, "tokenizer", None)
-    if tok is None:
+def _reads(model):
+    "How a language model splits text, as a hash; empty for anything without a tokenizer."
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
         return ""
-    if getattr(o, "_reads", None) is None:
-        whole = (
-            tok.backend_tokenizer.to_str()
-            if hasattr(tok, "backend_tokenizer")
-            else json.dumps(sorted(tok.get_vocab().items()))
-        )
-        o._reads = hashlib.sha256((whole + repr(sorted(getattr(o, "special_ids", ())))).encode()).hexdigest()
-    return o._reads
+    if getattr(model, "_reads", None) is None:
+        if hasattr(tokenizer, "backend_tokenizer"):
+            whole = tokenizer.backend_tokenizer.to_str()
+        else:
+            whole = json.dumps(sorted(tokenizer.get_vocab().items()))
+        special = repr(sorted(getattr(model, "special_ids", ())))
+        model._reads = hashlib.sha256((whole + special).encode()).hexdigest()
+    return model._reads
+
+# %% ../../nbs/evals/store.ipynb #store-feed-parts
+def _feed_parts(h, o):
+    "Tell it a dataclass, a dictionary or a list."
+    if is_dataclass(o):
+        _put(h, "data", type(o).__name__)
+        _feed(h, asdict(o))
+    elif isinstance(o, dict):
+        _put(h, "dict", len(o))
+        for key, v in sorted(o.items(), key=lambda pair: str(pair[0])):
+            _put(h, "key", key)
+            _feed(h, v)
+    else:
+        _put(h, "list", len(o))
+        for v in o:
+            _feed(h, v)
 
 # %% ../../nbs/evals/store.ipynb #store-digest-def-feed
 def _feed(h, o):
-    "Hash one thing."
-
-    def put(kind, v=""):
-        return h.update(f"{kind}:{v};".encode())
-
+    "Tell a hash one thing."
     if isinstance(o, Tensor):
-        put("tensor", f"{o.dtype} {list(o.shape)}")
-        h.update(o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        _feed_tensor(h, o)
     elif hasattr(o, "fingerprint"):
-        put("own", o.fingerprint())
-        put("reads", _reads(o))
+        _put(h, "own", o.fingerprint())
+        _put(h, "reads", _reads(o))
     elif isinstance(o, nn.Module):
-        put(
-            "module",
-            f"{getattr(o, 'variant', None) or type(o).__name__} "
-            f"{json.dumps(getattr(o, 'args', {}), sort_keys=True, default=str)}",
-        )
-        for k, v in sorted(o.state_dict().items()):
-            put("name", k)
-            _feed(h, v)
-    elif is_dataclass(o):
-        put("data", type(o).__name__)
-        _feed(h, asdict(o))
-    elif isinstance(o, dict):
-        put("dict", len(o))
-        for k, v in sorted(o.items(), key=lambda kv: str(kv[0])):
-            put("key", k)
-            _feed(h, v)
-    elif isinstance(o, (list, tuple)):
-        put("list", len(o))
-        [_feed(h, v) for v in o]
+        _feed_module(h, o)
+    elif is_dataclass(o) or isinstance(o, (dict, list, tuple)):
+        _feed_parts(h, o)
     elif o is None or isinstance(o, (str, bool, int, float)):
-        put(type(o).__name__, repr(o))
+        _put(h, type(o).__name__, repr(o))
     else:
         raise InputError(
-            f"{type(o).__name__} has no fingerprint; give tensors, modules, numbers, words, or lists and "
-            "dictionaries of them"
+            f"{type(o).__name__} has no fingerprint; "
+            "give tensors, modules, numbers, words, or lists and dictionaries of them"
         )
 
 # %% ../../nbs/evals/store.ipynb #store-digest-def-digest
@@ -96,28 +112,58 @@ class Store:
     ):
         self.folder = Path(folder) if folder else None
         self.limit = limit_mb * 2**20
-        self.size = 0
+        self.size = 0  # bytes
         self.values = OrderedDict()
 
-
-def _is_tensors(v):
-    return isinstance(v, dict) and len(v) > 0 and all(isinstance(t, Tensor) for t in v.values())
-
 # %% ../../nbs/evals/store.ipynb #store-class-def-bytes
-def _bytes(v):
-    return sum(t.numel() * t.element_size() for t in v.values()) if _is_tensors(v) else 1000
+def _is_tensors(value):
+    return isinstance(value, dict) and len(value) > 0 and all(isinstance(t, Tensor) for t in value.values())
+
+
+def _bytes(value):
+    "Memory of a value; JSON is small."
+    return sum(t.numel() * t.element_size() for t in value.values()) if _is_tensors(value) else 1000
 
 
 @patch
-def _remember(self: Store, key, v):
-    "Keep `v` in memory and let go of the oldest."
-    self.values[key] = v
-    self.size += _bytes(v)
+def _remember(self: Store, name, value):
+    "Keep a value in memory and let go of the oldest."
+    self.values[name] = value
+    self.size += _bytes(value)
     while self.size > self.limit and len(self.values) > 1:
         self.size -= _bytes(self.values.popitem(last=False)[1])
-    return v
+
+# %% ../../nbs/evals/store.ipynb #store-files
+@patch
+def _load(self: Store, name):
+    "Take a value from the folder into memory, if it is there."
+    if self.folder is None:
+        return
+    for ending, read in ((".safetensors", read_tensors), (".json", read_json)):
+        if (self.folder / (name + ending)).exists():
+            return self._remember(name, read(self.folder / (name + ending)))
+
+
+@patch
+def _save(self: Store, name, value):
+    "Write a value into the folder, if there is one."
+    if self.folder is None:
+        return
+    if _is_tensors(value):
+        write_tensors(self.folder / (name + ".safetensors"), value)
+    else:
+        write_json(self.folder / (name + ".json"), value)
 
 # %% ../../nbs/evals/store.ipynb #store-get
+def _as_read(value, activations=False):
+    "A value as it comes back from its file."
+    if not _is_tensors(value):
+        return json.loads(json.dumps(value, allow_nan=False, default=lambda o: o.item()))
+    if activations:
+        return value
+    return {name: t.detach().cpu() for name, t in value.items()}
+
+
 @patch
 def get(
     self: Store,
@@ -126,23 +172,15 @@ def get(
     make,  # Function without arguments that computes it: a dictionary of tensors, or JSON
 ):  # The value; not to be written to
     "The value under `key`, made if it is not there yet."
-    key = f"{what}-{digest(key)}"
-    if key in self.values:
-        self.values.move_to_end(key)
-        return self.values[key]
-    for ext, read in ((".safetensors", read_tensors), (".json", read_json)) if self.folder else ():
-        if (self.folder / (key + ext)).exists():
-            return self._remember(key, read(self.folder / (key + ext)))
-    v = make()
-    if _is_tensors(v) and what != "acts":  # what a later reading of the file would give
-        v = {k: t.detach().cpu() for k, t in v.items()}
-    if not _is_tensors(v):
-        v = json.loads(json.dumps(v, allow_nan=False, default=lambda o: o.item()))
-    if self.folder:
-        (write_tensors if _is_tensors(v) else write_json)(
-            self.folder / (key + (".safetensors" if _is_tensors(v) else ".json")), v
-        )
-    return self._remember(key, v)
+    name = f"{what}-{digest(key)}"
+    if name not in self.values:
+        self._load(name)
+    if name not in self.values:
+        value = _as_read(make(), what == "acts")
+        self._save(name, value)
+        self._remember(name, value)
+    self.values.move_to_end(name)
+    return self.values[name]
 
 # %% ../../nbs/evals/store.ipynb #store-blocks-def
 def blocks(
@@ -154,13 +192,13 @@ def blocks(
     rows: int = 0,  # Rows to a block; 0: as many as make 16,384 tokens
     desc: str = "",  # Words before a progress bar; empty: no bar
 ):  # Yields (slice of the rows, x [B, T', d_in], mask [B, T'])
-    "Activations of many rows; `mask` is 0 on padding and special tokens. Columns that are padding throughout a block are cut off."
+    "Activations of many rows; `mask` is 0 on padding and special tokens."
     rows = rows or max(1, 16384 // tokens.shape[1])
     starts = range(0, len(tokens), rows)
     for i in tqdm(starts, desc=desc, disable=not desc, leave=False, ncols=80):
         t, d = tokens[i : i + rows], docs[i : i + rows]
         T = max(1, int((d > 0).sum(-1).max()))
         t, d = t[:, :T], d[:, :T]
-        x = store.get("acts", [lm, hook, t, d], lambda: dict(x=lm.acts(t, hook, docs=d)))["x"]
+        x = store.get("acts", [lm, hook, t, d], lambda t=t, d=d: dict(x=lm.acts(t, hook, docs=d)))["x"]
         x = x.to(getattr(lm, "device", x.device))  # from a file it comes on the CPU
         yield slice(i, i + len(t)), x, count_mask(t, d, lm.special_ids).to(x.device)
