@@ -531,27 +531,35 @@ def sets(
     store: Store,  # Where texts from the hub stay
 ) -> list:  # Of `TaskSet`
     "Texts and tasks of every data set."
-    c, out = self.config, []
+    c = self.config
+    found = []
     for name in c.dataset_names:
-        sizes = c.probe_train_set_size // 2, c.probe_test_set_size // 2, c.context_length, c.random_seed
-
-        def read():
-            columns = dict(column=c.text_column, label_column=c.label_column)
-            return text_set(name, lm, *sizes, data_dir=c.data_dir, **columns)
-
-        kept = name in saebench_sets and not c.data_dir
-        train, test = (
-            _unpack(name, store.get("texts", [name, lm, *sizes], lambda: _pack(read()))) if kept else read()
-        )
         short = Path(name).name if Path(name).is_file() else name
+        train, test = (self._cut(texts, short) for texts in self._read(name, lm, store))
+        found.append(task_set(train, test, c.random_seed, c.shuffles))
+    return found
 
-        def cut(t):
-            return replace(
-                t, name=short, tokens=t.tokens[:, : c.context_length], docs=t.docs[:, : c.context_length]
-            )
 
-        out.append(task_set(cut(train), cut(test), c.random_seed, c.shuffles))
-    return out
+@patch
+def _read(self: SparseProbing, name, lm, store):
+    "Texts for training and for testing."
+    c = self.config
+    sizes = c.probe_train_set_size // 2, c.probe_test_set_size // 2, c.context_length, c.random_seed
+    columns = dict(column=c.text_column, label_column=c.label_column)
+
+    def read():
+        return text_set(name, lm, *sizes, data_dir=c.data_dir, **columns)
+
+    if name not in saebench_sets or c.data_dir:
+        return read()
+    return _unpack(name, store.get("texts", [name, lm, *sizes], lambda: _pack(read())))
+
+
+@patch
+def _cut(self: SparseProbing, texts, name):
+    "The beginning of every text, under a short name."
+    n = self.config.context_length
+    return replace(texts, name=name, tokens=texts.tokens[:, :n], docs=texts.docs[:, :n])
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-rows
 @patch
@@ -602,11 +610,10 @@ def metric(
     "What the accuracy of a way is called."
     if way == "all":
         return f"{row}_test_accuracy"
-    return (
-        f"{row}_test_accuracy_saebench"
-        if way == "best_epoch"
-        else f"{row}_{way.replace('scale_free', 'scale_free_top').replace('max_pool', 'max_pool_top')}_test_accuracy"
-    )
+    if way == "best_epoch":
+        return f"{row}_test_accuracy_saebench"
+    way = way.replace("scale_free", "scale_free_top").replace("max_pool", "max_pool_top")
+    return f"{row}_{way}_test_accuracy"
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-names-schema
 def schema(
@@ -880,7 +887,7 @@ def _by_set(ax, envs, k):
         )
 
     ys = np.arange(len(sets))[::-1]
-    for c, (name, e) in enumerate(envs.items()):
+    for c, e in enumerate(envs.values()):
         ax.plot(
             [mean(e, n, f"sae_top_{k}_test_accuracy") for n in sets], ys, "o", color=f"C{c}", ms=5, alpha=0.85
         )

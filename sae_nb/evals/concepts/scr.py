@@ -8,6 +8,7 @@ __all__ = ['scr_score', 'scr_direction', 'SCR', 'Task', 'quarters', 'scr_clean',
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-imports
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean, stdev
 
 import torch
@@ -77,28 +78,15 @@ class SCR(Evaluator):
 def runs(
     self: SCR,
     lm,  # Language model
-):  # Yields (name of the run, data set, pair, values of the attribute, function that returns texts for training and testing)
+):  # Yields (name of the run, data set, pair, values of the attribute, function that returns its texts)
     "Every pair of every data set."
     c = self.config
-    for n in c.dataset_names:
-        values, pairs = scr_pairs(n)
-        for p in c.column1_vals_lookup.get(n, pairs):
-            yield (
-                f"{n}_scr_{p[0]}_{p[1]}",
-                n,
-                tuple(p),
-                values,
-                lambda n=n, p=tuple(p): pair_set(
-                    n,
-                    p,
-                    lm,
-                    c.train_set_size // 2,
-                    c.test_set_size // 4,
-                    c.context_length,
-                    c.random_seed,
-                    c.data_dir,
-                ),
-            )
+    sizes = c.train_set_size // 2, c.test_set_size // 4, c.context_length, c.random_seed, c.data_dir
+    for name in c.dataset_names:
+        values, pairs = scr_pairs(name)
+        for pair in map(tuple, c.column1_vals_lookup.get(name, pairs)):
+            texts = partial(pair_set, name, pair, lm, *sizes)
+            yield f"{name}_scr_{pair[0]}_{pair[1]}", name, pair, values, texts
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-task
 @dataclass
@@ -383,41 +371,13 @@ def pooled_score(
 @patch
 def measure(self: SCR, sae, ctx: Context):
     "Silence latents on every data set."
-    c = self.config
-    lm, hook, store = ctx.model, ctx.hook, ctx.store
-    fields = [c.n_values, c.n_seeds, c.random_seed, c.baselines]
     done = []
-    for run, ds, pair, values, texts in tqdm(
-        list(self.runs(lm)), desc="scr", disable=ctx.quiet, leave=False, ncols=80
-    ):
-        task = self.prepare(texts(), pair, values, lm, hook, store)
-
-        def read(s, where):
-            return code_means(s, lm, hook, *where, store)
-
-        def look(s, keep, controls):
-            return keep.get(
-                "scr",
-                [s, lm, hook, task.key, fields, controls],
-                lambda: self.without_latents(
-                    task, s.W_dec, read(s, task.train), read(s, task.test), controls
-                ),
-            )
-
-        got = look(sae, ctx.parts, True)
-        got.update({n: look(s, store, False)["sae"] for n, s in ctx.nulls.items()})
-        if c.baselines:
-            got.update(store.get("scr-lm", [hook, task.key, fields], lambda: self.without_sae(task)))
-        done.append(
-            dict(
-                run=run,
-                dataset=ds,
-                pair=list(pair),
-                clean=scr_clean(task),
-                clean_test=scr_clean(task, 1),
-                after=got,
-            )
-        )
+    runs = list(self.runs(ctx.model))
+    for run, name, pair, values, texts in tqdm(runs, desc="scr", disable=ctx.quiet, leave=False, ncols=80):
+        task = self.prepare(texts(), pair, values, ctx.model, ctx.hook, ctx.store)
+        record = dict(run=run, dataset=name, pair=list(pair))
+        record.update(clean=scr_clean(task), clean_test=scr_clean(task, 1))
+        done.append(dict(record, after=after_silencing(self, task, sae, ctx)))
     return self.report(done, sae, ctx.nulls)
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-record

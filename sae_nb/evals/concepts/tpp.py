@@ -282,8 +282,8 @@ def without_latents(
 def class_codes(
     X,  # Vectors, [n, d]
     means,  # Mean of each class, [C, d]
-):  # codes [n, C] and directions [C, d]: X is about the mean of means + codes @ directions, and codes sum to one
-    "How much of each class there is in a vector."
+):  # codes [n, C] and directions [C, d]
+    "How much of each class there is in a vector: X is about mean + codes @ directions; codes sum to one."
     mean = means.mean(0)
     D = means - mean
     return concept_codes(X, D, mean) + 1 / len(D), D
@@ -351,44 +351,18 @@ def over_classes(
 @patch
 def measure(self: TPP, sae, ctx: Context):
     "Silence latents on every data set."
-    c = self.config
-    lm, hook, store = ctx.model, ctx.hook, ctx.store
-    fields = [c.n_values, c.n_seeds, c.random_seed, c.baselines]
-    done = []
-    left_out = {}
-    for ds, texts in tqdm(list(self.runs(lm)), desc="tpp", disable=ctx.quiet, leave=False, ncols=80):
+    done, left_out = [], {}
+    runs = list(self.runs(ctx.model))
+    for name, texts in tqdm(runs, desc="tpp", disable=ctx.quiet, leave=False, ncols=80):
         texts = texts()
         if len(texts[0].classes) < 3:
-            left_out[ds] = f"{ds} has two classes, and the probe of one is the other's mirror image"
+            left_out[name] = f"{name} has two classes, and the probe of one is the other's mirror image"
             continue
-        task = self.prepare(texts, lm, hook, store)
-
-        def read(s, where):
-            return code_means(s, lm, hook, *where, store)
-
-        def look(s, keep, controls):
-            return keep.get(
-                "tpp",
-                [s, lm, hook, task.key, fields, controls],
-                lambda: self.without_latents(
-                    task, s.W_dec, read(s, task.train), read(s, task.test), controls
-                ),
-            )
-
-        got = look(sae, ctx.parts, True)
-        got.update({n: look(s, store, False)["sae"] for n, s in ctx.nulls.items()})
-        if c.baselines:
-            got.update(store.get("tpp-lm", [hook, task.key, fields], lambda: self.without_sae(task)))
-        theirs = redrawn(probe_logits(task, 1), task.test_rows, seed_of("before", c.random_seed)).tolist()
-        done.append(
-            dict(
-                dataset=ds,
-                classes=task.classes,
-                clean=on_sets(probe_logits(task), task.at).tolist(),
-                clean_test=theirs,
-                after=got,
-            )
-        )
+        task = self.prepare(texts, ctx.model, ctx.hook, ctx.store)
+        drawn = redrawn(probe_logits(task, 1), task.test_rows, seed_of("before", self.config.random_seed))
+        record = dict(dataset=name, classes=task.classes)
+        record.update(clean=on_sets(probe_logits(task), task.at).tolist(), clean_test=drawn.tolist())
+        done.append(dict(record, after=after_silencing(self, task, sae, ctx)))
     return self.report(done, left_out, sae, ctx.nulls)
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-record

@@ -12,6 +12,7 @@ import copy
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -151,18 +152,17 @@ def answer(
     batch: int = 0,  # Prompts at a time; 0: some 8000 tokens, fewer with a large vocabulary
 ) -> Tensor:  # 0 to 3, [n], on the CPU
     "The letters a model chooses."
-    out, n = torch.zeros(len(q), dtype=torch.long), q.length
-    byl = n.argsort(stable=True)
-    size = batch or max(1, min(8192, 2**30 // lm.vocab) // int(n.max()))
-    for r in byl.split(size):
-        T = int(n[r].max())
-        d = q.docs[r, :T]
-        logits = lm.logits(
-            q.tokens[r, :T], hook if change else None, (lambda x: change(r, x)) if change else None, docs=d
-        )
-        last = logits[torch.arange(len(r), device=logits.device), (n[r] - 1).to(logits.device)]
-        out[r] = last[:, ids.to(last.device)].amax(-1).argmax(-1).cpu()
-    return out
+    chosen, lengths = torch.zeros(len(q), dtype=torch.long), q.length
+    size = batch or max(1, min(8192, 2**30 // lm.vocab) // int(lengths.max()))
+    where = hook if change else None
+    for rows in lengths.argsort(stable=True).split(size):
+        T = int(lengths[rows].max())
+        edit = partial(change, rows) if change else None
+        logits = lm.logits(q.tokens[rows, :T], where, edit, docs=q.docs[rows, :T])
+        at_end = (lengths[rows] - 1).to(logits.device)
+        last = logits[torch.arange(len(rows), device=logits.device), at_end]
+        chosen[rows] = last[:, ids.to(last.device)].amax(-1).argmax(-1).cpu()
+    return chosen
 
 # %% ../../../nbs/evals/unlearning/forget.ipynb #forget-known-def
 def known(
@@ -171,26 +171,30 @@ def known(
     template: str,  # See `prompt`
     store: Store,  # Where the result stays
     batch: int = 0,  # Prompts at a time, see `answer`
-) -> dict:  # `kept`: places in `qs` of those right under all orders; `first`: how many are right in their own order; `too_long`: how many do not fit
-    "Which questions the model has by heart."
+) -> dict:  # kept, first, too_long
+    """Which questions the model has by heart.
+
+    `kept`: places in `qs` of those right under all orders; `first`: how many are right in their own order;
+    `too_long`: how many do not fit.
+    """
+
+    def fits(q):
+        ids = lm.tokenizer(prompt(q, template=template), add_special_tokens=False)["input_ids"]
+        return len(ids) < lm.context
 
     def make():
-        alive = [
-            i
-            for i, q in enumerate(qs)
-            if len(lm.tokenizer(prompt(q, template=template), add_special_tokens=False)["input_ids"])
-            < lm.context
-        ]
-        out = dict(too_long=len(qs) - len(alive), first=0)
+        alive = [i for i, q in enumerate(qs) if fits(q)]
+        found = dict(too_long=len(qs) - len(alive), first=0)
         ids = letter_ids(lm)
-        for k, o in enumerate(orders):
+        for number, order in enumerate(orders):
             if not alive:
                 break
-            z = quiz(lm, [qs[i] for i in alive], o, template)
-            alive = [i for i, ok in zip(alive, (answer(lm, z, ids, batch=batch) == z.right).tolist()) if ok]
-            if k == 0:
-                out["first"] = len(alive)
-        return dict(out, kept=alive)
+            asked = quiz(lm, [qs[i] for i in alive], order, template)
+            right = (answer(lm, asked, ids, batch=batch) == asked.right).tolist()
+            alive = [i for i, ok in zip(alive, right) if ok]
+            if number == 0:
+                found["first"] = len(alive)
+        return dict(found, kept=alive)
 
     return store.get("known", [lm, qs, template], make)
 
@@ -409,25 +413,28 @@ def hits(
     "Answers under each clamp."
 
     def make():
-        out = torch.ones(len(targets), len(self.q), dtype=torch.uint8)
-        if not latents:
-            return dict(hits=out)
-        f = self.codes(latents)
-        r = (f > 0).flatten(1).any(1).nonzero()[:, 0]
-        if not len(r):
-            return dict(hits=out)
-        sub = Quiz(self.q.tokens[r], self.q.docs[r], self.q.right[r])
-        Wd = self.sae.W_dec[latents].detach()
-        for row, t in zip(out, targets.float()):
-            delta = (torch.where(f[r] > 0, t, f[r]) - f[r]).to(Wd)
-
-            def add(b, x):
-                return x + (delta[b.to(delta.device), : x.shape[1]] @ Wd).to(x)
-
-            row[r] = (answer(self.lm, sub, self.ids, self.hook, add, self.batch) == sub.right).to(row)
-        return dict(hits=out)
+        right = torch.ones(len(targets), len(self.q), dtype=torch.uint8)
+        f = self.codes(latents) if latents else torch.zeros(0, 1)
+        touched = (f > 0).flatten(1).any(1).nonzero()[:, 0]
+        if len(touched):
+            for row, target in zip(right, targets.float()):
+                row[touched] = self._clamped(latents, f[touched], touched, target).to(row)
+        return dict(hits=right)
 
     return self.keep.get("hits", [self.key, list(latents), targets], make)["hits"] > 0
+
+
+@patch
+def _clamped(self: Held, latents, f, rows, target):
+    "Which of some prompts are answered rightly if `latents` are set to `target` where they fire."
+    asked = Quiz(self.q.tokens[rows], self.q.docs[rows], self.q.right[rows])
+    directions = self.sae.W_dec[latents].detach()
+    delta = (torch.where(f > 0, target, f) - f).to(directions)
+
+    def add(batch, x):
+        return x + (delta[batch.to(delta.device), : x.shape[1]] @ directions).to(x)
+
+    return answer(self.lm, asked, self.ids, self.hook, add, self.batch) == asked.right
 
 # %% ../../../nbs/evals/unlearning/forget.ipynb #forget-gate-def
 def share(

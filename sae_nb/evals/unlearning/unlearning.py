@@ -52,7 +52,9 @@ class UnlearningConfig:
     llm_batch_size: int = 0  # Prompts at a time; 0: some 8000 tokens, fewer with a large vocabulary
     llm_dtype: str = ""  # Filled in from the model
     data_dir: str = ""  # Folder that mirrors the hub; empty: none
-    forget_corpus: str = "bio-forget-corpus.jsonl"  # On request only, see `forget.real_corpora`; "world": documents of the world
+    forget_corpus: str = (
+        "bio-forget-corpus.jsonl"  # See `forget.real_corpora`; "world": documents of the world
+    )
     retain_corpus: str = "wikitext"  # Or a jsonl file; on the world "mixed" or "others"
     prompt_format: str = "gemma"  # One of `forget.templates`, or a template
     multiplier_unit: str = (
@@ -66,7 +68,7 @@ class UnlearningConfig:
     random_latents: int = 3  # Draws of random latents; 0: none
     min_questions: int = 20  # Fewer known questions than this, on either side, and nothing is measured
     max_questions: int = 0  # At most so many of each subject; 0: all
-    relearn_steps: int = 0  # Updates of the relearning check; 0: left out, since training takes four times the memory of the model
+    relearn_steps: int = 0  # Updates of the relearning check; 0: left out, it takes four times the memory
     relearn_lr: float = 1e-4  # Its learning rate
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-class-def
@@ -205,7 +207,8 @@ def unfit(
     if min(n) >= self.config.min_questions:
         return ""
     return (
-        f"not measurable, because the model answers only {n[0]} questions on {self.config.dataset_names[0]} and {n[1]} on the retained subjects correctly under all 24 orders of their options; "
+        f"not measurable, because the model answers only {n[0]} questions on {self.config.dataset_names[0]} "
+        f"and {n[1]} on the retained subjects correctly under all 24 orders of their options; "
         f"{self.config.min_questions} of each are needed"
     )
 
@@ -221,20 +224,14 @@ class Table:
 def accuracies(
     t: Table,  # A method
     p: Prep,  # The questions
-) -> list:  # The rows, with accuracy on the subject to forget (validation half, test half, all) and on the retained ones
-    "What each setting does."
-    return [
-        dict(
-            r,
-            **{
-                k: t.hits[i, m].double().mean().item()
-                for k, m in dict(
-                    forget_val=p.val, forget_test=p.test, forget=p.forget, retain=p.retain
-                ).items()
-            },
-        )
-        for i, r in enumerate(t.rows)
-    ]
+) -> list:  # The rows, with their accuracies
+    "What each setting does: on the subject to forget (validation half, test half, all), on the retained ones."
+    parts = dict(forget_val=p.val, forget_test=p.test, forget=p.forget, retain=p.retain)
+
+    def right(i):
+        return {name: t.hits[i, part].double().mean().item() for name, part in parts.items()}
+
+    return [dict(row, **right(i)) for i, row in enumerate(t.rows)]
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-sets
 @patch
@@ -311,7 +308,7 @@ def sweep(
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-sweep-def-opened
 @patch
 def opened(self: Unlearning, h, p, sets, store, keep):
-    "For each set of latents, whether more than the usual share of a prompt's tokens fires, [n_sets, n_prompts]."
+    "For each set of latents, whether it fires on more of a prompt than usual, [n_sets, n_prompts]."
     theta = row_shares(h.sae, h.lm, h.hook, p.corpora["retain"], sets, store, keep).quantile(
         self.config.gate_percentile / 100, dim=1
     )
@@ -670,7 +667,7 @@ def draw(
         for k in ("zero_ablation", "random_latents", "random", "frozen", "supervised")
     }
     rows += [(k.replace("_", " "), sum(v) / len(v), None, "0.65") for k, v in shared.items() if v]
-    for y, (k, v, iv, col) in enumerate(rows[::-1]):
+    for y, (_, v, iv, col) in enumerate(rows[::-1]):
         bar.barh(
             y,
             v,
