@@ -231,7 +231,12 @@ def _averaged(cls):
 
         def encode(self, x, mask=None):
             f = super().encode(x, mask)
-            return f if self.training or f.ndim < 3 else _read_averages(f, mask, self.window)
+            if self.training or f.ndim < 3:
+                return f
+            if getattr(self, "decoder", "unit") == "unit":
+                return _read_averages(f, mask, self.window)
+            length = self.W_dec.norm(dim=-1)  # latents are compared by what they add to the reconstruction
+            return _read_averages(f * length, mask, self.window) / length
 
     return Averaged
 

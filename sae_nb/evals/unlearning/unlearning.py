@@ -225,7 +225,7 @@ def accuracies(
     t: Table,  # A method
     p: Prep,  # The questions
 ) -> list:  # The rows, with their accuracies
-    "What each setting does: on the subject to forget (validation half, test half, all), on the retained ones."
+    "What each setting does: on the subject to forget (validation, test, all) and on the retained ones."
     parts = dict(forget_val=p.val, forget_test=p.test, forget=p.forget, retain=p.retain)
 
     def right(i):
