@@ -440,15 +440,17 @@ def kernel_errors(places, X, Y, W, v, u):
 
 def check_kernels(work):
     "Each kernel against its dense formula in float64, on numbers of this run."
-    out, long = {}, S.settings.long
-    S.settings.long = min(long, min(work.n, 2048) // 2)  # the latent that is always on is cut into pieces
+    out, long = {}, S.kernel_settings.long
+    S.kernel_settings.long = min(
+        long, min(work.n, 2048) // 2
+    )  # the latent that is always on is cut into pieces
     for dtype, tight in ((torch.float32, 2e-5), (torch.bfloat16, 8e-3)):
         precision = str(dtype)[6:]
         out[precision] = errors = kernel_errors(*drawn_case(work, dtype))
         listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         verdict = "ok" if max(errors.values()) < tight else "WRONG"
         print(f"kernels against float64, {precision}: {listed} | {verdict}", flush=True)
-    S.settings.long = long
+    S.kernel_settings.long = long
     return out
 
 
@@ -549,7 +551,7 @@ def fits(kernel, tile):
 
 def tune(work, reps, deadline):
     "Other tiles for the kernels; prints the best of each, changes nothing."
-    kept, steps = dict(S.settings.tiles), parts(work)
+    kept, steps = dict(S.kernel_settings.tiles), parts(work)
     for kernel, part, choices in TRIALS:
         ms = {}
         for tile in itertools.product(*choices):
@@ -557,14 +559,14 @@ def tune(work, reps, deadline):
                 break
             if not fits(kernel, tile):
                 continue
-            S.settings.tiles[kernel] = tile
+            S.kernel_settings.tiles[kernel] = tile
             try:
                 steps[part](None)
                 wait()
                 ms[tile] = statistics.median(timed(steps[part], work.x[:1], reps) for _ in range(3))
             except Exception as e:
                 print(kernel, tile, reason(e))
-        S.settings.tiles.update(kept)
+        S.kernel_settings.tiles.update(kept)
         now = f"now {kept[kernel]} {ms.get(kept[kernel], float('nan')):.3f} ms"
         best = ", ".join(f"{tile} {t:.3f}" for tile, t in sorted(ms.items(), key=lambda i: i[1])[:4])
         print(f"d_sae {work.d_sae}, {part}: {now}; best {best}", flush=True)
@@ -631,7 +633,7 @@ def compile_all():
         compiled = kernel.run(*args, grid=grid, warmup=True, **options)
         made.setdefault((kernel.__name__, str(t.dtype)[6:], *options.items()), compiled)
 
-    S.settings.launcher = build
+    S.kernel_settings.launcher = build
     for dtype, d in ((torch.bfloat16, 2304), (torch.float32, 2304), (torch.bfloat16, 1000)):
         call_everything(dtype, d)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['order', 'palette', 'command', 'panels', 'history_columns', 'table_columns', 'check_alike', 'expected', 'save_figure',
-           'null_of', 'draw_null', 'draw_seeds', 'comparison', 'histories', 'draw_curve', 'curves', 'over_seeds',
-           'table_tex', 'macro', 'newcommand', 'numbers_tex', 'check_files', 'check_references', 'check_literals',
-           'check_tex', 'build_paper']
+           'null_of', 'draw_null', 'draw_seeds', 'comparison', 'histories', 'draw_curve', 'training_curves',
+           'over_seeds', 'table_tex', 'macro', 'newcommand', 'numbers_tex', 'check_files', 'check_references',
+           'check_literals', 'check_tex', 'build_paper']
 
 # %% ../nbs/99_paper.ipynb #paper-imports
 import re
@@ -171,7 +171,7 @@ def draw_curve(
     sns.despine(ax=ax)
 
 
-def curves(
+def training_curves(
     runs,  # From `expected`
     folder=None,  # Folder of runs
 ):  # The figure

@@ -51,7 +51,7 @@ class PairWatch(Trainer):
 
     def after_step(self, t, o):
         if self.taken % self.every == 0:
-            i, j = o.notes["pairs"][:2]
+            i, j = o.notes["pairs"]
             self.steps.append(self.taken)
             self.sets.append((i * self.n + j).sort().values.cpu())
         self.taken += 1
@@ -210,8 +210,8 @@ def batch_overlap(
     def selected(n_tokens, at):
         x = toy.sample(n_tokens, part="test", at=at)[0]
         by = "pre" if penalty.selector == "pre" else "post"
-        i, j, _ = penalty.select(sae, seen_by(sae, x, by, penalty.pre_k))
-        return i * sae.d_sae + j
+        pairs = penalty.select(sae, seen_by(sae, x, by, penalty.pre_k))
+        return pairs.i * sae.d_sae + pairs.j
 
     overlap = {}
     for n in sizes:
