@@ -86,8 +86,9 @@ class JumpReLUSAE(SAE):
         self.penalty = one_of("penalty", penalty, ["step", "tanh"])
         self.slow_log_threshold = nn.Parameter(torch.full((d_sae,), math.log(threshold) / pace))
 
-
+# %% ../../nbs/variants/jumprelu.ipynb #jumprelu-check-positive
 def _check_positive(**options):
+    "One line for an option that must be above 0."
     for name, value in options.items():
         if not value > 0:
             raise InputError(f"{name} = {value} must be above 0")
