@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core import InputError, register
 from .base import Context, Evaluator, Measured
-from .core import random_sae
+from .codes import random_sae
 from ..metrics import *
 from ..truth.related import absorption, hedging
 
