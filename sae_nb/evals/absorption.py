@@ -6,14 +6,15 @@
 __all__ = ['alphabet', 'AbsorptionConfig', 'Absorption', 'ascii_words', 'first_letter', 'ask', 'word_position', 'at_tokens',
            'fit_probe', 'f1', 'k_sparse', 'contributions', 'full_absorption', 'absorption_fraction',
            'absorption_fraction_2025', 'NoScore', 'Words', 'spelling_accuracy', 'world_text', 'Letters', 'columns',
-           'word_scores']
+           'word_scores', 'per_letter']
 
 # %% ../../nbs/evals/absorption.ipynb #abs-imports
 import math
 import random
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -53,9 +54,7 @@ class AbsorptionConfig:
     min_GT_probe_f1: float = 0.6  # Letters whose linear probe is no better are left out
     min_feats_for_eval: int = 20  # With fewer letters than this there is no score
     eval_k_sparse_probe_batch_size: int = 24  # For the record
-    precalc_k_sparse_probe_sae_acts: bool = (
-        False  # Keep the latents of all words; False: encode again when needed
-    )
+    precalc_k_sparse_probe_sae_acts: bool = False  # Keep the latents of all words
     examples: int = 10  # Solved examples in a prompt
     train_share: float = 0.8  # Share of the words that trains probes
     n_words: int = 0  # Words drawn from the vocabulary; 0: all
@@ -90,19 +89,23 @@ class Absorption(Evaluator):
 
     def __init__(self, **config):
         Evaluator.__init__(self, **config)
-        c = self.config
-        if "{word}" not in c.prompt_template:
-            raise InputError(
-                f"prompt_template = {c.prompt_template!r} has no place for the word; write {{word}} where "
-                "it goes"
-            )
-        if not 0 < c.train_share < 1:
-            raise InputError(f"train_share = {c.train_share} is out of range; it must be between 0 and 1")
-        for k, least in dict(
-            max_k_value=1, min_feats_for_eval=1, llm_batch_size=1, k_sparse_probe_batch_size=1, examples=0
-        ).items():
-            if getattr(c, k) < least:
-                raise InputError(f"{k} = {getattr(c, k)} is out of range; it must be at least {least}")
+        _checked(self.config)
+
+# %% ../../nbs/evals/absorption.ipynb #abs-config-checked
+_least = dict(max_k_value=1, min_feats_for_eval=1, llm_batch_size=1, k_sparse_probe_batch_size=1, examples=0)
+
+
+def _checked(c):
+    "Refuse a config that cannot be measured."
+    if "{word}" not in c.prompt_template:
+        raise InputError(
+            f"prompt_template = {c.prompt_template!r} has no place for the word; write {{word}} where it goes"
+        )
+    if not 0 < c.train_share < 1:
+        raise InputError(f"train_share = {c.train_share} is out of range; it must be between 0 and 1")
+    for name, least in _least.items():
+        if getattr(c, name) < least:
+            raise InputError(f"{name} = {getattr(c, name)} is out of range; it must be at least {least}")
 
 # %% ../../nbs/evals/absorption.ipynb #abs-words
 def ascii_words(
@@ -110,15 +113,12 @@ def ascii_words(
     special=(),  # Token ids that are no words
 ) -> dict:  # word -> token id, in the order of ids
     "Tokens that are ASCII letters with at most one space in front."
-
-    def shown(t):
-        return " " + t[1:] if t and t[0] in "Ġ▁" else t
-
-    return {
-        shown(t): i
-        for t, i in sorted(tokenizer.get_vocab().items(), key=lambda o: o[1])
-        if i not in special and re.fullmatch(" ?[A-Za-z]+", shown(t))
-    }
+    out = {}
+    for token, i in sorted(tokenizer.get_vocab().items(), key=lambda o: o[1]):
+        word = " " + token[1:] if token and token[0] in "Ġ▁" else token
+        if i not in special and re.fullmatch(" ?[A-Za-z]+", word):
+            out[word] = i
+    return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-words-first-letter
 def first_letter(
@@ -138,21 +138,18 @@ def ask(
     "First-letter questions."
     r = random.Random(f"letters {seed}")
     pool = list(pool or words)
-    out = []
     if len(pool) <= examples:
         raise InputError(
             f"examples = {examples} needs more than {len(pool)} words to draw from; ask for fewer examples "
             "or more words"
         )
-
-    def say(w):
-        return template.replace("{word}", w)
-
-    for w in words:
+    out = []
+    for word in words:
         shown = r.sample(pool, examples)
-        while w in shown:
+        while word in shown:
             shown = r.sample(pool, examples)
-        out.append("".join(f"\n{say(o)} {first_letter(o)}" for o in shown) + "\n" + say(w))
+        solved = [f"\n{template.replace('{word}', o)} {first_letter(o)}" for o in shown]
+        out.append("".join(solved) + "\n" + template.replace("{word}", word))
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-position
@@ -184,14 +181,27 @@ def at_tokens(
         here = at[(at[:, 0] >= i) & (at[:, 0] < i + batch)] - torch.tensor([i, 0])
         if not len(here):
             continue
-        T = int((docs[i : i + batch] > 0).sum(-1).max())
-        t, d = tokens[i : i + batch, :T], docs[i : i + batch, :T]
-        x = lm.acts(t, hook, docs=d)
-        v = x if sae is None else latents_of(sae, x, count_mask(t, d, lm.special_ids).to(x.device))
-        out.append(v[here[:, 0], here[:, 1]].float().cpu())
+        longest = int((docs[i : i + batch] > 0).sum(-1).max())
+        rows, numbers = tokens[i : i + batch, :longest], docs[i : i + batch, :longest]
+        found = lm.acts(rows, hook, docs=numbers)
+        if sae is not None:
+            found = latents_of(sae, found, count_mask(rows, numbers, lm.special_ids).to(found.device))
+        out.append(found[here[:, 0], here[:, 1]].float().cpu())
     return torch.cat(out)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-fit
+def _start(shape, d, gen, device):
+    "Uniform weights of a linear layer over `d` inputs."
+    return ((2 * torch.rand(shape, generator=gen) - 1) / math.sqrt(d)).to(device).requires_grad_()
+
+
+def _balance(Y):
+    "What a positive of each class weighs: (number of negatives)/(number of positives)."
+    pos = Y.sum(0)
+    return torch.where(pos > 0, (len(Y) - pos) / pos.clamp(min=1), 1.0)
+
+# %% ../../nbs/evals/absorption.ipynb #abs-fit-probe
+@torch.enable_grad()
 def fit_probe(
     X,  # [n, d], or a function from indices [m] to rows [m, d]
     Y: Tensor,  # Classes of each row, 0 or 1, [n, n_classes]
@@ -207,28 +217,19 @@ def fit_probe(
     take = X if callable(X) else X.__getitem__
     gen = torch.Generator().manual_seed(seed)
     x = take(torch.arange(1))
-    d, C = x.shape[1], Y.shape[1]
-    w, b = [
-        ((2 * torch.rand(s, generator=gen) - 1) / math.sqrt(d)).to(x.device).requires_grad_()
-        for s in ((C, d), (C,))
-    ]
     Y = Y.to(x.device).float()
-    pos = Y.sum(0)
-    weight = torch.where(pos > 0, (len(Y) - pos) / pos.clamp(min=1), 1.0)
+    w, b = [_start(shape, x.shape[1], gen, x.device) for shape in ((Y.shape[1], x.shape[1]), (Y.shape[1],))]
     opt = torch.optim.Adam([w, b], lr=lr, weight_decay=weight_decay)
-    with torch.enable_grad():
-        for e in range(epochs):
-            for g in opt.param_groups:
-                g["lr"] = lr * (end_lr / lr) ** (e / epochs)
-            for i in torch.randperm(len(Y), generator=gen).split(batch):
-                loss = F.binary_cross_entropy_with_logits(
-                    take(i).detach() @ w.T + b, Y[i.to(Y.device)], pos_weight=weight
-                )
-                if l1:
-                    loss = loss + l1 * w.abs().sum(1).mean()
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
+    loss_of = partial(F.binary_cross_entropy_with_logits, pos_weight=_balance(Y))
+    for e in range(epochs):
+        opt.param_groups[0]["lr"] = lr * (end_lr / lr) ** (e / epochs)
+        for i in torch.randperm(len(Y), generator=gen).split(batch):
+            loss = loss_of(take(i).detach() @ w.T + b, Y[i.to(Y.device)])
+            if l1:
+                loss = loss + l1 * w.abs().sum(1).mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
     return w.detach(), b.detach()
 
 # %% ../../nbs/evals/absorption.ipynb #abs-fit-f1
@@ -241,6 +242,18 @@ def f1(
     return 2 * (say & y).sum(0).double() / (say.sum(0) + y.sum(0)).clamp(min=1)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-sparse
+def _logistic(f_train, y_train, f_test):
+    "Decision values of scikit-learn's logistic regression with balanced classes."
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted = LogisticRegression(max_iter=500, class_weight="balanced").fit(
+            f_train.cpu().numpy(), y_train.cpu().numpy()
+        )
+    return torch.as_tensor(fitted.decision_function(f_test.cpu().numpy()))
+
+
 def k_sparse(
     f_train: Tensor,  # Latents in the order of their rank, [n_train, max_k]
     y_train: Tensor,  # Is it this letter, [n_train]
@@ -249,18 +262,11 @@ def k_sparse(
     jump: float = 0.03,  # What one more must add
 ) -> list:  # F1 with 1, 2, ... latents, accepted ones only
     "How many latents a letter is split into, and how well they tell it."
-    from sklearn.linear_model import LogisticRegression
-
-    best = []
     if not (0 < y_train.sum() < len(y_train)):
         return [0.0]
+    best = []
     for k in range(1, f_train.shape[1] + 1):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            lr = LogisticRegression(max_iter=500, class_weight="balanced").fit(
-                f_train[:, :k].cpu().numpy(), y_train.cpu().numpy()
-            )
-        score = f1(torch.as_tensor(lr.decision_function(f_test[:, :k].cpu().numpy())), y_test.cpu()).item()
+        score = f1(_logistic(f_train[:, :k], y_train, f_test[:, :k]), y_test.cpu()).item()
         if best and score <= best[-1] + jump:
             break
         best.append(score)
@@ -295,16 +301,17 @@ def full_absorption(
 
 # %% ../../nbs/evals/absorption.ipynb #abs-score-absorption-fraction
 def absorption_fraction(
-    s: Tensor,  # [n, d_sae]
-    c: Tensor,  # [d_sae]
-    p: Tensor,  # [n]
+    s: Tensor,  # What latents put along the direction, [n, d_sae]
+    c: Tensor,  # Their cosines with it, [d_sae]
+    p: Tensor,  # What the activation has of it, [n]
     main: list,  # Indices of the main latents
     min_cos: float = 0.1,  # Of a latent that can absorb
     min_share: float = 0.4,  # Of p that those must carry together
     most: int = 3,  # How many of them count
 ) -> Tensor:  # Between 0 and 1, [n]
     "Share of the direction that a few other latents carry."
-    M, free = s[:, main].sum(1), c >= min_cos
+    M = s[:, main].sum(1)
+    free = c >= min_cos
     free[main] = False
     P = s.masked_fill(~free, 0.0).clamp(min=0).topk(min(most, s.shape[1])).values.sum(1)
     q = torch.minimum(P, p - M)
@@ -313,12 +320,13 @@ def absorption_fraction(
 
 # %% ../../nbs/evals/absorption.ipynb #abs-score-absorption-fraction-2025
 def absorption_fraction_2025(
-    s: Tensor,  # [n, d_sae]
-    p: Tensor,  # [n]
+    s: Tensor,  # What latents put along the direction, [n, d_sae]
+    p: Tensor,  # What the activation has of it, [n]
     main: list,  # Indices of the main latents
 ) -> Tensor:  # Between 0 and 1, [n]
     "The formula before March 2025: everything the main latents do not carry."
-    M, A = s[:, main].sum(1), s.sum(1)
+    M = s[:, main].sum(1)
+    A = s.sum(1)
     return torch.where((M >= p) | (A <= 0), 0.0, ((A - M) / A).clamp(0, 1))
 
 # %% ../../nbs/evals/absorption.ipynb #abs-prompts
@@ -350,43 +358,68 @@ class Words:
 
 # %% ../../nbs/evals/absorption.ipynb #abs-prompts-prompts
 @patch
-def prompts(self: Absorption, lm) -> dict:  # "train", "test" and "again" -> Words; "dropped" -> int
-    "Questions about every word."
-    c, world = self.config, getattr(lm, "name", "") == "world"
-    ids = {w: W.VOCAB[w] for w in W.LEXICON} if world else ascii_words(lm.tokenizer, lm.special_ids)
-    words = random.Random(f"absorption {c.random_seed}").sample(list(ids), len(ids))[: c.n_words or None]
+def letter_prompts(
+    self: Absorption,
+    lm,  # Language model
+    words: list,  # Words to ask about
+    seed: int,  # Which examples
+    pool: list,  # Words the examples come from
+) -> list:  # Texts
+    "A question about every word; the world asks in its own words."
+    c = self.config
+    if getattr(lm, "name", "") == "world":
+        return [prompt for prompt, _ in W.letter_prompts(words, c.examples, seed, pool)]
+    return ask(words, c.prompt_template, c.examples, seed, pool)
+
+
+@patch
+def halves(
+    self: Absorption,
+    words: list,  # All words
+) -> tuple:  # Words to train on and to test on
+    "The split of the words."
+    c = self.config
+    words = random.Random(f"absorption {c.random_seed}").sample(words, len(words))[: c.n_words or None]
     n = int(c.train_share * len(words))
-    train, test = words[:n], words[n:]
-    if min(len(train), len(test)) <= max(c.examples, 1):
+    if min(n, len(words) - n) <= max(c.examples, 1):
         raise NoScore(
             f"{len(words)} single-token words of ASCII letters are too few to split and draw {c.examples} "
             "examples from"
         )
+    return words[:n], words[n:]
+
+# %% ../../nbs/evals/absorption.ipynb #abs-prompts-all
+@patch
+def prompts(
+    self: Absorption,
+    lm,  # Language model
+) -> dict:  # "train", "test" and "again" -> Words; "dropped" -> int
+    "Questions about every word."
+    world = getattr(lm, "name", "") == "world"
+    ids = {w: W.VOCAB[w] for w in W.LEXICON} if world else ascii_words(lm.tokenizer, lm.special_ids)
+    train, test = self.halves(list(ids))
+    drawn = dict(train=(train, train), test=(test, test), again=(test, train + test))
     out = dict(dropped=0)
-    for i, (k, ws, pool) in enumerate(
-        (("train", train, train), ("test", test, test), ("again", test, words))
-    ):
-        seed = 3 * c.random_seed + i
-        ps = (
-            [p for p, _ in W.letter_prompts(ws, c.examples, seed, pool)]
-            if world
-            else ask(ws, c.prompt_template, c.examples, seed, pool)
-        )
-        out[k] = self.placed(lm, ws, ps, [ids[w] for w in ws])
-        out["dropped"] += len(ws) - len(out[k])
-    for a, b in (("test", "again"), ("again", "test")):
-        out[a] = out[a].pick(torch.isin(out[a].i, out[b].i))
+    for i, (name, (words, pool)) in enumerate(drawn.items()):
+        texts = self.letter_prompts(lm, words, 3 * self.config.random_seed + i, pool)
+        out[name] = self.placed(lm, words, texts, [ids[word] for word in words])
+        out["dropped"] += len(words) - len(out[name])
+    out["test"] = out["test"].pick(torch.isin(out["test"].i, out["again"].i))
+    out["again"] = out["again"].pick(torch.isin(out["again"].i, out["test"].i))
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-placed
 @patch
-def placed(self: Absorption, lm, words, prompts, ids) -> Words:
-    "Tokenised prompts with the position of the word checked; words that are not where they should be are left out."
-    tokens, docs = lm.encode(prompts)
-    n = docs.sum(1)
+def refuse(
+    self: Absorption,
+    lm,  # Language model
+    longest: int,  # Tokens of the longest prompt
+    pos: int,  # Where the word is, from the end
+    there: list,  # Whether each word is there
+):
+    "Raise `NoScore` if the words cannot be read."
     want = self.config.prompt_token_pos
-    pos, there = word_position([t[:m].tolist() for t, m in zip(tokens, n)], ids)
-    if int(n.max()) >= lm.context:
+    if longest >= lm.context:
         raise NoScore(
             f"prompts do not fit the {lm.context} tokens that the model reads; ask for fewer examples"
         )
@@ -395,9 +428,9 @@ def placed(self: Absorption, lm, words, prompts, ids) -> Words:
             "the prompts do not end in the same token: end the template in something after the word, such "
             "as a colon"
         )
-    if sum(there) < len(words) / 2:
+    if sum(there) < len(there) / 2:
         raise NoScore(
-            f"the tokenizer cuts {len(words) - sum(there)} of {len(words)} words differently inside the "
+            f"the tokenizer cuts {len(there) - sum(there)} of {len(there)} words differently inside the "
             "prompt; choose a prompt_template in which a word can stand as one token"
         )
     if want not in (0, pos):
@@ -405,10 +438,24 @@ def placed(self: Absorption, lm, words, prompts, ids) -> Words:
             f"the word is token {pos} from the end of the prompt, and prompt_token_pos = {want} would read "
             f"another one; set prompt_token_pos={pos}"
         )
-    y = torch.tensor([alphabet.index(first_letter(w)) for w in words])
-    return Words(torch.tensor(ids), y, tokens, docs, torch.stack([torch.arange(len(n)), n + pos], 1)).pick(
-        torch.tensor(there)
-    )
+
+# %% ../../nbs/evals/absorption.ipynb #abs-placed-words
+@patch
+def placed(
+    self: Absorption,
+    lm,  # Language model
+    words: list,  # Words
+    prompts: list,  # A prompt about each
+    ids: list,  # Token id of each
+) -> Words:  # Without those that are not where they should be
+    "Tokenised prompts with the position of the word checked."
+    tokens, docs = lm.encode(prompts)
+    n = docs.sum(1)
+    pos, there = word_position([row[:m].tolist() for row, m in zip(tokens, n)], ids)
+    self.refuse(lm, int(n.max()), pos, there)
+    letters = torch.tensor([alphabet.index(first_letter(word)) for word in words])
+    at = torch.stack([torch.arange(len(n)), n + pos], 1)
+    return Words(torch.tensor(ids), letters, tokens, docs, at).pick(torch.tensor(there))
 
 # %% ../../nbs/evals/absorption.ipynb #abs-spell
 @torch.no_grad()
@@ -419,50 +466,48 @@ def spelling_accuracy(
     batch: int = 64,  # At a time
 ) -> float:  # Share of right answers
     "How often the model names the first letter."
-    right, n = 0, min(n, len(w))
+    n = min(n, len(w))
+    said = []
     for i in range(0, n, batch):
-        j = slice(i, min(i + batch, n))
-        last = w.docs[j].sum(1) - 1
-        best = lm.logits(w.tokens[j], docs=w.docs[j])[torch.arange(len(last)), last].argmax(-1).tolist()
-        right += sum(
-            lm.tokenizer.decode([t]).strip().upper() == alphabet[y] for t, y in zip(best, w.y[j].tolist())
-        )
-    return right / n
+        rows = slice(i, min(i + batch, n))
+        last = w.docs[rows].sum(1) - 1
+        logits = lm.logits(w.tokens[rows], docs=w.docs[rows])
+        said += logits[torch.arange(len(last)), last].argmax(-1).tolist()
+    names = [lm.tokenizer.decode([token]).strip().upper() for token in said]
+    return sum(name == alphabet[y] for name, y in zip(names, w.y.tolist())) / n
 
 # %% ../../nbs/evals/absorption.ipynb #abs-text
 def world_text(
     n_docs: int,  # Held-out documents
     ids: Tensor = None,  # Token ids of the words of interest; None: all words
-) -> (
-    tuple
-):  # Words (one per occurrence, tokens and docs per document), and whether it is in a spelling exercise [n]
+) -> tuple:  # Words, one per occurrence (`tokens` and `docs` per document); in a spelling exercise? [n]
     "Occurrences of words in running text."
-    ds = W.documents(WorldSource.heldout_seed, 0, n_docs)
-    tokens, docs = W.encode(ds)
-    codes, vals = W.label_codes(ds, "initial")
+    documents = W.documents(WorldSource.heldout_seed, 0, n_docs)
+    tokens, docs = W.encode(documents)
+    codes, initials = W.label_codes(documents, "initial")
     at = (codes > 0 if ids is None else (codes > 0) & torch.isin(tokens, ids)).nonzero()
-    letter = torch.tensor([alphabet.index(v.upper()) for v in vals])
-    r, t = at.T
-    return Words(tokens[r, t], letter[codes[r, t] - 1], tokens, docs, at), torch.tensor(
-        [d.kind == "spelling" for d in ds]
-    )[r]
+    letter = torch.tensor([alphabet.index(initial.upper()) for initial in initials])
+    row, column = at.T
+    drill = torch.tensor([document.kind == "spelling" for document in documents])
+    words = Words(tokens[row, column], letter[codes[row, column] - 1], tokens, docs, at)
+    return words, drill[row]
 
 # %% ../../nbs/evals/absorption.ipynb #abs-data
 @dataclass
 class Letters:
     "What does not depend on the SAE."
 
-    train: Words
-    test: Words
-    again: Words
+    train: Words  # Words that train probes
+    test: Words  # Words that test them
+    again: Words  # The test words, asked anew
     w: Tensor  # Probe directions, [26, d_in]
     b: Tensor  # [26]
     f1: Tensor  # Of the probe on test words, [26]
     known: dict  # name -> number, for the report
     text: Words = None  # Occurrences in running text
-    drill: Tensor = None  # Which of them are spelling exercises
+    drill: Tensor = None  # Which of them are in spelling exercises
 
-    def sure(self, which):  # Test words of letter `l` that the probe finds
+    def sure(self, which):  # Test words of letter `which` that the probe finds
         return ((self.test.y == which) & (self.logits[:, which] > 0)).nonzero()[:, 0].tolist()
 
     @property
@@ -471,55 +516,123 @@ class Letters:
 
 # %% ../../nbs/evals/absorption.ipynb #abs-data-probed
 @patch
-def probed(self: Absorption, train, test, store, seed=0) -> tuple:  # w, b, F1
+def probed(
+    self: Absorption,
+    train: Words,  # With activations
+    test: Words,  # With activations
+    store,  # Where the probe stays
+) -> tuple:  # w [26, d_in], b [26], F1 [26]
     "The letter probes."
-
-    def hot(w):
-        return F.one_hot(w.y, 26)
+    seed = self.config.random_seed
 
     def make():
-        w, b = fit_probe(train.x, hot(train), seed=self.config.random_seed)
-        return dict(w=w, b=b, f1=f1(test.x @ w.T + b, hot(test)))
+        w, b = fit_probe(train.x, F.one_hot(train.y, 26), seed=seed)
+        return dict(w=w, b=b, f1=f1(test.x @ w.T + b, F.one_hot(test.y, 26)))
 
-    p = store.get("absorption-probe", [train.x, train.y, test.x, test.y, self.config.random_seed], make)
-    return p["w"], p["b"], p["f1"]
+    probe = store.get("absorption-probe", [train.x, train.y, test.x, test.y, seed], make)
+    return probe["w"], probe["b"], probe["f1"]
 
 # %% ../../nbs/evals/absorption.ipynb #abs-data-acts-at
 @patch
-def acts_at(self: Absorption, lm, hook, w, store, desc=""):
+def acts_at(
+    self: Absorption,
+    lm,  # Language model
+    hook,  # Hook point
+    w: Words,  # Words
+    store,  # Where activations stay
+    desc="",  # Words before a progress bar; empty: no bar
+) -> Tensor:  # [n, d_in]
     "Activations at the words."
-    return store.get(
-        "absorption-words",
-        [lm, hook, w.tokens, w.docs, w.at],
-        lambda: dict(x=at_tokens(lm, hook, w.tokens, w.docs, w.at, self.config.llm_batch_size, desc=desc)),
-    )["x"]
+
+    def make():
+        return dict(x=at_tokens(lm, hook, w.tokens, w.docs, w.at, self.config.llm_batch_size, desc=desc))
+
+    return store.get("absorption-words", [lm, hook, w.tokens, w.docs, w.at], make)["x"]
 
 # %% ../../nbs/evals/absorption.ipynb #abs-data-get
+_sets = ("train", "test", "again")
+
+
 @patch
-def kept_prompts(self: Absorption, lm, store) -> dict:
+def kept_prompts(
+    self: Absorption,
+    lm,  # Language model
+    store,  # Where prompts stay
+) -> dict:  # As from `prompts`
     "`prompts`, made once."
     c = self.config
     fields = ("i", "y", "tokens", "docs", "at")
-    sets = ("train", "test", "again")
 
     def make():
-        o = self.prompts(lm)
-        return {f"{k}.{f}": getattr(o[k], f) for k in sets for f in fields} | dict(
-            dropped=torch.tensor(o["dropped"])
-        )
+        made = self.prompts(lm)
+        tensors = {f"{name}.{part}": getattr(made[name], part) for name in _sets for part in fields}
+        return tensors | dict(dropped=torch.tensor(made["dropped"]))
 
-    t = store.get(
-        "absorption-prompts",
-        [lm, c.random_seed, c.prompt_template, c.prompt_token_pos, c.examples, c.train_share, c.n_words],
-        make,
-    )
-    return {k: Words(*(t[f"{k}.{f}"] for f in fields)) for k in sets} | dict(dropped=int(t["dropped"]))
+    asked = [c.prompt_template, c.prompt_token_pos, c.examples, c.train_share, c.n_words]
+    kept = store.get("absorption-prompts", [lm, c.random_seed, *asked], make)
+    out = {name: Words(*[kept[f"{name}.{part}"] for part in fields]) for name in _sets}
+    return out | dict(dropped=int(kept["dropped"]))
+
+# %% ../../nbs/evals/absorption.ipynb #abs-data-spells
+@patch
+def checked_spelling(
+    self: Absorption,
+    lm,  # Language model
+    test: Words,  # Prompts
+    store,  # Where the answer stays
+    known: dict,  # What is known so far, for the reason
+) -> dict:  # spelling_accuracy; empty if the model is not asked
+    "Can the model spell? `NoScore` if not."
+    c = self.config
+    if not c.min_spelling_accuracy:
+        return {}
+
+    def make():
+        return dict(accuracy=spelling_accuracy(lm, test, c.spelling_prompts, c.llm_batch_size))
+
+    accuracy = store.get("absorption-spelling", [lm, test.tokens, c.spelling_prompts], make)["accuracy"]
+    if accuracy < c.min_spelling_accuracy:
+        raise NoScore(
+            f"the model names {accuracy:.0%} of first letters, fewer than min_spelling_accuracy = "
+            f"{c.min_spelling_accuracy}: it cannot spell",
+            **known,
+            spelling_accuracy=accuracy,
+        )
+    return dict(spelling_accuracy=accuracy)
+
+# %% ../../nbs/evals/absorption.ipynb #abs-data-probes
+@patch
+def checked_probes(
+    self: Absorption,
+    hook: str,  # Hook point
+    sets: dict,  # "train" and "test" -> Words with activations
+    store,  # Where probes stay
+    known: dict,  # What is known so far; `n_letters` and `probe_f1` are added
+) -> tuple:  # w [26, d_in], b [26], F1 [26]
+    "The letter probes, or `NoScore` if they tell too few letters."
+    c = self.config
+    w, b, score = self.probed(sets["train"], sets["test"], store)
+    n = int((score > c.min_GT_probe_f1).sum())
+    known.update(n_letters=n, probe_f1=score.mean().item())
+    if n < c.min_feats_for_eval:
+        raise NoScore(
+            f"a linear probe at {hook} tells only {n} letters with an F1 above {c.min_GT_probe_f1}, and "
+            f"min_feats_for_eval asks for {c.min_feats_for_eval}: the letters are not there as directions",
+            **known,
+        )
+    return w, b, score
 
 # %% ../../nbs/evals/absorption.ipynb #abs-data-get-data
 @patch
-def data(self: Absorption, lm, hook, store, quiet=True) -> Letters:
+def data(
+    self: Absorption,
+    lm,  # Language model
+    hook: str,  # Hook point
+    store,  # Where everything stays
+    quiet=True,  # No progress bars
+) -> Letters:
     "Words, activations and probes, or `NoScore`."
-    c, say = self.config, (lambda o: "" if quiet else o)
+    c = self.config
     if not re.search(r"resid_(pre|post)$", hook):
         raise NoScore(
             f"{hook} is not a residual stream: the probe would be for what one layer adds, and SAEBench "
@@ -527,41 +640,25 @@ def data(self: Absorption, lm, hook, store, quiet=True) -> Letters:
         )
     sets = self.kept_prompts(lm, store)
     known = dict(n_words=len(sets["train"]) + len(sets["test"]), n_words_left_out=sets["dropped"])
-    test = sets["test"]
-    if c.min_spelling_accuracy:
-
-        def ask_it():
-            return dict(accuracy=spelling_accuracy(lm, test, c.spelling_prompts, c.llm_batch_size))
-
-        acc = known["spelling_accuracy"] = store.get(
-            "absorption-spelling", [lm, test.tokens, c.spelling_prompts], ask_it
-        )["accuracy"]
-        if acc < c.min_spelling_accuracy:
-            raise NoScore(
-                f"the model names {acc:.0%} of first letters, fewer than min_spelling_accuracy = "
-                f"{c.min_spelling_accuracy}: it cannot spell",
-                **known,
-            )
-    for k in ("train", "test", "again"):
-        sets[k].x = self.acts_at(lm, hook, sets[k], store, say(f"{k} words"))
-    w, b, s = self.probed(sets["train"], test, store)
-    n = int((s > c.min_GT_probe_f1).sum())
-    known.update(n_letters=n, probe_f1=s.mean().item())
-    if n < c.min_feats_for_eval:
-        raise NoScore(
-            f"a linear probe at {hook} tells only {n} letters with an F1 above {c.min_GT_probe_f1}, and min_feats_for_eval asks for {c.min_feats_for_eval}: "
-            "the letters are not there as directions",
-            **known,
-        )
+    known |= self.checked_spelling(lm, sets["test"], store, known)
+    for name in _sets:
+        sets[name].x = self.acts_at(lm, hook, sets[name], store, "" if quiet else f"{name} words")
+    w, b, score = self.checked_probes(hook, sets, store, known)
     text = drill = None
     if c.n_text_docs and getattr(lm, "name", "") == "world":
-        text, drill = world_text(c.n_text_docs, test.i)
-        text.x = self.acts_at(lm, hook, text, store, say("text"))
-    return Letters(sets["train"], test, sets["again"], w, b, s, known, text, drill)
+        text, drill = world_text(c.n_text_docs, sets["test"].i)
+        text.x = self.acts_at(lm, hook, text, store, "" if quiet else "text")
+    return Letters(sets["train"], sets["test"], sets["again"], w, b, score, known, text, drill)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-codes
 @patch
-def codes(self: Absorption, sae, lm, hook, w: Words):  # Function from indices to latents [m, d_sae], float32
+def codes(
+    self: Absorption,
+    sae,  # Any SAE
+    lm,  # Language model
+    hook,  # Hook point
+    w: Words,  # With activations
+):  # Function from indices to latents [m, d_sae], float32
     "Latents at the words."
 
     def each(i):
@@ -571,9 +668,8 @@ def codes(self: Absorption, sae, lm, hook, w: Words):  # Function from indices t
         return at_tokens(lm, hook, w.tokens, w.docs, w.at, self.config.llm_batch_size, sae).__getitem__
     if not self.config.precalc_k_sparse_probe_sae_acts:
         return each
-    return torch.cat(
-        [each(i) for i in torch.arange(len(w)).split(4096)] or [torch.zeros(0, sae.d_sae)]
-    ).__getitem__
+    none = [torch.zeros(0, sae.d_sae)]
+    return torch.cat([each(i) for i in torch.arange(len(w)).split(4096)] or none).__getitem__
 
 # %% ../../nbs/evals/absorption.ipynb #abs-codes-columns
 def columns(
@@ -582,38 +678,50 @@ def columns(
     cols: Tensor,  # Which latents
 ) -> Tensor:  # [n, len(cols)], on the CPU
     "Some latents of all words."
-    return torch.cat(
-        [take(i)[:, cols].cpu() for i in torch.arange(n).split(1024)] or [torch.zeros(0, len(cols))]
-    )
+    none = [torch.zeros(0, len(cols))]
+    return torch.cat([take(i)[:, cols].cpu() for i in torch.arange(n).split(1024)] or none)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-main
 @patch
-def main_latents(
-    self: Absorption, train, test, y_train, y_test, desc=""
-) -> list:  # letter -> dict(main, k1_f1, main_f1)
-    "The latents of each letter, and how well they tell it."
+def ranked(
+    self: Absorption,
+    train,  # Function from indices to latents of the training words
+    y: Tensor,  # Their letters, [n_train]
+) -> Tensor:  # [26, max_k_value], best first
+    "Latents of each letter in the order of their weight in the L1 probe."
     c = self.config
-    n = len(y_train)
-    m = len(y_test)
     w, _ = fit_probe(
         train,
-        F.one_hot(y_train, 26),
+        F.one_hot(y, 26),
         c.k_sparse_probe_num_epochs,
         c.k_sparse_probe_batch_size,
         weight_decay=1e-6,
         l1=c.k_sparse_probe_l1_decay,
         seed=c.random_seed,
     )
-    rank = w.topk(min(c.max_k_value, w.shape[1])).indices.cpu()
-    cols, where = rank.unique(return_inverse=True)
-    a = columns(train, n, cols)
-    b = columns(test, m, cols)
+    return w.topk(min(c.max_k_value, w.shape[1])).indices.cpu()
+
+
+@patch
+def main_latents(
+    self: Absorption,
+    train,  # Function from indices to latents of the training words
+    test,  # The same for the test words
+    y_train: Tensor,  # Letters, [n_train]
+    y_test: Tensor,  # Letters, [n_test]
+    desc="",  # Words before a progress bar; empty: no bar
+) -> list:  # letter -> dict(main, k1_f1, main_f1)
+    "The latents of each letter, and how well they tell it."
+    rank = self.ranked(train, y_train)
+    used, where = rank.unique(return_inverse=True)
+    f_train = columns(train, len(y_train), used)
+    f_test = columns(test, len(y_test), used)
     out = []
-    for which in tqdm(range(26), desc=desc, disable=not desc, leave=False, ncols=80):
-        best = k_sparse(
-            a[:, where[which]], y_train == which, b[:, where[which]], y_test == which, c.f1_jump_threshold
-        )
-        out.append(dict(main=rank[which][: len(best)].tolist(), k1_f1=best[0], main_f1=best[-1]))
+    for letter in tqdm(range(26), desc=desc, disable=not desc, leave=False, ncols=80):
+        own = where[letter]
+        jump = self.config.f1_jump_threshold
+        best = k_sparse(f_train[:, own], y_train == letter, f_test[:, own], y_test == letter, jump)
+        out.append(dict(main=rank[letter][: len(best)].tolist(), k1_f1=best[0], main_f1=best[-1]))
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-letter
@@ -626,175 +734,199 @@ def word_scores(
     main: list,  # Main latents
 ) -> dict:  # Sums over words
     "The scores of a letter's words, added up."
-    x, out = x.to(z.device), {}
-    p = x.float() @ unit(direction[None])[0].to(z.device)
-    for tag, flag in (("", False), ("_saebench", True)):
-        s, c = contributions(z, W_dec, direction, flag)
-        out.update(
-            {
-                f"full{tag}": full_absorption(z, s, c, p, main).sum().item(),
-                f"fraction{tag}": absorption_fraction(s, c, p, main).sum().item(),
-            }
-        )
-        if not flag:
-            out["full_single"] = full_absorption(z, s, c, p, main[:1]).sum().item()
-    return out | dict(fraction_2025=absorption_fraction_2025(s, p, main).sum().item())
+    p = x.to(z.device).float() @ unit(direction[None])[0].to(z.device)
+    s, c = contributions(z, W_dec, direction)
+    s_unit, _ = contributions(z, W_dec, direction, as_unit=True)
+    scores = dict(
+        full=full_absorption(z, s, c, p, main),
+        fraction=absorption_fraction(s, c, p, main),
+        full_single=full_absorption(z, s, c, p, main[:1]),
+        full_saebench=full_absorption(z, s_unit, c, p, main),
+        fraction_saebench=absorption_fraction(s_unit, c, p, main),
+        fraction_2025=absorption_fraction_2025(s_unit, p, main),
+    )
+    return {name: score.sum().item() for name, score in scores.items()}
 
 # %% ../../nbs/evals/absorption.ipynb #abs-letter-judge
+def _fires(take, n, mains):
+    "Does any main latent fire? A function of the letter -> [n] bool."
+    used = sorted({latent for own in mains for latent in own["main"]})
+    fires = columns(take, n, torch.tensor(used)) >= 1e-8
+    column = {latent: j for j, latent in enumerate(used)}
+
+    def any_fires(letter):
+        return fires[:, [column[latent] for latent in mains[letter]["main"]]].any(1)
+
+    return any_fires
+
+
+def _text_counts(is_letter, fires, drill):
+    "Occurrences in text: with the letter, in spelling exercises, and others; all boolean, [n]."
+    sets = dict(
+        n_text=is_letter,
+        silent_text=is_letter & ~fires,
+        n_drill=is_letter & drill,
+        silent_drill=is_letter & ~fires & drill,
+        n_other=~is_letter,
+        fires_other=~is_letter & fires,
+    )
+    return {name: int(which.sum()) for name, which in sets.items()}
+
+# %% ../../nbs/evals/absorption.ipynb #abs-letter-judge-all
 @patch
 @torch.no_grad()
-def judge(self: Absorption, sae, D: Letters, mains, again, text=None) -> list:  # One dict per letter
+def judge(
+    self: Absorption,
+    sae,  # Any SAE
+    D: Letters,  # Words and probes
+    mains: list,  # From `main_latents`
+    again,  # Function from indices to latents of `D.again`
+    text=None,  # The same for `D.text`; None: no text
+) -> list:  # One dict per letter
     "Counts for each letter."
-    out, y = [], D.again.y
-    cols = torch.tensor(sorted({i for m in mains for i in m["main"]}))
-    at = {int(c): j for j, c in enumerate(cols)}
-    said = columns(again, len(y), cols) >= 1e-8
-    seen = None if text is None else columns(text, len(D.text.y), cols) >= 1e-8
-    for which, m in enumerate(mains):
-        sure, j = D.sure(which), [at[i] for i in m["main"]]
-        row = dict(
-            letter=alphabet[which],
-            probe_f1=float(D.f1[which]),
-            n=len(sure),
-            **m,
-            n_prompts=int((y == which).sum()),
-            silent_prompts=int((~said[y == which][:, j].any(1)).sum()),
-        )
-        row.update(
-            word_scores(again(torch.tensor(sure)), D.again.x[sure], sae.W_dec.detach(), D.w[which], m["main"])
-            if sure
-            else {}
-        )
-        if seen is not None:
-            is_l, quiet = D.text.y == which, ~seen[:, j].any(1)
-            sets = dict(
-                n_text=is_l,
-                silent_text=is_l & quiet,
-                n_drill=is_l & D.drill,
-                silent_drill=is_l & quiet & D.drill,
-                n_other=~is_l,
-                fires_other=~is_l & ~quiet,
-            )
-            row.update({k: int(v.sum()) for k, v in sets.items()})
+    y = D.again.y
+    in_prompts = _fires(again, len(y), mains)
+    in_text = None if text is None else _fires(text, len(D.text.y), mains)
+    out = []
+    for letter, own in enumerate(mains):
+        sure = D.sure(letter)
+        row = dict(letter=alphabet[letter], probe_f1=float(D.f1[letter]), n=len(sure), **own)
+        row["n_prompts"] = int((y == letter).sum())
+        row["silent_prompts"] = int((~in_prompts(letter)[y == letter]).sum())
+        if sure:
+            z, x = again(torch.tensor(sure)), D.again.x[sure]
+            row |= word_scores(z, x, sae.W_dec.detach(), D.w[letter], own["main"])
+        if in_text is not None:
+            row |= _text_counts(D.text.y == letter, in_text(letter), D.drill)
         out.append(row)
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-run
 @patch
-def measured(self: Absorption, sae, lm, hook, D: Letters, kept, made, what="", quiet=True) -> list:
-    "Counts for each letter, from the store `kept` if they are there; `made` holds this SAE's latents."
-    c = self.config
+def kept_letters(
+    self: Absorption,
+    sae,  # Any SAE
+    lm,  # Language model
+    hook,  # Hook point
+    D: Letters,  # Words and probes
+    kept,  # Store of the result
+    made: dict,  # This SAE's latents: name of the words -> function from indices; filled in here
+    what="",  # Words before progress bars
+    quiet=True,  # No progress bars
+) -> list:  # One dict per letter, from `judge`
+    "Counts for each letter, from the store if they are there."
 
-    def say(o):
-        return "" if quiet else f"{what} {o}".strip()
+    def take(name):
+        if name not in made:
+            made[name] = self.codes(sae, lm, hook, getattr(D, name))
+        return made[name]
 
-    def take(k):
-        if k not in made:
-            made[k] = self.codes(sae, lm, hook, getattr(D, k))
-        return made[k]
+    def main():
+        desc = "" if quiet else f"{what} main latents".strip()
+        return self.main_latents(take("train"), take("test"), D.train.y, D.test.y, desc)
 
-    options = [
-        c.random_seed,
-        c.max_k_value,
-        c.f1_jump_threshold,
-        c.k_sparse_probe_l1_decay,
-        c.k_sparse_probe_batch_size,
-        c.k_sparse_probe_num_epochs,
-    ]
-    key = [sae, lm, hook, D.train.x, D.train.y, D.test.x, D.test.y, options]
-    mains = kept.get(
-        "absorption-main",
-        key,
-        lambda: self.main_latents(take("train"), take("test"), D.train.y, D.test.y, say("main latents")),
-    )
+    def count():
+        return self.judge(sae, D, mains, take("again"), None if D.text is None else take("text"))
+
+    key = [sae, lm, hook, D.train.x, D.train.y, D.test.x, D.test.y, self.ranking()]
+    mains = kept.get("absorption-main", key, main)
     text = [] if D.text is None else [D.text.x, D.text.y]
-    return kept.get(
-        "absorption-letters",
-        [key, mains, D.w, D.b, D.again.x, text],
-        lambda: self.judge(sae, D, mains, take("again"), None if D.text is None else take("text")),
-    )
+    return kept.get("absorption-letters", [key, mains, D.w, D.b, D.again.x, text], count)
+
+# %% ../../nbs/evals/absorption.ipynb #abs-run-ranking
+@patch
+def ranking(
+    self: Absorption,
+) -> list:  # Values
+    "The options that main latents depend on."
+    c = self.config
+    choice = [c.random_seed, c.max_k_value, c.f1_jump_threshold]
+    return choice + [c.k_sparse_probe_l1_decay, c.k_sparse_probe_batch_size, c.k_sparse_probe_num_epochs]
 
 # %% ../../nbs/evals/absorption.ipynb #abs-run-dealt
 @patch
-def dealt(self: Absorption, D: Letters, store) -> Letters:
+def dealt(
+    self: Absorption,
+    D: Letters,  # Words and probes
+    store,  # Where probes stay
+) -> Letters:
     "The same words with letters dealt out at random."
     gen = torch.Generator().manual_seed(self.config.random_seed + 1)
     y = torch.cat([D.train.y, D.test.y])
     y = y[torch.randperm(len(y), generator=gen)]
-    a, b = y[: len(D.train.y)], y[len(D.train.y) :]
-
-    def swap(w, y):
-        return Words(w.i, y, w.tokens, w.docs, w.at, w.x)
-
-    train, test = swap(D.train, a), swap(D.test, b)
-    w, b_, s = self.probed(train, test, store)
-    return Letters(train, test, swap(D.again, b), w, b_, s, D.known)
+    n = len(D.train.y)
+    train, test = replace(D.train, y=y[:n]), replace(D.test, y=y[n:])
+    w, b, score = self.probed(train, test, store)
+    return Letters(train, test, replace(D.again, y=y[n:]), w, b, score, D.known)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-summary
 def _rate(rows, top, bottom):
-    return [r[top] / r[bottom] for r in rows if r.get(bottom) and top in r]
+    return [row[top] / row[bottom] for row in rows if row.get(bottom) and top in row]
 
 
-def _mean(v):
-    return sum(v) / len(v) if v else None
+def _mean(values):
+    return sum(values) / len(values) if values else None
 
 
-def _sd(v):
-    return torch.tensor(v, dtype=torch.float64).std().item() if len(v) > 1 else None
+def _sd(values):
+    return torch.tensor(values, dtype=torch.float64).std().item() if len(values) > 1 else None
+
+
+def _spearman(pairs):
+    "Rank correlation of pairs; None for fewer than three or without spread."
+    from scipy.stats import rankdata
+
+    if len(pairs) < 3:
+        return None
+    a, b = [torch.as_tensor(rankdata(values)) for values in zip(*pairs)]
+    return None if a.std() == 0 or b.std() == 0 else torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+# %% ../../nbs/evals/absorption.ipynb #abs-summary-per-letter
+def per_letter(
+    rows: list,  # From `judge`
+) -> dict:  # name -> one value per letter
+    "Numbers that are means over letters, before the mean."
+    return dict(
+        mean_full_absorption_score=_rate(rows, "full", "n"),
+        mean_absorption_fraction_score=_rate(rows, "fraction", "n"),
+        mean_full_absorption_score_single=_rate(rows, "full_single", "n"),
+        main_f1=[row["main_f1"] for row in rows],
+        k1_f1=[row["k1_f1"] for row in rows],
+        truth_silent_prompts=_rate(rows, "silent_prompts", "n_prompts"),
+        truth_silent_text=_rate(rows, "silent_text", "n_text"),
+        truth_silent_spelling=_rate(rows, "silent_drill", "n_drill"),
+        truth_fires_elsewhere=_rate(rows, "fires_other", "n_other"),
+    )
 
 # %% ../../nbs/evals/absorption.ipynb #abs-summary-summary
 @patch
 def summary(
-    self: Absorption, rows: list, guard: bool = True
+    self: Absorption,
+    rows: list,  # From `judge`
+    guard: bool = True,  # Leave out letters with a bad probe
 ) -> tuple:  # metrics, extra, values per letter for intervals
     "Means over letters."
     c = self.config
-    use = [r for r in rows if r["n"] and (not guard or r["probe_f1"] > c.min_GT_probe_f1)]
-    own = [r for r in use if r["main_f1"] >= c.min_main_f1]
-    full = _rate(use, "full", "n")
-    frac = _rate(use, "fraction", "n")
-    split = [len(r["main"]) for r in use]
-    m = dict(
-        mean_absorption_fraction_score=_mean(frac),
-        mean_full_absorption_score=_mean(full),
-        mean_num_split_features=_mean(split),
-        std_dev_absorption_fraction_score=_sd(frac),
-        std_dev_full_absorption_score=_sd(full),
-        std_dev_num_split_features=_sd(split),
-    )
-    per = dict(
-        mean_full_absorption_score=full,
-        mean_absorption_fraction_score=frac,
-        mean_full_absorption_score_single=_rate(use, "full_single", "n"),
-        main_f1=[r["main_f1"] for r in use],
-        k1_f1=[r["k1_f1"] for r in use],
-        truth_silent_prompts=_rate(use, "silent_prompts", "n_prompts"),
-        truth_silent_text=_rate(use, "silent_text", "n_text"),
-        truth_silent_spelling=_rate(use, "silent_drill", "n_drill"),
-        truth_fires_elsewhere=_rate(use, "fires_other", "n_other"),
-    )
-    both = [(r["full"] / r["n"], r["silent_text"] / r["n_text"]) for r in use if r.get("n_text")]
-    extra = {k: _mean(v) for k, v in per.items() if k not in m}
+    sure = [row for row in rows if row["n"]]
+    use = [row for row in sure if not guard or row["probe_f1"] > c.min_GT_probe_f1]
+    per = per_letter(use)
+    metrics = {}
+    for tag, spread in (("mean", _mean), ("std_dev", _sd)):
+        metrics[f"{tag}_absorption_fraction_score"] = spread(per["mean_absorption_fraction_score"])
+        metrics[f"{tag}_full_absorption_score"] = spread(per["mean_full_absorption_score"])
+        metrics[f"{tag}_num_split_features"] = spread([len(row["main"]) for row in use])
+    own = [row for row in use if row["main_f1"] >= c.min_main_f1]
+    both = [(row["full"] / row["n"], row["silent_text"] / row["n_text"]) for row in use if row.get("n_text")]
+    extra = {name: _mean(values) for name, values in per.items() if name not in metrics}
     extra.update(
         share_with_main=len(own) / len(use) if use else None,
         mean_full_absorption_score_main=_mean(_rate(own, "full", "n")),
         mean_full_absorption_score_saebench=_mean(_rate(use, "full_saebench", "n")),
         mean_absorption_fraction_score_saebench=_mean(_rate(use, "fraction_saebench", "n")),
-        mean_absorption_fraction_score_2025=_mean(_rate([r for r in rows if r["n"]], "fraction_2025", "n")),
-        proxy_truth_correlation=_spearman(*zip(*both)) if both else None,
+        mean_absorption_fraction_score_2025=_mean(_rate(sure, "fraction_2025", "n")),
+        proxy_truth_correlation=_spearman(both),
     )
-    return m, extra, per
-
-# %% ../../nbs/evals/absorption.ipynb #abs-summary-spearman
-def _spearman(a, b):
-    from scipy.stats import rankdata
-
-    a, b = [torch.as_tensor(rankdata(v)) for v in (a, b)]
-    return (
-        None
-        if len(a) < 3 or a.std() == 0 or b.std() == 0
-        else torch.corrcoef(torch.stack([a, b]))[0, 1].item()
-    )
+    return metrics, extra, per
 
 # %% ../../nbs/evals/absorption.ipynb #abs-call
 _names = [
@@ -805,35 +937,40 @@ _names = [
 
 # %% ../../nbs/evals/absorption.ipynb #abs-call-warned
 @patch
-def warned(self: Absorption, sae, lm, extra) -> list:
+def warned(
+    self: Absorption,
+    sae,  # Any SAE
+    lm,  # Language model
+    n_train: int = None,  # Words that train probes; None: not known
+    share: float = None,  # Share of letters with main latents; None: not known
+) -> list:  # Texts
     "What a reader should know before believing the score."
-    n = sum(p.numel() for p in lm.model.parameters()) if hasattr(lm, "model") else None
-    share = extra.get("share_with_main")
-    steps = (
-        self.config.k_sparse_probe_num_epochs
-        * math.ceil(extra["n_train"] / self.config.k_sparse_probe_batch_size)
-        if "n_train" in extra
-        else 10**9
-    )
-    said = [
-        (sae.d_sae < 16384, f"the SAE has {sae.d_sae} latents; SAEBench advises at least 16384"),
-        (n is not None and n < 10**9, f"the model has {n} parameters; SAEBench advises at least a billion"),
-        (
-            steps < 300,
+    c, out = self.config, []
+    if sae.d_sae < 16384:
+        out.append(f"the SAE has {sae.d_sae} latents; SAEBench advises at least 16384")
+    size = sum(p.numel() for p in lm.model.parameters()) if hasattr(lm, "model") else None
+    if size is not None and size < 10**9:
+        out.append(f"the model has {size} parameters; SAEBench advises at least a billion")
+    steps = c.k_sparse_probe_num_epochs * math.ceil((n_train or 0) / c.k_sparse_probe_batch_size)
+    if n_train and steps < 300:
+        out.append(
             f"the probe that ranks latents makes {steps} steps in all and may still be where it started; "
-            "lower k_sparse_probe_batch_size",
-        ),
-        (
-            share is not None and share < 0.5,
-            f"{1 - (share or 0):.0%} of the letters have no latent of their own (F1 below "
-            f"{self.config.min_main_f1}); a low score then says little",
-        ),
-    ]
-    return [t for bad, t in said if bad]
+            "lower k_sparse_probe_batch_size"
+        )
+    if share is not None and share < 0.5:
+        out.append(
+            f"{1 - share:.0%} of the letters have no latent of their own (F1 below {c.min_main_f1}); a low "
+            "score then says little"
+        )
+    return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-call-call
 @patch
-def measure(self: Absorption, sae, ctx: Context):
+def measure(
+    self: Absorption,
+    sae,  # Any SAE
+    ctx: Context,  # Model, hook, stores and nulls
+) -> Measured:
     "Letters of the SAE, and of what stands beside it."
     lm, hook = ctx.model, ctx.hook
     try:
@@ -845,172 +982,177 @@ def measure(self: Absorption, sae, ctx: Context):
             nulls={},
             intervals={},
             extra=e.known,
-            data=dict(warnings=self.warned(sae, lm, {})),
+            data=dict(warnings=self.warned(sae, lm)),
         )
     made = {}
-    rows = self.measured(sae, lm, hook, D, ctx.parts, made, "", ctx.quiet)
+    rows = self.kept_letters(sae, lm, hook, D, ctx.parts, made, "", ctx.quiet)
     return self.report(sae, lm, D, rows, self.beside(sae, D, made, ctx))
 
 # %% ../../nbs/evals/absorption.ipynb #abs-beside
 @patch
-def beside(self: Absorption, sae, D, made, ctx) -> dict:  # row -> (letters, guard)
+def beside(
+    self: Absorption,
+    sae,  # Any SAE
+    D: Letters,  # Words and probes
+    made: dict,  # The SAE's latents, see `kept_letters`
+    ctx: Context,  # Model, hook, stores and nulls
+) -> dict:  # row -> (letters, guard)
     "The same measurement where the answer is known."
-    c, out = self.config, {}
+    c = self.config
 
-    def row(s, name, D, parts, made):
-        return self.measured(s, ctx.model, ctx.hook, D, parts, made, name, ctx.quiet)
+    def row(sae, name, D, kept, made):
+        return self.kept_letters(sae, ctx.model, ctx.hook, D, kept, made, name, ctx.quiet)
 
+    out = {}
     if c.shuffled:
         out["shuffled"] = row(sae, "shuffled", self.dealt(D, ctx.store), ctx.parts, made), False
     if c.dictionary:
         out["dictionary"] = row(dictionary_sae(D.w, 26), "dictionary", D, ctx.store, {}), True
-    for n, s in ctx.nulls.items():
-        out[n] = row(s, n, D, ctx.store, {}), True
+    for name, null in ctx.nulls.items():
+        out[name] = row(null, name, D, ctx.store, {}), True
     return out
 
 # %% ../../nbs/evals/absorption.ipynb #abs-beside-report
 @patch
-def report(self: Absorption, sae, lm, D, rows, beside) -> Measured:
+def report(
+    self: Absorption,
+    sae,  # Any SAE
+    lm,  # Language model
+    D: Letters,  # Words and probes
+    rows: list,  # From `judge`
+    beside: dict,  # Row -> (letters, guard)
+) -> Measured:
     "Numbers, reasons, nulls and what the figure needs."
-    c, why = self.config, {}
-    m, extra, per = self.summary(rows)
-    reasons = {
-        k: "only the embedded world has labelled text"
-        for k in (
-            "truth_silent_text",
-            "truth_silent_spelling",
-            "truth_fires_elsewhere",
-            "proxy_truth_correlation",
-        )
-        if D.text is None
-    }
-    reasons = (
-        dict(
-            mean_full_absorption_score_main=f"no letter has main latents with an F1 of {c.min_main_f1}",
-            proxy_truth_correlation="proxy or truth is the same for all letters",
-        )
-        | reasons
-    )
-    why.update({k: "not measurable, because " + t for k, t in reasons.items() if extra[k] is None})
-    used = [r for r in rows if r["n"] and r["probe_f1"] > c.min_GT_probe_f1]
-    details = [
-        dict(
-            first_letter=r["letter"].lower(),
-            mean_absorption_fraction=r["fraction"] / r["n"],
-            full_absorption_rate=r["full"] / r["n"],
-            num_full_absorption=r["full"],
-            num_probe_true_positives=r["n"],
-            num_split_features=len(r["main"]),
-        )
-        for r in used
-    ]
-    table = [
-        dict(
-            {k: v for k, v in r.items() if k != "main"},
-            **dict(zip(("low", "high"), wilson(r["full"], r["n"]))),
-        )
-        for r in used
-    ]
-    nulls = {n: self.null_row(rs, guard) for n, (rs, guard) in beside.items()}
+    c = self.config
+    metrics, extra, per = self.summary(rows)
+    used = [row for row in rows if row["n"] and row["probe_f1"] > c.min_GT_probe_f1]
+    null_letters = {}
+    for name, (letters, _) in beside.items():
+        null_letters[name] = {row["letter"]: row["full"] / row["n"] for row in letters if row["n"]}
     return Measured(
-        dict(mean=m),
-        details=details,
-        undefined=why,
-        nulls=nulls,
-        intervals={k: bootstrap(v, seed=c.random_seed) for k, v in per.items() if len(v) > 1},
-        extra={**D.known, **extra},
+        dict(mean=metrics),
+        details=[_detail(row) for row in used],
+        undefined=self.missing(extra, D.text is not None),
+        nulls={name: self.null_row(letters, guard) for name, (letters, guard) in beside.items()},
+        intervals={name: bootstrap(v, seed=c.random_seed) for name, v in per.items() if len(v) > 1},
+        extra=D.known | extra,
         data=dict(
-            warnings=self.warned(sae, lm, extra | dict(n_train=len(D.train))),
-            letters=table,
-            main_latents={r["letter"]: r["main"] for r in rows},
-            null_letters={
-                n: {r["letter"]: r["full"] / r["n"] for r in rs if r["n"]} for n, (rs, _) in beside.items()
-            },
+            warnings=self.warned(sae, lm, len(D.train), extra["share_with_main"]),
+            letters=[_table_row(row) for row in used],
+            main_latents={row["letter"]: row["main"] for row in rows},
+            null_letters=null_letters,
         ),
     )
 
 # %% ../../nbs/evals/absorption.ipynb #abs-beside-null-row
 @patch
-def null_row(self: Absorption, rows, guard) -> dict:
+def null_row(
+    self: Absorption,
+    rows: list,  # From `judge`
+    guard: bool,  # Leave out letters with a bad probe
+) -> dict:  # name -> number
     "The numbers of a row beside the SAE."
-    m, x, _ = self.summary(rows, guard)
-    keys = (
-        "mean_full_absorption_score_single",
-        "main_f1",
-        "k1_f1",
-        "share_with_main",
-        "truth_silent_prompts",
-        "truth_silent_text",
-    )
-    return (
-        {k: m[k] for k in _names[:3]}
-        | {k: x[k] for k in keys}
-        | dict(probe_f1=sum(r["probe_f1"] for r in rows) / 26)
+    metrics, extra, _ = self.summary(rows, guard)
+    kept = ("mean_full_absorption_score_single", "main_f1", "k1_f1", "share_with_main")
+    truth = ("truth_silent_prompts", "truth_silent_text")
+    out = {name: metrics[name] for name in _names[:3]}
+    out |= {name: extra[name] for name in kept + truth}
+    return out | dict(probe_f1=sum(row["probe_f1"] for row in rows) / 26)
+
+# %% ../../nbs/evals/absorption.ipynb #abs-report-detail
+def _detail(row):
+    "What SAEBench says about a letter."
+    return dict(
+        first_letter=row["letter"].lower(),
+        mean_absorption_fraction=row["fraction"] / row["n"],
+        full_absorption_rate=row["full"] / row["n"],
+        num_full_absorption=row["full"],
+        num_probe_true_positives=row["n"],
+        num_split_features=len(row["main"]),
     )
 
+
+def _table_row(row):
+    "What is known of a letter, with the interval of its score."
+    low, high = wilson(row["full"], row["n"])
+    return {name: value for name, value in row.items() if name != "main"} | dict(low=low, high=high)
+
+# %% ../../nbs/evals/absorption.ipynb #abs-report-missing
+_truths = ("truth_silent_text", "truth_silent_spelling", "truth_fires_elsewhere", "proxy_truth_correlation")
+
+
+@patch
+def missing(
+    self: Absorption,
+    extra: dict,  # Further numbers, some None
+    has_text: bool,  # Was there running text?
+) -> dict:  # name -> reason
+    "Why further numbers are missing."
+    reasons = dict(
+        mean_full_absorption_score_main=f"no letter has main latents with an F1 of {self.config.min_main_f1}",
+        proxy_truth_correlation="proxy or truth is the same for all letters",
+    )
+    if not has_text:
+        reasons |= dict.fromkeys(_truths, "only the embedded world has labelled text")
+    return {name: f"not measurable, because {why}" for name, why in reasons.items() if extra[name] is None}
+
 # %% ../../nbs/evals/absorption.ipynb #abs-plot
+def _proxy_and_truth(rows):
+    "For each letter the full score and the rate of silence, in text if there was any."
+    top, bottom = ("silent_text", "n_text") if "n_text" in rows[0] else ("silent_prompts", "n_prompts")
+    proxy = [row["full"] / row["n"] for row in rows]
+    truth = [row[top] / row[bottom] if row[bottom] else math.nan for row in rows]
+    return proxy, truth
+
+
+def _draw_letters(ax, rows, random):
+    "Every letter of an SAE; `random`: letter -> score of the random SAE."
+    proxy, truth = _proxy_and_truth(rows)
+    ix = [alphabet.index(row["letter"]) for row in rows]
+    ax.bar(ix, [row["main_f1"] for row in rows], color=".9", width=0.8, label="F1 of the main latents")
+    below = [score - row["low"] for score, row in zip(proxy, rows)]
+    above = [row["high"] - score for score, row in zip(proxy, rows)]
+    ax.errorbar(ix, proxy, [below, above], fmt="C0.", ms=6, lw=1, label="full absorption")
+    where = "text" if "n_text" in rows[0] else "prompts"
+    ax.plot(ix, truth, "o", mec="C3", mfc="none", ms=5, label=f"truth: silent in {where}")
+    label = "full absorption, random SAE" if random else ""
+    at = [alphabet.index(letter) for letter in random]
+    ax.plot(at, list(random.values()), "_", color=".35", ms=8, label=label)
+    ax.set(ylim=(-0.05, 1.05), xlim=(-0.8, 25.8), xticks=range(26), xticklabels=list(alphabet))
+
+
+def _draw_truth(ax, rows):
+    "Proxy against truth."
+    proxy, truth = _proxy_and_truth(rows)
+    ax.plot(truth, proxy, "C0.", ms=5)
+    ax.plot([0, 1], [0, 1], "k:", lw=1)
+    ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+
+# %% ../../nbs/evals/absorption.ipynb #abs-plot-draw
 @patch
 def draw(
     self: Absorption,
     envs: dict,  # name -> envelope
 ):  # The figure
     "Letters of every SAE, with what the random one scores."
-    envs = {k: v for k, v in envs.items() if v["eval_result_unstructured"].get("letters")}
+    found = {name: env["eval_result_unstructured"] for name, env in envs.items()}
+    found = {name: data for name, data in found.items() if data.get("letters")}
     fig, axes = plt.subplots(
-        len(envs),
+        len(found),
         2,
-        figsize=(9.5, 0.5 + 1.75 * len(envs)),
+        figsize=(9.5, 0.5 + 1.75 * len(found)),
         width_ratios=[4, 1],
         squeeze=False,
         layout="constrained",
         sharex="col",
     )
-    for (ax, bx), (name, e) in zip(axes, envs.items()):
-        u = e["eval_result_unstructured"]
-        rows = e["eval_result_unstructured"]["letters"]
-        text = "n_text" in rows[0]
-        top, bottom = ("silent_text", "n_text") if text else ("silent_prompts", "n_prompts")
-        ix = [alphabet.index(r["letter"]) for r in rows]
-        y = [r["full"] / r["n"] for r in rows]
-        t = [r[top] / r[bottom] if r[bottom] else math.nan for r in rows]
-        ax.bar(ix, [r["main_f1"] for r in rows], color=".9", width=0.8, label="F1 of the main latents")
-        ax.errorbar(
-            ix,
-            y,
-            [[v - r["low"] for v, r in zip(y, rows)], [r["high"] - v for v, r in zip(y, rows)]],
-            fmt="C0.",
-            ms=6,
-            lw=1,
-            label="full absorption",
-        )
-        ax.plot(
-            ix,
-            t,
-            "o",
-            mec="C3",
-            mfc="none",
-            ms=5,
-            label="truth: silent" + (" in text" if text else " in prompts"),
-        )
-        rand = u["null_letters"].get("random", {})
-        ax.plot(
-            [alphabet.index(which) for which in rand],
-            list(rand.values()),
-            "_",
-            color=".35",
-            ms=8,
-            label="full absorption, random SAE" if rand else "",
-        )
-        bx.plot(t, y, "C0.", ms=5)
-        bx.plot([0, 1], [0, 1], "k:", lw=1)
-        bx.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
-        ax.set(
-            ylim=(-0.05, 1.05), xlim=(-0.8, 25.8), xticks=range(26), xticklabels=list(alphabet), ylabel=name
-        )
+    for (left, right), (name, data) in zip(axes, found.items()):
+        _draw_letters(left, data["letters"], data["null_letters"].get("random", {}))
+        _draw_truth(right, data["letters"])
+        left.set_ylabel(name)
     axes[-1][1].set_xlabel("truth")
     axes[0][1].set_title("full absorption\nagainst truth", fontsize=8)
-    fig.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=8
-    )
+    handles = axes[0][0].get_legend_handles_labels()
+    fig.legend(*handles, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     plt.close(fig)
     return fig
