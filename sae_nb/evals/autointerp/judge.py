@@ -18,7 +18,7 @@ import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from tqdm import tqdm
 
 from ...core import InputError
@@ -27,27 +27,48 @@ from ..store import Store
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-class
 def _checked_url(url):
     "The address of the chat completions, and its host for people to read."
-    u = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-    if u.scheme not in ("http", "https") or not u.hostname:
+    parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(
-            f"judge address {u.hostname or url!r} is not an http address; give one such as "
+            f"judge address {parts.hostname or url!r} is not an http address; give one such as "
             "http://localhost:8000/v1"
         )
-    if u.username or u.password:
+    if parts.username or parts.password:
         raise InputError(
-            f"the judge's address at {u.hostname} contains a user name or password; put the key into "
+            f"the judge's address at {parts.hostname} contains a user name or password; put the key into "
             "SAE_NB_JUDGE_KEY instead"
         )
-    path = u.path.rstrip("/")
-    return urllib.parse.urlunsplit(
-        (
-            u.scheme,
-            u.netloc,
-            path if path.endswith("/chat/completions") else path + "/chat/completions",
-            u.query,
-            "",
+    path = parts.path.rstrip("/")
+    if not path.endswith("/chat/completions"):
+        path += "/chat/completions"
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")), parts.netloc
+
+# %% ../../../nbs/evals/autointerp/judge.ipynb #judge-class-checked
+def _checked_key(key):
+    "A key that can be sent."
+    if any(not "!" <= letter <= "~" for letter in key):
+        raise InputError(
+            "the judge's key holds a line break, a space or a letter beyond ASCII; set SAE_NB_JUDGE_KEY "
+            "to the key alone"
         )
-    ), u.netloc
+    return key
+
+
+def _checked_limits(judge):
+    "Refuse settings that cannot work."
+    j = judge
+    if not j.model:
+        raise InputError("no judge model named; set SAE_NB_JUDGE_MODEL to a model the address serves")
+    if j.concurrent < 1 or j.timeout <= 0 or j.retries < 0 or j.per_minute < 0:
+        raise InputError(
+            f"concurrent = {j.concurrent}, timeout = {j.timeout}, retries = {j.retries}, per_minute = "
+            f"{j.per_minute}: give at least 1, more than 0, at least 0, at least 0"
+        )
+    if j.max_cost is not None and None in (j.price_in, j.price_out):
+        raise InputError(
+            f"max_cost = {j.max_cost} cannot be watched without prices; give price_in and price_out in "
+            "dollars per million tokens"
+        )
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-class-judge
 class Judge:
@@ -71,41 +92,16 @@ class Judge:
         max_requests: int = 5000,  # Most questions in one go; None: no limit
         extra: dict = None,  # Further fields of the request; None takes a field out
     ):
-        if any(not "!" <= o <= "~" for o in key):
-            raise InputError(
-                "the judge's key holds a line break, a space or a letter beyond ASCII; set SAE_NB_JUDGE_KEY "
-                "to the key alone"
-            )
-        if not model:
-            raise InputError("no judge model named; set SAE_NB_JUDGE_MODEL to a model the address serves")
-        if concurrent < 1 or timeout <= 0 or retries < 0 or per_minute < 0:
-            raise InputError(
-                f"concurrent = {concurrent}, timeout = {timeout}, retries = {retries}, per_minute = "
-                f"{per_minute}: give at least 1, more than 0, at least 0, at least 0"
-            )
-        if max_cost is not None and None in (price_in, price_out):
-            raise InputError(
-                f"max_cost = {max_cost} cannot be watched without prices; give price_in and price_out in "
-                "dollars per million tokens"
-            )
+        store_attr(but="url,key,extra")
+        self._key = _checked_key(key)
+        _checked_limits(self)
         self.url, self.host = _checked_url(url)
-        self.model = model
-        self.temperature = temperature
-        self.concurrent = concurrent
-        self.per_minute = per_minute
-        self.timeout = timeout
-        self.retries = retries
-        self.wait = wait
-        self.most_wait = most_wait
-        self.price_in = price_in
-        self.price_out = price_out
-        self.max_cost = max_cost
-        self.max_requests = max_requests
         self.extra = extra or {}
-        self._key = key
+        self.spent = 0.0  # dollars
         self._lock = threading.Lock()
-        self._next = 0.0
-        self.spent = 0.0
+        self._keeping = threading.Lock()
+        self._next = 0.0  # time at which the next request may begin
+        self._pause = 0.0  # time before which nobody begins
 
     def __repr__(self):
         return f"Judge({self.model!r} at {self.host})"
@@ -114,27 +110,32 @@ class Judge:
         return json.dumps([self.url, self.model, self.temperature, self.extra], sort_keys=True, default=str)
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-env
+def _env(name):
+    return os.environ.get(name, "").strip()
+
+
+def _env_key(url, named):
+    "The key for `url`, which was `named` or is OpenAI's by default."
+    own = _env("SAE_NB_JUDGE_KEY")
+    if own:
+        return own
+    openai = not named or urllib.parse.urlsplit(url).hostname == "api.openai.com"
+    openai = openai or url.rstrip("/") == _env("OPENAI_BASE_URL").rstrip("/")
+    return _env("OPENAI_API_KEY") if openai else ""
+
+
 def judge_from_env(
     url: str = "",  # Overrides SAE_NB_JUDGE_URL
     model: str = "",  # Overrides SAE_NB_JUDGE_MODEL
     **options,  # Of `Judge`
 ):  # A Judge, or None if neither a URL nor a model is named
     "The judge the environment names."
-
-    def e(n):
-        return os.environ.get(n, "").strip()
-
-    url = url or e("SAE_NB_JUDGE_URL")
-    model = model or e("SAE_NB_JUDGE_MODEL")
+    url = url or _env("SAE_NB_JUDGE_URL")
+    model = model or _env("SAE_NB_JUDGE_MODEL")
     if not url and not model:
         return None
-    own = bool(url)
-    url = url or e("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    openai = not own or urllib.parse.urlsplit(url).hostname == "api.openai.com"
-    key = e("SAE_NB_JUDGE_KEY") or (
-        e("OPENAI_API_KEY") if openai or url.rstrip("/") == e("OPENAI_BASE_URL").rstrip("/") else ""
-    )
-    return Judge(url, model, key=key, **options)
+    address = url or _env("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    return Judge(address, model, key=_env_key(address, bool(url)), **options)
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-estimate
 @patch
@@ -144,23 +145,25 @@ def estimate(
     max_tokens: int,  # Longest answer, in tokens
 ) -> dict:  # requests, tokens_in, tokens_out (at most), cost in dollars or None
     "What asking `prompts` would take."
-    t_in = sum(math.ceil(sum(len(m["content"]) for m in p) / 3) + 4 * len(p) + 3 for p in prompts)
-    return self.total(dict(requests=len(prompts), tokens_in=t_in, tokens_out=len(prompts) * max_tokens))
+    n = len(prompts)
+    read = 0
+    for messages in prompts:
+        letters = sum(len(message["content"]) for message in messages)
+        read += math.ceil(letters / 3) + 4 * len(messages) + 3
+    return self.total(dict(requests=n, tokens_in=read, tokens_out=n * max_tokens))
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-estimate-price
 @patch
 def price(self: Judge, tokens_in, tokens_out):  # Dollars, or None without prices
-    return (
-        None
-        if None in (self.price_in, self.price_out)
-        else (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
-    )
+    if self.price_in is None or self.price_out is None:
+        return None
+    return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
 
 @patch
 def total(self: Judge, *parts):  # Estimates added up
-    s = {k: sum(p[k] for p in parts) for k in ("requests", "tokens_in", "tokens_out")}
-    return s | dict(cost=self.price(s["tokens_in"], s["tokens_out"]))
+    out = {name: sum(part[name] for part in parts) for name in ("requests", "tokens_in", "tokens_out")}
+    return out | dict(cost=self.price(out["tokens_in"], out["tokens_out"]))
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-estimate-allow
 @patch
@@ -213,9 +216,8 @@ def retry_after(
     except (TypeError, ValueError):
         pass
     try:
-        return max(
-            0.0, email.utils.parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now)
-        )
+        until = email.utils.parsedate_to_datetime(value).timestamp()
+        return max(0.0, until - (time.time() if now is None else now))
     except (TypeError, ValueError):
         return None
 
@@ -256,53 +258,57 @@ def _fault(self: Judge, code, text, header):
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-read
 @patch
+def _open(self: Judge, body):
+    "The server's answer to a request, to be read; a server on this machine is asked without a proxy."
+    head = {"Content-Type": "application/json", "User-Agent": "sae-nb"}
+    if self._key:
+        head["Authorization"] = f"Bearer {self._key}"
+    handlers = [_Stay]
+    if urllib.parse.urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1"):
+        handlers.append(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(self.url, json.dumps(body).encode(), head)
+    return urllib.request.build_opener(*handlers).open(request, timeout=self.timeout)
+
+
+@patch
 def _post(self: Judge, body):
     "One attempt: what the server answered, as text."
-    head = {"Content-Type": "application/json", "User-Agent": "sae-nb"} | (
-        {"Authorization": f"Bearer {self._key}"} if self._key else {}
-    )
-    local = urllib.parse.urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
-    open_ = urllib.request.build_opener(_Stay, *([urllib.request.ProxyHandler({})] if local else [])).open
-    until, got = time.monotonic() + self.timeout, []
+    until = time.monotonic() + self.timeout
+    got = []
     try:
-        with open_(
-            urllib.request.Request(self.url, json.dumps(body).encode(), head), timeout=self.timeout
-        ) as r:
-            while part := r.read1(65536):
+        with self._open(body) as answer:
+            while part := answer.read1(65536):
                 got.append(part)
                 if time.monotonic() > until:
                     raise TimeoutError
         return b"".join(got).decode("utf-8", "replace")
     except urllib.error.HTTPError as e:
         with e:
-            raise self._fault(
-                e.code, e.read(4000).decode("utf-8", "replace"), e.headers.get("Retry-After")
-            ) from None
+            text = e.read(4000).decode("utf-8", "replace")
+            raise self._fault(e.code, text, e.headers.get("Retry-After")) from None
     except (OSError, http.client.HTTPException) as e:
         why = getattr(e, "reason", e)
-        raise _Passing(
-            f"no answer within {self.timeout:g} s"
-            if isinstance(why, TimeoutError)
-            else f"no connection ({self._clean(str(why)) or type(why).__name__})"
-        ) from None
+        if isinstance(why, TimeoutError):
+            raise _Passing(f"no answer within {self.timeout:g} s") from None
+        raise _Passing(f"no connection ({self._clean(str(why)) or type(why).__name__})") from None
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-read-parse
 @patch
 def _parse(self: Judge, text):
     "Answer and counts of tokens from the server's JSON."
     try:
-        o = json.loads(text)
-        c = o["choices"][0]
-        said = c["message"].get("content")
+        answer = json.loads(text)
+        choice = answer["choices"][0]
+        said = choice["message"].get("content")
         if not isinstance(said, (str, type(None))):
             raise TypeError
-        u = o.get("usage") or {}
+        usage = answer.get("usage") or {}
         return dict(
             text=(said or "").strip(),
-            finish=str(c.get("finish_reason") or ""),
-            model=str(o.get("model") or self.model),
-            tokens_in=u.get("prompt_tokens"),
-            tokens_out=u.get("completion_tokens"),
+            finish=str(choice.get("finish_reason") or ""),
+            model=str(answer.get("model") or self.model),
+            tokens_in=usage.get("prompt_tokens"),
+            tokens_out=usage.get("completion_tokens"),
         )
     except (ValueError, LookupError, TypeError, AttributeError):
         raise _Passing(f"not a chat completion: {self._clean(text)}") from None
@@ -321,21 +327,36 @@ def _turn(self: Judge, stop):
             return
 
 
-Judge._pause = 0.0  # time before which nobody begins
-
-
-_stopped = dict(error="stopped")
+@patch
+def _wait(self: Judge, after, attempt, stop):
+    "Wait after a failure: all threads as long as the server asks, else this one, longer each time."
+    if after is not None and after > self.most_wait:
+        raise InputError(
+            f"the judge at {self.host} asks us to wait {after:.0f} s; run again then, what was answered "
+            "is kept"
+        )
+    if after:
+        with self._lock:
+            self._pause = max(self._pause, time.monotonic() + after)
+    elif attempt < self.retries:
+        stop.wait(self.wait * 2**attempt)
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-try-one
+_stopped = dict(error="stopped")
+
+
+@patch
+def _body(self: Judge, messages, max_tokens):
+    "The request."
+    body = dict(model=self.model, messages=messages, temperature=self.temperature, max_tokens=max_tokens)
+    return {name: value for name, value in (body | self.extra).items() if value is not None}
+
+
 @patch
 def _one(self: Judge, messages, max_tokens, stop):
     "The answer to one question, or {error}."
-    body = (
-        dict(model=self.model, messages=messages, temperature=self.temperature, max_tokens=max_tokens)
-        | self.extra
-    )
-    body = {k: v for k, v in body.items() if v is not None}
-    for i in range(self.retries + 1):
+    body = self._body(messages, max_tokens)
+    for attempt in range(self.retries + 1):
         self._turn(stop)
         if stop.is_set():
             return _stopped
@@ -349,30 +370,21 @@ def _one(self: Judge, messages, max_tokens, stop):
         except _Refused as e:
             return dict(error=str(e))
         except _Passing as e:
-            why, after = str(e), e.after
-        if after is not None and after > self.most_wait:
-            raise InputError(
-                f"the judge at {self.host} asks us to wait {after:.0f} s; run again then, what was answered "
-                "is kept"
-            )
-        if after:
-            with self._lock:
-                self._pause = max(self._pause, time.monotonic() + after)
-        elif i < self.retries:
-            stop.wait(self.wait * 2**i)
+            why = str(e)
+            self._wait(e.after, attempt, stop)
     return dict(error=f"{why} ({self.retries + 1} attempts)")
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-try-paid
 @patch
-def _paid(self: Judge, a, messages):
+def _paid(self: Judge, answer, messages):
     "Fill in counts the server left out, and add up the cost."
-    if a["tokens_in"] is None:
-        a["tokens_in"] = self.estimate([messages], 0)["tokens_in"]
-    if a["tokens_out"] is None:
-        a["tokens_out"] = math.ceil(len(a["text"]) / 3)
+    if answer["tokens_in"] is None:
+        answer["tokens_in"] = self.estimate([messages], 0)["tokens_in"]
+    if answer["tokens_out"] is None:
+        answer["tokens_out"] = math.ceil(len(answer["text"]) / 3)
     with self._lock:
-        self.spent += self.price(a["tokens_in"], a["tokens_out"]) or 0.0
-    return a
+        self.spent += self.price(answer["tokens_in"], answer["tokens_out"]) or 0.0
+    return answer
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-ask
 @patch
@@ -380,6 +392,10 @@ def _key_of(self: Judge, messages, max_tokens):
     return ["answer", self.fingerprint(), max_tokens, messages]
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-ask-known
+def _unknown():
+    raise KeyError
+
+
 @patch
 def known(
     self: Judge,
@@ -388,17 +404,46 @@ def known(
     store: Store,  # Where answers are kept
 ) -> list:  # Answers, None where there is none yet
     "Answers that need no asking."
-
-    def _none():
-        raise KeyError
-
     out = []
-    for p in prompts:
+    for messages in prompts:
         try:
-            out.append(store.get("judge", self._key_of(p, max_tokens), _none))
+            out.append(store.get("judge", self._key_of(messages, max_tokens), _unknown))
         except KeyError:
             out.append(None)
     return out
+
+# %% ../../../nbs/evals/autointerp/judge.ipynb #judge-ask-kept
+@patch
+def _kept(self: Judge, messages, max_tokens, store, stop):
+    "One answer, kept; whatever goes wrong stops the others."
+    try:
+        answer = self._one(messages, max_tokens, stop)
+    except BaseException:
+        stop.set()
+        raise
+    if "error" not in answer:
+        with self._keeping:
+            store.get("judge", self._key_of(messages, max_tokens), lambda: answer)
+    return answer
+
+
+@patch
+def _collect(self: Judge, jobs, out, give_up, desc):
+    "Answers as they come; `jobs`: job -> where its answer goes in `out`."
+    failed = 0
+    finished = as_completed(jobs)
+    for job in tqdm(finished, total=len(jobs), desc=desc, disable=not desc, leave=False, ncols=80):
+        answer = job.result()
+        if answer == _stopped:  # the one that stopped it is still to come
+            continue
+        for i in jobs[job]:
+            out[i] = answer
+        failed = failed + 1 if "error" in answer else 0
+        if failed >= give_up:
+            raise InputError(
+                f"the judge at {self.host} left {failed} questions in a row unanswered, the last "
+                f"with: {answer['error']}; what was answered is kept, run again to go on"
+            )
 
 # %% ../../../nbs/evals/autointerp/judge.ipynb #judge-ask-ask
 @patch
@@ -412,45 +457,19 @@ def ask(
 ) -> list:  # dict(text, finish, model, tokens_in, tokens_out), or dict(error), per prompt
     "Ask, at most once each."
     out = self.known(prompts, max_tokens, store)
-    lock = threading.Lock()
-    stop = threading.Event()
-    todo = {}
-    for i, (p, a) in enumerate(zip(prompts, out)):
-        if a is None:
-            todo.setdefault(json.dumps(p), []).append(i)
-    if not todo:
+    places = {}
+    for i, answer in enumerate(out):
+        if answer is None:
+            places.setdefault(json.dumps(prompts[i]), []).append(i)
+    if not places:
         return out
-    self.allow(self.estimate([prompts[i[0]] for i in todo.values()], max_tokens))
-
-    def one(p):
+    new = [(prompts[own[0]], own) for own in places.values()]
+    self.allow(self.estimate([messages for messages, _ in new], max_tokens))
+    stop = threading.Event()
+    with ThreadPoolExecutor(min(self.concurrent, len(new))) as pool:
+        jobs = {pool.submit(self._kept, messages, max_tokens, store, stop): own for messages, own in new}
         try:
-            a = self._one(p, max_tokens, stop)
-        except BaseException:
-            stop.set()
-            raise
-        if "error" not in a:
-            with lock:
-                store.get("judge", self._key_of(p, max_tokens), lambda: a)
-        return a
-
-    failed = 0
-    with ThreadPoolExecutor(min(self.concurrent, len(todo))) as pool:
-        jobs = {pool.submit(one, prompts[i[0]]): i for i in todo.values()}
-        try:
-            for job in tqdm(
-                as_completed(jobs), total=len(jobs), desc=desc, disable=not desc, leave=False, ncols=80
-            ):
-                a = job.result()
-                if a == _stopped:  # the one that stopped it is still to come
-                    continue
-                for i in jobs[job]:
-                    out[i] = a
-                failed = failed + 1 if "error" in a else 0
-                if failed >= give_up:
-                    raise InputError(
-                        f"the judge at {self.host} left {failed} questions in a row unanswered, the last "
-                        f"with: {a['error']}; what was answered is kept, run again to go on"
-                    )
+            self._collect(jobs, out, give_up, desc)
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -473,10 +492,7 @@ class LocalJudge(Judge):
         self.host = "this process"
 
     def _post(self, body):
-        u = dict(prompt_tokens=self.estimate([body["messages"]], 0)["tokens_in"])
-        return json.dumps(
-            dict(
-                choices=[dict(message=dict(content=self.answer(body["messages"])), finish_reason="stop")],
-                usage=u,
-            )
-        )
+        messages = body["messages"]
+        choice = dict(message=dict(content=self.answer(messages)), finish_reason="stop")
+        read = self.estimate([messages], 0)["tokens_in"]
+        return json.dumps(dict(choices=[choice], usage=dict(prompt_tokens=read)))
