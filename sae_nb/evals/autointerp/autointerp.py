@@ -6,12 +6,14 @@
 __all__ = ['no_judge', 'no_labels', 'AutoInterpConfig', 'AutoInterp', 'checked', 'Rows', 'Fired', 'fired', 'Labels',
            'world_labels', 'halves', 'thresholds', 'overlaps', 'f1_of', 'kappa_of', 'describe_latents', 'summary',
            'permuted', 'probes', 'centres', 'Case', 'case_of', 'line', 'explain_prompt', 'score_prompt',
-           'read_explanation', 'read_numbers', 'rating', 'detection_metrics', 'label_judge']
+           'read_explanation', 'read_numbers', 'rating', 'detection_metrics', 'LabelJudge', 'label_judge', 'Scene',
+           'Found']
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-imports
 import math
 import re
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from itertools import islice
 
 import torch
@@ -42,27 +44,19 @@ class AutoInterpConfig:
     llm_dtype: str = ""  # Filled in from the model
     buffer: int = 10  # Tokens on either side of a window's centre
     no_overlap: bool = True  # No strongest window has its centre within another
-    act_threshold_frac: float = (
-        0.01  # A token is active above this share of the largest value in the strongest windows
-    )
+    act_threshold_frac: float = 0.01  # Active: above this share of the largest value in strong windows
     total_tokens: int = 2_000_000  # Tokens of text, counted as rows times llm_context_size
     scoring: bool = True  # False: descriptions only
     max_tokens_in_explanation: int = 30  # Longest description
     use_demos_in_explanation: bool = True  # Examples of descriptions in the question
     n_top_ex_for_generation: int = 10  # Strongest windows to describe from
-    n_iw_sampled_ex_for_generation: int = (
-        5  # Windows drawn in proportion to the squared activation to describe from
-    )
+    n_iw_sampled_ex_for_generation: int = 5  # Weaker windows, drawn by squared activation, likewise
     n_top_ex_for_scoring: int = 2  # The same to recognise
     n_random_ex_for_scoring: int = 10  # Random windows among which to recognise them
     n_iw_sampled_ex_for_scoring: int = 2
     data_dir: str = ""  # Folder that mirrors the hub, see `texts.records`
-    compatible: bool = (
-        True  # Also SAEBench's own random windows, unchecked: up to one question more per latent
-    )
-    judge_nulls: bool = (
-        False  # Also ask about the null SAEs and about swapped descriptions: four times the cost
-    )
+    compatible: bool = True  # Also SAEBench's unchecked random windows: one question more per latent
+    judge_nulls: bool = False  # Also ask about null SAEs and swapped descriptions: four times the cost
     judge_url: str = ""  # Else SAE_NB_JUDGE_URL; the key comes from the environment only
     judge_model: str = ""  # Else SAE_NB_JUDGE_MODEL
     judge_temperature: float = 0.0
@@ -73,17 +67,8 @@ class AutoInterpConfig:
     judge_price_out: float = None
     judge_max_cost: float = None  # Dollars; needs the prices
     judge_max_requests: int = 5000  # Most questions for one SAE
-    label_min_tokens: int = (
-        10  # A label counts as a description if it holds on so many tokens of the first half
-    )
-    label_levels: tuple = (
-        0.0,
-        0.2,
-        0.4,
-        0.6,
-        0.8,
-        0.9,
-    )  # Thresholds tried, as quantiles of a latent's activations; 0: any firing
+    label_min_tokens: int = 10  # Tokens of the first half on which a description must hold
+    label_levels: tuple = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)  # Thresholds tried: quantiles of activations
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-config-autointerp
 @register("evals", "autointerp")
@@ -98,7 +83,7 @@ class AutoInterp(Evaluator):
 
     def __init__(
         self,
-        judge="environment",  # A `Judge`; None: nobody; "environment": whom the config or the environment names, if anybody
+        judge="environment",  # A `Judge`; None: nobody; "environment": whom config or environment name
         **config,  # Options
     ):
         Evaluator.__init__(self, **config)
@@ -106,29 +91,36 @@ class AutoInterp(Evaluator):
         self.judge = judge
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-checked
-def checked(
-    c: AutoInterpConfig,  # As given
-) -> AutoInterpConfig:  # The same, if it makes sense
-    "Options that cannot work are told in a line."
+_at_least_one = (
+    "buffer",
+    "total_tokens",
+    "n_top_ex_for_generation",
+    "n_top_ex_for_scoring",
+    "n_random_ex_for_scoring",
+    "label_min_tokens",
+)
+
+
+def _checked_counts(c):
+    "Refuse counts that are too small."
     if (c.n_latents is None) == (c.override_latents is None):
         raise InputError(
             f"n_latents = {c.n_latents} and override_latents = {c.override_latents}: give one of them and "
             "set the other to None"
         )
-    n = dict(
-        n_latents=c.n_latents if c.override_latents is None else len(c.override_latents),
-        buffer=c.buffer,
-        total_tokens=c.total_tokens,
-        n_top_ex_for_generation=c.n_top_ex_for_generation,
-        n_top_ex_for_scoring=c.n_top_ex_for_scoring,
-        n_random_ex_for_scoring=c.n_random_ex_for_scoring,
-        label_min_tokens=c.label_min_tokens,
-    )
-    for k, v in n.items():
-        if v < 1:
-            raise InputError(f"{k} = {v} is too small; give at least 1")
+    latents = c.n_latents if c.override_latents is None else len(c.override_latents)
+    for name, n in dict(n_latents=latents, **{name: getattr(c, name) for name in _at_least_one}).items():
+        if n < 1:
+            raise InputError(f"{name} = {n} is too small; give at least 1")
     if min(c.n_iw_sampled_ex_for_generation, c.n_iw_sampled_ex_for_scoring) < 0:
         raise InputError("n_iw_sampled_ex_for_generation and n_iw_sampled_ex_for_scoring cannot be negative")
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-checked-all
+def checked(
+    c: AutoInterpConfig,  # As given
+) -> AutoInterpConfig:  # The same, if it makes sense
+    "Options that cannot work are told in a line."
+    _checked_counts(c)
     if not 0 <= c.act_threshold_frac < 1:
         raise InputError(
             f"act_threshold_frac = {c.act_threshold_frac} is not a share of the maximum; give at least 0 "
@@ -139,8 +131,8 @@ def checked(
             f"a window of 2 * {c.buffer} + 1 tokens does not fit in a row of {c.llm_context_size}; lower "
             "buffer or raise llm_context_size"
         )
-    lv = tuple(c.label_levels)
-    if not lv or lv[0] != 0 or sorted(set(lv)) != list(lv) or lv[-1] >= 1:
+    levels = list(c.label_levels)
+    if not levels or levels[0] != 0 or sorted(set(levels)) != levels or levels[-1] >= 1:
         raise InputError(f"label_levels = {c.label_levels} must begin with 0, rise, and stay below 1")
     return c
 
@@ -182,18 +174,19 @@ def text(
 ) -> Rows:
     "The rows everything is measured on."
     c = self.config
-    n, docs = math.ceil(c.total_tokens / c.llm_context_size), None
+    n = math.ceil(c.total_tokens / c.llm_context_size)
+    source = None
     if c.dataset_name == "world":
         if getattr(lm, "name", "") != "world":
             raise InputError(
                 "dataset_name 'world' is written in the vocabulary of the world's model, not of "
                 f"{lm.name or 'this one'}; name a data set or a file"
             )
-        docs = W.documents(700_000 + c.random_seed, 0, n)
-        tokens, d = W.encode(docs, c.llm_context_size)
+        source = W.documents(700_000 + c.random_seed, 0, n)
+        tokens, docs = W.encode(source, c.llm_context_size)
     else:
-        tokens, d = _packed(c, lm, n)
-    return Rows(tokens, d, count_mask(tokens, d, lm.special_ids), docs)
+        tokens, docs = _packed(c, lm, n)
+    return Rows(tokens, docs, count_mask(tokens, docs, lm.special_ids), source)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-fired
 class Fired:
@@ -206,109 +199,131 @@ class Fired:
         value: Tensor,  # Above 0, float32, [n_entries]
         n: int,  # Latents read
     ):
-        o = latent.long().argsort(stable=True)
-        self.latent = latent[o].long()
-        self.place = place[o].long()
-        self.value = value[o].float()
+        order = latent.long().argsort(stable=True)
+        self.latent = latent[order].long()
+        self.place = place[order].long()
+        self.value = value[order].float()
         self.n = n
         self.count = torch.bincount(self.latent, minlength=n)
         self.end = self.count.cumsum(0)
 
     def of(self, i):  # Places and values of latent `i`
-        s = slice(int(self.end[i] - self.count[i]), int(self.end[i]))
-        return self.place[s], self.value[s]
+        own = slice(int(self.end[i] - self.count[i]), int(self.end[i]))
+        return self.place[own], self.value[own]
 
     def only(self, idx):  # The latents `idx`, renumbered in this order
         new = torch.full((self.n,), -1)
         new[idx] = torch.arange(len(idx))
-        k = new[self.latent] >= 0
-        return Fired(new[self.latent[k]], self.place[k], self.value[k], len(idx))
+        keep = new[self.latent] >= 0
+        return Fired(new[self.latent[keep]], self.place[keep], self.value[keep], len(idx))
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-fired-fired
+def _entries(read, x, mask):
+    "Latents, places and values of one block."
+    f = read(x, mask)
+    row, position, latent = (f > 0).nonzero(as_tuple=True)
+    value = f[row, position, latent].float()
+    place = row * f.shape[1] + position
+    return dict(latent=latent.int().cpu(), place=place.int().cpu(), value=value.cpu())
+
+
 def fired(
     read,  # Function of (x [B, T, d_in], mask [B, T]) to latents [B, T, n], 0 where a token does not count
     key,  # What `read` depends on, for the store
     n: int,  # Latents it gives
-    lm,
-    hook: str,
-    data: Rows,  # Model, hook point and text
+    lm,  # Language model
+    hook: str,  # Hook point
+    data: Rows,  # Text
     store: Store,  # Keeps activations
     parts: Store,  # Keeps what was read
     desc: str = "",  # Words before a progress bar
     width: int = 0,  # Latents made on the way; 0: as many as it gives
 ) -> Fired:
     "Read the text in blocks."
-    out, T = [], data.tokens.shape[1]
+    T = data.tokens.shape[1]
     rows = max(1, min(128, 2**28 // (T * (width or n))))
-
-    def cut(x, m):
-        f = read(x, m)
-        r, t, which = (f > 0).nonzero(as_tuple=True)
-        return dict(
-            latent=which.int().cpu(), place=(r * T + t).int().cpu(), value=f[r, t, which].float().cpu()
-        )
-
-    for s, x, m in blocks(store, lm, hook, data.tokens, data.docs, rows, desc):
-        b = parts.get("fired", [key, lm, hook, data.tokens[s], data.docs[s]], lambda: cut(x, m))
-        out.append((b["latent"], b["place"].long() + s.start * T, b["value"]))
-    return Fired(*(torch.cat(o) for o in zip(*out)), n)
+    latent, place, value = [], [], []
+    for block, x, mask in blocks(store, lm, hook, data.tokens, data.docs, rows, desc):
+        where = [key, lm, hook, data.tokens[block], data.docs[block]]
+        found = parts.get("fired", where, partial(_entries, read, x, mask))
+        latent.append(found["latent"])
+        place.append(found["place"].long() + block.start * T)
+        value.append(found["value"])
+    return Fired(torch.cat(latent), torch.cat(place), torch.cat(value), n)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-choose
+def _joined(parts):
+    "Several `Fired`, their latents numbered on."
+    latent = []
+    n = 0
+    for f in parts:
+        latent.append(f.latent + n)
+        n += f.n
+    return Fired(
+        torch.cat(latent), torch.cat([f.place for f in parts]), torch.cat([f.value for f in parts]), n
+    )
+
+
+def _named_latents(names, d_sae):
+    "The latents of `override_latents`, if the SAE has them."
+    idx = torch.tensor(names)
+    if idx.min() < 0 or idx.max() >= d_sae:
+        wrong = idx.max() if idx.max() >= d_sae else idx.min()
+        raise InputError(f"override_latents names latent {int(wrong)}; this SAE has 0 to {d_sae - 1}")
+    return idx
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-choose-living
 @patch
-def chosen(self: AutoInterp, sae, name, lm, hook, data, store, parts, desc=""):
-    "Latents to look at (in the SAE's numbering), where they fire, and the share found living."
+def living(
+    self: AutoInterp,
+    read,  # Function from latents of the SAE to where they fire
+    d_sae: int,  # Latents of the SAE
+    n: int,  # Tokens that count
+) -> tuple:  # Latents; where they fire; share of the latents tried that live
+    "The first `n_latents` living latents of a random order."
     c = self.config
-
-    def read(idx):
-        return fired(
-            lambda x, m: latents_of(sae, x, m)[..., idx.to(sae.W_dec.device)],
-            [name, idx],
-            len(idx),
-            lm,
-            hook,
-            data,
-            store,
-            parts,
-            desc,
-            sae.d_sae,
-        )
-
-    if c.override_latents is not None:
-        idx = torch.tensor(c.override_latents)
-        if idx.min() < 0 or idx.max() >= sae.d_sae:
-            raise InputError(
-                f"override_latents names latent {int(idx.max() if idx.max() >= sae.d_sae else idx.min())}; "
-                f"this SAE has 0 to {sae.d_sae - 1}"
-            )
-        return idx, read(idx), None
-    order = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(c.random_seed))
-    got = []
-    fs = []
-    seen = 0
-    lived = 0
-    n = int((data.mask > 0).sum())
+    order = torch.randperm(d_sae, generator=torch.Generator().manual_seed(c.random_seed))
+    got, found = [], []
+    wanted, tried, lived = c.n_latents, 0, 0
     for idx in order.split(max(2 * c.n_latents, 2000)):
         f = read(idx)
         alive = (f.count / n * c.total_tokens > c.dead_latent_threshold).nonzero()[:, 0]
-        seen = seen + len(idx)
-        lived = lived + len(alive)
-        take = alive[: c.n_latents - sum(map(len, got))]
+        tried += len(idx)
+        lived += len(alive)
+        take = alive[:wanted]
         got.append(idx[take])
-        fs.append(f.only(take))
-        if sum(map(len, got)) == c.n_latents:
+        found.append(f.only(take))
+        wanted -= len(take)
+        if not wanted:
             break
-    off = [0, *torch.tensor([o.n for o in fs]).cumsum(0).tolist()]
-    return (
-        torch.cat(got),
-        Fired(
-            *(
-                torch.cat([getattr(o, k) + (off[i] if k == "latent" else 0) for i, o in enumerate(fs)])
-                for k in ("latent", "place", "value")
-            ),
-            off[-1],
-        ),
-        lived / seen,
-    )
+    return torch.cat(got), _joined(found), lived / tried
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-choose-chosen
+@patch
+def chosen(
+    self: AutoInterp,
+    sae,  # Any SAE
+    name,  # What it is called in the store
+    lm,  # Language model
+    hook: str,  # Hook point
+    data: Rows,  # Text
+    store: Store,  # Keeps activations
+    parts: Store,  # Keeps what was read
+    desc: str = "",  # Words before a progress bar
+) -> tuple:  # Latents in the SAE's numbering; where they fire; share found living, None if they were named
+    "Latents to look at."
+    c = self.config
+
+    def read(idx):
+        def some(x, mask):
+            return latents_of(sae, x, mask)[..., idx.to(sae.W_dec.device)]
+
+        return fired(some, [name, idx], len(idx), lm, hook, data, store, parts, desc, sae.d_sae)
+
+    if c.override_latents is not None:
+        idx = _named_latents(c.override_latents, sae.d_sae)
+        return idx, read(idx), None
+    return self.living(read, sae.d_sae, int((data.mask > 0).sum()))
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labels
 @dataclass
@@ -327,10 +342,31 @@ def _frequent(codes, names, keep, least):
     "Drop descriptions that hold on fewer than `least` of the tokens `keep`."
     n = torch.bincount(codes[keep], minlength=len(names) + 1)
     n[0] = 0
-    ok = (n >= least).nonzero()[:, 0]
+    kept = (n >= least).nonzero()[:, 0]
     new = torch.zeros(len(n), dtype=torch.long)
-    new[ok] = torch.arange(len(ok)) + 1
-    return new[codes], [names[i - 1] for i in ok.tolist()]
+    new[kept] = torch.arange(len(kept)) + 1
+    return new[codes], [names[i - 1] for i in kept.tolist()]
+
+
+def _says(name, value):
+    "Does a value of a label say something? 'no' of a yes-or-no label does not."
+    return value != "" and (value != 0 or name not in ("in_quote", "is_answer"))
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labels-coded
+def _coded(source, name, T):
+    "One label of every document as numbers [R, T], and its values as text."
+    rows = [document.token_labels[name] for document in source]
+    values = sorted({value for row in rows for value in row if _says(name, value)}, key=str)
+    number = {value: i + 1 for i, value in enumerate(values)}
+    codes = torch.zeros(len(rows), T, dtype=torch.long)
+    for own, row in zip(codes, rows):
+        own[1 : len(row) + 1] = torch.tensor([number.get(value, 0) for value in row])
+    return codes, [str(value) for value in values]
+
+
+def _neighbour(codes, shift):
+    "The codes of the token before (shift 1) or after (shift -1)."
+    return torch.nn.functional.pad(codes, (shift, -shift))
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labels-world-labels
 def world_labels(
@@ -339,43 +375,23 @@ def world_labels(
     least: int = 10,  # Tokens of the first half a description must hold on
 ) -> Labels:
     "Every value of every label of the world, the word itself, and the neighbours' words and classes."
-    rows = [d.token_labels for d in data.source]
-    T = data.tokens.shape[1]
-
-    def coded(name):
-        vals = sorted(
-            {
-                v
-                for r in rows
-                for v in r[name]
-                if v not in ("", 0) or (v == 0 and name not in ("in_quote", "is_answer"))
-            },
-            key=str,
-        )
-        code = {v: i + 1 for i, v in enumerate(vals)}
-        out = torch.zeros(len(rows), T, dtype=torch.long)
-        for o, r in zip(out, rows):
-            o[1 : len(r[name]) + 1] = torch.tensor([code.get(v, 0) for v in r[name]])
-        return out, [str(v) for v in vals]
-
-    fam = {n: coded(n) for n in W.TOKEN_LABELS} | dict(
-        word=(data.tokens * (data.mask > 0) + (data.mask > 0), [f"'{w}'" for w in W.VOCAB])
-    )
-
-    def right(o):
-        return torch.nn.functional.pad(o, (1, -1))
-
-    def left(o):
-        return torch.nn.functional.pad(o, (-1, 1))
-
-    fam |= {f"previous {n}": (right(fam[n][0]), fam[n][1]) for n in ("word", "class", "role")} | {
-        "next class": (left(fam["class"][0]), fam["class"][1])
-    }
-    keep = (data.mask > 0) & first[:, None]
-    out = [
-        _frequent(c * (data.mask > 0), [f"{n} is {v}" for v in vs], keep, least) for n, (c, vs) in fam.items()
-    ]
-    return Labels([o[0] for o in out if o[1]], [o[1] for o in out if o[1]])
+    counts = data.mask > 0
+    families = {name: _coded(data.source, name, data.tokens.shape[1]) for name in W.TOKEN_LABELS}
+    families["word"] = data.tokens * counts + counts, [f"'{word}'" for word in W.VOCAB]
+    for name in ("word", "class", "role"):
+        codes, values = families[name]
+        families[f"previous {name}"] = _neighbour(codes, 1), values
+    codes, values = families["class"]
+    families["next class"] = _neighbour(codes, -1), values
+    keep = counts & first[:, None]
+    out = Labels([], [])
+    for family, (codes, values) in families.items():
+        names = [f"{family} is {value}" for value in values]
+        codes, names = _frequent(codes * counts, names, keep, least)
+        if names:
+            out.codes.append(codes)
+            out.names.append(names)
+    return out
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-halves
 def halves(
@@ -394,43 +410,41 @@ def thresholds(
     levels: tuple,  # Quantiles, the first of them 0
 ) -> Tensor:  # [n_latents, n_levels]; the first is 0, a latent silent here has inf after it
     "Values a latent must reach."
-    which, v = f.latent[keep], f.value[keep]
-    o = v.argsort(stable=True)
-    o = o[which[o].argsort(stable=True)]
-    n = torch.bincount(which, minlength=f.n)
+    latent, value = f.latent[keep], f.value[keep]
+    order = value.argsort(stable=True)
+    order = order[latent[order].argsort(stable=True)]
+    n = torch.bincount(latent, minlength=f.n)[:, None]
     start = n.cumsum(0) - n
-    at = start[:, None] + (torch.tensor(levels, dtype=torch.float64) * n[:, None]).long()
-    thr = torch.where(
-        n[:, None] > 0, v[o][at.clamp(max=max(len(v) - 1, 0))] if len(v) else torch.zeros(()), math.inf
-    )
-    thr[:, 0] = 0.0
-    return thr
+    at = start + (torch.tensor(levels, dtype=torch.float64) * n).long()
+    last = max(len(value) - 1, 0)
+    reached = value[order][at.clamp(max=last)] if len(value) else torch.zeros(())
+    out = torch.where(n > 0, reached, math.inf)
+    out[:, 0] = 0.0
+    return out
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-thresholds-overlaps
+def _from_the_top(counts):
+    "Sums along the bins [n_latents, n_levels, ...] from the highest down, float32."
+    return counts.flip(1).cumsum(1).flip(1).float()
+
+
 def overlaps(
-    f: Fired,
-    thr: Tensor,
-    labels: Labels,  # Latents, their thresholds, descriptions
+    f: Fired,  # Where latents fire
+    thr: Tensor,  # Their thresholds, [n_latents, n_levels]
+    labels: Labels,  # Descriptions
     rows: Tensor,  # Which rows count, bool [R]
 ) -> tuple:  # h [n_latents, n_levels, n_desc], a [n_latents, n_levels], b [n_desc]: tokens, float32
     "Tokens on which a latent at a threshold and a description hold together, and each by itself."
     T, L = labels.codes[0].shape[1], thr.shape[1]
-    k = rows[f.place // T]
-    place = f.place[k]
-    cell = f.latent[k] * L + (f.value[k][:, None] >= thr[f.latent[k]]).sum(1) - 1
-
-    def up(o):
-        return o.flip(1).cumsum(1).flip(1).float()
-
-    a = up(torch.bincount(cell, minlength=f.n * L).view(f.n, L))
+    keep = rows[f.place // T]
+    place, latent = f.place[keep], f.latent[keep]
+    cell = latent * L + (f.value[keep][:, None] >= thr[latent]).sum(1) - 1
+    a = _from_the_top(torch.bincount(cell, minlength=f.n * L).view(f.n, L))
     h, b = [], []
     for codes, names in zip(labels.codes, labels.names):
         K = len(names) + 1
-        h.append(
-            up(torch.bincount(cell * K + codes.flatten()[place], minlength=f.n * L * K).view(f.n, L, K))[
-                ..., 1:
-            ]
-        )
+        both = torch.bincount(cell * K + codes.flatten()[place], minlength=f.n * L * K)
+        h.append(_from_the_top(both.view(f.n, L, K))[..., 1:])
         b.append(torch.bincount(codes[rows].flatten(), minlength=K)[1:].float())
     return torch.cat(h, -1), a, torch.cat(b)
 
@@ -449,6 +463,14 @@ def kappa_of(
     return 2 * (n * h - a * b) / (n * (a + b) - 2 * a * b)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-describe
+def _others(description, seed):
+    "For each latent the description of another."
+    p = torch.randperm(len(description), generator=torch.Generator().manual_seed(seed))
+    out = torch.empty_like(description)
+    out[p] = description[p.roll(1)]
+    return out
+
+
 def describe_latents(
     f: Fired,  # Where latents fire
     labels: Labels,  # Descriptions
@@ -459,46 +481,36 @@ def describe_latents(
     seed: int = 0,  # Seeds the swap of descriptions
 ) -> dict:  # per latent: description, threshold, f1_found, f1, kappa, f1_swapped; per description: f1_cover
     "Find each latent's description on one half and test it on the other."
-    T = labels.codes[0].shape[1]
-    thr = thresholds(f, first[f.place // T], levels)
-    L, i = thr.shape[1], torch.arange(f.n)
+    thr = thresholds(f, first[f.place // labels.codes[0].shape[1]], levels)
     h, a, b = overlaps(f, thr, labels, first)
-    s = kappa_of(h, a[..., None], b, n_find)
-    s = s.nan_to_num(-1.0)
-    at = s.flatten(1).argmax(1)
-    q, d = at // len(b), at % len(b)
-    found = f1_of(h[i, q, d], a[i, q], b[d])
-    cover = s.flatten(0, 1).argmax(0)
-    cl = cover // L
-    cq = cover % L
-    cd = torch.arange(len(b))
+    score = kappa_of(h, a[..., None], b, n_find).nan_to_num(-1.0)
+    i, best = torch.arange(f.n), score.flatten(1).argmax(1)
+    level, d = best // len(b), best % len(b)
+    out = dict(description=d, threshold=thr[i, level], f1_found=f1_of(h[i, level, d], a[i, level], b[d]))
+    cover, every = score.flatten(0, 1).argmax(0), torch.arange(len(b))
+    c, c_level = cover // thr.shape[1], cover % thr.shape[1]
     h, a, b = overlaps(f, thr, labels, ~first)
-    p = torch.randperm(f.n, generator=torch.Generator().manual_seed(seed))
-    other = torch.empty_like(d)
-    other[p] = d[p.roll(1)]
-    return dict(
-        description=d,
-        threshold=thr[i, q],
-        f1_found=found,
-        f1=f1_of(h[i, q, d], a[i, q], b[d]),
-        kappa=kappa_of(h[i, q, d], a[i, q], b[d], n_test),
-        f1_swapped=f1_of(h[i, q, other], a[i, q], b[other]),
-        f1_cover=f1_of(h[cl, cq, cd], a[cl, cq], b[cd]),
+    other = _others(d, seed)
+    return out | dict(
+        f1=f1_of(h[i, level, d], a[i, level], b[d]),
+        kappa=kappa_of(h[i, level, d], a[i, level], b[d], n_test),
+        f1_swapped=f1_of(h[i, level, other], a[i, level], b[other]),
+        f1_cover=f1_of(h[c, c_level, every], a[c, c_level], b[every]),
     )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-describe-summary
 def summary(
     o: dict,  # From `describe_latents`
 ) -> dict:  # Our numbers
-    "Means over latents, and the share of descriptions covered; what cannot be tested on the second half is left out."
-    f, k, c = (o[n][o[n].isfinite()] for n in ("f1", "kappa", "f1_cover"))
+    "Means over latents, and the share of descriptions covered; what cannot be tested is left out."
+    f1, kappa, cover = (o[name][o[name].isfinite()] for name in ("f1", "kappa", "f1_cover"))
     return dict(
-        label_f1=f.mean(),
-        label_f1_std_dev=f.std() if len(f) > 1 else None,
-        share_described=(f > 0.5).float().mean(),
+        label_f1=f1.mean(),
+        label_f1_std_dev=f1.std() if len(f1) > 1 else None,
+        share_described=(f1 > 0.5).float().mean(),
         label_f1_found=o["f1_found"].mean(),
-        label_kappa=k.mean(),
-        label_coverage=(c > 0.5).float().mean(),
+        label_kappa=kappa.mean(),
+        label_coverage=(cover > 0.5).float().mean(),
     )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-permuted
@@ -514,6 +526,23 @@ def permuted(
     return Labels([c[r] * (mask > 0) for c in labels.codes], labels.names)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-permuted-probes
+def _counts_above(bins, weights):
+    "Sums of `weights` [n, m] over the entries of each of 1,024 bins and all bins above it, [1024, m]."
+    out = torch.zeros(1024, weights.shape[1], device=weights.device).scatter_add_(0, bins, weights)
+    return out.flip(0).cumsum(0).flip(0)
+
+
+def _cut_f1(s, truth, fit):
+    "F1 on the other tokens of scores [n, m], cut where F1 is best on the tokens `fit`."
+    low, high = s[fit].amin(0), s[fit].amax(0)
+    bins = ((s - low) / (high - low).clamp(min=1e-12) * 1023).clamp(0, 1023).long()
+    n = _counts_above(bins[fit], torch.ones_like(s[fit]))
+    hit = _counts_above(bins[fit], truth[fit].float())
+    on = bins[~fit] >= f1_of(hit, n, hit[0]).argmax(0)
+    true = truth[~fit]
+    return f1_of((on & true).sum(0).float(), on.sum(0).float(), true.sum(0).float())
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-permuted-all-probes
 def probes(
     x: Tensor,  # Activations of the tokens that count, [n_tokens, d_in]
     labels: Labels,  # Descriptions
@@ -521,41 +550,20 @@ def probes(
     first: Tensor,  # Rows to fit on, bool [R]
 ) -> Tensor:  # F1 on the other rows, [n_desc]
     "A ridge probe with a threshold for every description."
-    a = first[:, None].expand_as(mask)[mask > 0].to(x.device)
+    fit = first[:, None].expand_as(mask)[mask > 0].to(x.device)
     x = x.double()
-    mu = x[a].mean(0)
-    x = torch.cat([x - mu, torch.ones_like(x[:, :1])], 1)
-    G = x[a].T @ x[a]
+    x = torch.cat([x - x[fit].mean(0), torch.ones_like(x[:, :1])], 1)
+    G = x[fit].T @ x[fit]
     G = G + 1e-4 * G.diagonal()[:-1].mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
     out = []
-    for c, names in zip(labels.codes, labels.names):
-        y = c[mask > 0].to(x.device)
-        XY = (
-            torch.zeros(len(names) + 1, x.shape[1], dtype=x.dtype, device=x.device)
-            .index_add_(0, y[a], x[a])[1:]
-            .T
-        )
-        w = torch.linalg.solve(G, XY).float()
+    for codes, names in zip(labels.codes, labels.names):
+        y = codes[mask > 0].to(x.device)
+        sums = torch.zeros(len(names) + 1, x.shape[1], dtype=x.dtype, device=x.device)
+        w = torch.linalg.solve(G, sums.index_add_(0, y[fit], x[fit])[1:].T).float()
         for j in range(0, len(names), 128):
             s = x.float() @ w[:, j : j + 128]
-            t = y[:, None] == torch.arange(j + 1, j + 1 + s.shape[1], device=x.device)
-            lo, hi = s[a].amin(0), s[a].amax(0)
-            q = (
-                ((s - lo) / (hi - lo).clamp(min=1e-12) * 1023).clamp(0, 1023).long()
-            )  # a thousand thresholds to choose from
-
-            def up(w):
-                return (
-                    torch.zeros(1024, s.shape[1], device=x.device)
-                    .scatter_add_(0, q[a], w)
-                    .flip(0)
-                    .cumsum(0)
-                    .flip(0)
-                )
-
-            n, hit = up(torch.ones_like(s[a])), up(t[a].float())
-            on, tt = q[~a] >= f1_of(hit, n, hit[0]).argmax(0), t[~a]
-            out.append(f1_of((on & tt).sum(0).float(), on.sum(0).float(), tt.sum(0).float()))
+            truth = y[:, None] == torch.arange(j + 1, j + 1 + s.shape[1], device=x.device)
+            out.append(_cut_f1(s, truth, fit))
     return torch.cat(out).cpu()
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-centres
@@ -574,7 +582,7 @@ def centres(
 class Case:
     "One latent's windows; a window is the place of its centre."
 
-    latent: int
+    latent: int  # Its number in the SAE
     explain: list  # To describe from, strongest first
     marks: list  # Per such window: which of its tokens are active
     score: list  # To sort, shuffled
@@ -583,98 +591,111 @@ class Case:
     declared: list  # Which of those SAEBench takes for active
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-case
+def _strongest(c, place, value):
+    "Entries of the strongest centres, none within another's window; and which entries are still free."
+    free = torch.ones(len(place), dtype=torch.bool)
+    top = []
+    while len(top) < c.n_top_ex_for_generation + c.n_top_ex_for_scoring:
+        if not free.any():
+            return None, free
+        best = value.masked_fill(~free, -1.0).argmax()
+        top.append(int(best))
+        free &= (place - place[best]).abs() > (c.buffer if c.no_overlap else 0)
+    return top, free
+
+
+def _weaker(c, place, value, top, free, thr, g):
+    "Centres below the strongest, drawn in proportion to the squared activation; None if too few."
+    n = c.n_iw_sampled_ex_for_generation + c.n_iw_sampled_ex_for_scoring
+    weak = value[top].min()
+    among = (((value < weak) | ((value == weak) & free)) & (value > thr)).nonzero()[:, 0]
+    if len(among) < n:
+        return None
+    if n == 0:
+        return place[:0]
+    share = (value[among] / value.max()).double().square()
+    return place[among[torch.multinomial(share, n, generator=g)]]
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-case-of
 def case_of(
     c: AutoInterpConfig,  # Options
-    f: Fired,
-    i: int,  # Where latents fire; which
+    f: Fired,  # Where latents fire
+    i: int,  # Which of them
     latent: int,  # Its number in the SAE
     ok: Tensor,  # Possible centres, bool [R, T]
     where: Tensor = None,  # Their places; None: found here
 ):  # A Case, or why there is none: "no_windows" or "dense"
     "Choose one latent's windows."
     g = torch.Generator().manual_seed(c.random_seed * 1_000_003 + latent)
-    b = torch.arange(-c.buffer, c.buffer + 1)
-    p, v = f.of(i)
+    around = torch.arange(-c.buffer, c.buffer + 1)
+    place, value = f.of(i)
     z = torch.zeros(ok.numel())
-    z[p] = v
-    k = ok.flatten()[p]
-    p, v = p[k], v[k]
-    free, top = torch.ones(len(p), dtype=torch.bool), []
-    for _ in range(c.n_top_ex_for_generation + c.n_top_ex_for_scoring):
-        if not free.any():
-            return "no_windows"
-        e = v.masked_fill(~free, -1.0).argmax()
-        top.append(int(e))
-        free &= (p - p[e]).abs() > (c.buffer if c.no_overlap else 0)
-    thr = c.act_threshold_frac * z[p[top][:, None] + b].max()
-    weak = v[top].min()
-    n_iw = c.n_iw_sampled_ex_for_generation + c.n_iw_sampled_ex_for_scoring
-    cand = (((v < weak) | ((v == weak) & free)) & (v > thr)).nonzero()[:, 0]
-    if len(cand) < n_iw:
+    z[place] = value
+    inside = ok.flatten()[place]
+    place, value = place[inside], value[inside]
+    top, free = _strongest(c, place, value)
+    if top is None:
         return "no_windows"
-    iw = (
-        p[cand[torch.multinomial((v[cand] / v.max()).double().square(), n_iw, generator=g)]]
-        if n_iw
-        else p[:0]
-    )
-    return _case(
-        c, g, latent, z, thr, b, p[top], iw, ok.flatten().nonzero()[:, 0] if where is None else where
-    )
+    thr = c.act_threshold_frac * z[place[top][:, None] + around].max()
+    weaker = _weaker(c, place, value, top, free, thr, g)
+    if weaker is None:
+        return "no_windows"
+    where = ok.flatten().nonzero()[:, 0] if where is None else where
+    return _case(c, g, latent, partial(_windows, z, around), thr, place[top], weaker, where)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-case-case
-def _case(c, g, latent, z, thr, b, top, iw, where):
-    "Random windows, the split, and the shuffle."
-    n = c.n_random_ex_for_scoring
+def _windows(z, around, centre):  # Activations in the windows of `centre`, [n, 2 * buffer + 1]
+    return z[centre[:, None] + around]
 
-    def active(q):
-        return (z[q[:, None] + b] > thr).any(1)
 
-    def draw(m):
-        return where[torch.randint(len(where), (m,), generator=g)]
-
-    drawn, more = draw(n), draw(50 * n)
+def _silent(drawn, more, active):
+    "`drawn` with its active windows replaced by silent ones of `more`; None if there are too few."
     more = more[~active(more)]
     hit = active(drawn)
-    quiet = drawn.clone()
     if len(more) < hit.sum():
+        return None
+    out = drawn.clone()
+    out[hit] = more[: int(hit.sum())]
+    return out
+
+
+def _case(c, g, latent, windows, thr, top, weaker, where):
+    "Random windows, the split, and the shuffle."
+
+    def active(centre):
+        return (windows(centre) > thr).any(1)
+
+    n = c.n_random_ex_for_scoring
+    drawn, more = [where[torch.randint(len(where), (m,), generator=g)] for m in (n, 50 * n)]
+    silent = _silent(drawn, more, active)
+    if silent is None:
         return "dense"
-    quiet[hit] = more[: int(hit.sum())]
-    a = torch.randperm(len(top), generator=g)
-    e = torch.randperm(len(iw), generator=g)
-    ga = c.n_top_ex_for_generation
-    gi = c.n_iw_sampled_ex_for_generation
-    ex = torch.cat([top[a[:ga]], iw[e[:gi]]])
-    ex = ex[z[ex[:, None] + b].amax(1).argsort(descending=True, stable=True)]
-    pos = torch.cat([top[a[ga:]], iw[e[gi:]]])
-    mix = torch.randperm(len(pos) + n, generator=g)
-    yes = mix < len(pos)
-    return Case(
-        latent,
-        ex.tolist(),
-        (z[ex[:, None] + b] > thr).tolist(),
-        torch.cat([pos, quiet])[mix].tolist(),
-        yes.tolist(),
-        torch.cat([pos, drawn])[mix].tolist(),
-        yes.tolist(),
-    )
+    top = top[torch.randperm(len(top), generator=g)]
+    weaker = weaker[torch.randperm(len(weaker), generator=g)]
+    n_top, n_weaker = c.n_top_ex_for_generation, c.n_iw_sampled_ex_for_generation
+    shown = torch.cat([top[:n_top], weaker[:n_weaker]])
+    shown = shown[windows(shown).amax(1).argsort(descending=True, stable=True)]
+    held = torch.cat([top[n_top:], weaker[n_weaker:]])
+    mix = torch.randperm(len(held) + n, generator=g)
+    yes = (mix < len(held)).tolist()
+    score, unchecked = [torch.cat([held, quiet])[mix].tolist() for quiet in (silent, drawn)]
+    return Case(latent, shown.tolist(), (windows(shown) > thr).tolist(), score, yes, unchecked, yes)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-lines
+def _marked(piece):
+    "<<piece>>, with its leading spaces in front."
+    bare = piece.lstrip(" ")
+    return f"{piece[: len(piece) - len(bare)]}<<{bare}>>" if bare else f"<<{piece}>>"
+
+
 def line(
     pieces: list,  # Tokens of a window as strings
     marks: list = None,  # Which of them are active; None: show none
 ) -> str:
     "A window as text; active tokens in << >>."
-
-    def show(w, on):
-        bare = w.lstrip(" ")
-        return f"{w[: len(w) - len(bare)]}<<{bare}>>" if on and bare else f"<<{w}>>" if on else w
-
-    return (
-        "".join(show(w, m) for w, m in zip(pieces, marks or [False] * len(pieces)))
-        .replace("\ufffd", "")
-        .replace("\n", "↵")
-        .strip()
-    )
+    marks = marks or [False] * len(pieces)
+    text = "".join(_marked(piece) if on else piece for piece, on in zip(pieces, marks))
+    return text.replace("\ufffd", "").replace("\n", "↵").strip()
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-lines-window
 @patch
@@ -685,11 +706,20 @@ def window(self: Rows, lm, place: int, buffer: int) -> list:  # Tokens around `p
     return self.pieces[r][t - buffer : t + buffer + 1]
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-questions
+_unit = "A unit inside a neural network that reads text is active on some tokens and silent on all others. "
 _demos = (
     " Examples of good answers: This unit is active on the word 'because'; This unit is active on "
     "numbers in dates; This unit is active on the first word of a question; This unit is active on "
     "texts about cooking."
 )
+
+
+def _numbered(lines):
+    return "\n".join(f"{i}. {text}" for i, text in enumerate(lines, 1))
+
+
+def _messages(system, user):
+    return [dict(role="system", content=system), dict(role="user", content=user)]
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-questions-explain-prompt
 def explain_prompt(
@@ -698,14 +728,14 @@ def explain_prompt(
 ) -> list:  # Messages
     "Ask what a latent is active on."
     system = (
-        "A unit inside a neural network that reads text is active on some tokens and silent on all others. You will see excerpts in which it is active, the strongest first; each token it is active on stands between << and >>. "
-        "Find what the marked tokens, or the texts around them, have in common, and say it in at most 20 plain words. It may be a word or part of a word, a grammatical role, a position, a topic or a kind of text. Cover most of the marked tokens, "
-        "be no narrower than they require, mind spelling and capitals where they matter, and do not list many words. Answer in one line that begins: This unit is active on"
+        f"{_unit}You will see excerpts in which it is active, the strongest first; each token it is active "
+        "on stands between << and >>. Find what the marked tokens, or the texts around them, have in common, "
+        "and say it in at most 20 plain words. It may be a word or part of a word, a grammatical role, a "
+        "position, a topic or a kind of text. Cover most of the marked tokens, be no narrower than they "
+        "require, mind spelling and capitals where they matter, and do not list many words. Answer in one "
+        "line that begins: This unit is active on"
     )
-    return [
-        dict(role="system", content=system + (_demos if demos else "")),
-        dict(role="user", content="\n".join(f"{i}. {l}" for i, l in enumerate(lines, 1))),
-    ]
+    return _messages(system + (_demos if demos else ""), _numbered(lines))
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-questions-score-prompt
 def score_prompt(
@@ -715,17 +745,11 @@ def score_prompt(
 ) -> list:  # Messages
     "Ask in which windows it should be active."
     system = (
-        f"A unit inside a neural network that reads text is active on some tokens and silent on all others. You get a description of the tokens it is active on and {len(lines)} numbered excerpts. Decide which excerpts contain at least one such token. "
-        f"Answer with their numbers only, separated by commas, for example: {', '.join(map(str, example))}. If there is none, answer: None."
+        f"{_unit}You get a description of the tokens it is active on and {len(lines)} numbered excerpts. "
+        "Decide which excerpts contain at least one such token. Answer with their numbers only, separated by "
+        f"commas, for example: {', '.join(map(str, example))}. If there is none, answer: None."
     )
-    return [
-        dict(role="system", content=system),
-        dict(
-            role="user",
-            content=f"The unit is active on {explanation}\n\n"
-            + "\n".join(f"{i}. {l}" for i, l in enumerate(lines, 1)),
-        ),
-    ]
+    return _messages(system, f"The unit is active on {explanation}\n\n{_numbered(lines)}")
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-questions-read-explanation
 def read_explanation(text):  # What follows "active on"; empty if there is nothing
@@ -754,231 +778,300 @@ def rating(
     y = torch.tensor(active)
     s = torch.zeros(len(y), dtype=torch.bool)
     s[[i - 1 for i in said]] = True
-    bal = torch.stack([(s[y == v] == v).float().mean() for v in (True, False) if (y == v).any()]).mean()
+    sides = [(s[y == side] == side).float().mean() for side in (True, False) if (y == side).any()]
     return dict(
         score=(s == y).float().mean().item(),
-        balanced=bal.item(),
+        balanced=torch.stack(sides).mean().item(),
         kappa=float(kappa_of((s & y).sum().float(), s.sum().float(), y.sum().float(), len(y))),
     )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plan
+def _example(case, n):
+    "Numbers of `n` windows, to show how an answer looks."
+    g = torch.Generator().manual_seed(case.latent)
+    return sorted((torch.randperm(len(case.score), generator=g)[:n] + 1).tolist())
+
+
 @patch
-def prompts(self: AutoInterp, cases, lm, data):
-    "Both rounds as functions: descriptions, and lists given the descriptions."
+def prompts(
+    self: AutoInterp,
+    cases: list,  # `Case` of each latent
+    lm,  # Language model
+    data: Rows,  # Text
+) -> tuple:  # Questions for descriptions; function (case, description, which windows) -> question for a list
+    "Both rounds."
     c = self.config
-
-    def show(q, m=None):
-        return line(data.window(lm, q, c.buffer), m)
-
     n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
 
-    def example(o):
-        return sorted(
-            (
-                torch.randperm(len(o.score), generator=torch.Generator().manual_seed(o.latent))[:n_yes] + 1
-            ).tolist()
-        )
+    @cache
+    def show(place):
+        return line(data.window(lm, place, c.buffer))
 
-    ask = [
-        explain_prompt([show(q, m) for q, m in zip(o.explain, o.marks)], c.use_demos_in_explanation)
-        for o in cases
-    ]
-    lines = {q: show(q) for o in cases for q in o.score + o.drawn}
+    def score(case, text, which):
+        return score_prompt(text, [show(place) for place in getattr(case, which)], _example(case, n_yes))
 
-    def score(o, text, which):
-        return score_prompt(text, [lines[q] for q in getattr(o, which)], example(o))
-
+    ask = []
+    for case in cases:
+        shown = [line(data.window(lm, q, c.buffer), m) for q, m in zip(case.explain, case.marks)]
+        ask.append(explain_prompt(shown, c.use_demos_in_explanation))
     return ask, score
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plan-rounds
 @patch
-def rounds(self: AutoInterp, cases):
-    "(case, which windows, whose description) of every list that will be asked for."
+def rounds(
+    self: AutoInterp,
+    cases: list,  # `Case` of each latent
+) -> list:  # (case, which windows, whose description) of every list that will be asked for
+    "Which lists to ask for: own description; with windows as drawn; with another's description."
     c = self.config
     if not c.scoring:
         return []
     out = [(i, "score", i) for i in range(len(cases))]
     if c.compatible:
-        out += [(i, "drawn", i) for i, o in enumerate(cases) if o.drawn != o.score]
+        out += [(i, "drawn", i) for i, case in enumerate(cases) if case.drawn != case.score]
     if c.judge_nulls and len(cases) > 1:
         out += [(i, "score", (i + 1) % len(cases)) for i in range(len(cases))]
     return out
 
-# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-judged
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plan-longest
 @patch
-def judged(self: AutoInterp, judge, cases, lm, data, keep, quiet=True):
-    "Answers per case: explanation, said, said_drawn, said_swapped, dropped."
+def longest_list(
+    self: AutoInterp,
+) -> int:  # Tokens
+    "The longest answer to a question for a list."
     c = self.config
-    ask, score = self.prompts(cases, lm, data)
-    e_max = c.max_tokens_in_explanation
-    s_max = 2 * (c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring + c.n_random_ex_for_scoring) + 5
-    plan = self.rounds(cases)
-    text = [a and read_explanation(a["text"]) for a in judge.known(ask, e_max, keep)]
-    todo = [
-        (s, s_max)
-        for i, w, k in plan
-        for s in [score(cases[i], text[k] if text[k] is not None else "x" * 3 * e_max, w)]
-        if text[k] is None or judge.known([s], s_max, keep) == [None]
-    ]
-    need = judge.total(
-        judge.estimate([p for p, t in zip(ask, text) if t is None], e_max),
-        judge.estimate([s for s, _ in todo], s_max),
+    return 2 * (c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring + c.n_random_ex_for_scoring) + 5
+
+
+@patch
+def needed(
+    self: AutoInterp,
+    judge,  # A `Judge`
+    ask: list,  # Questions for descriptions
+    score,  # Function (case, description, which windows) -> question for a list
+    cases: list,  # `Case` of each latent
+    keep: Store,  # Keeps answers
+) -> dict:  # An estimate, see `judge`
+    "What both rounds will take at most; answers that are kept are not counted."
+    longest = self.config.max_tokens_in_explanation
+    known = judge.known(ask, longest, keep)
+    texts = [None if answer is None else read_explanation(answer["text"]) for answer in known]
+    lists = []
+    for i, which, whose in self.rounds(cases):
+        text = texts[whose]
+        question = score(cases[i], "x" * 3 * longest if text is None else text, which)
+        if text is None or judge.known([question], self.longest_list(), keep) == [None]:
+            lists.append(question)
+    new = [question for question, text in zip(ask, texts) if text is None]
+    return judge.total(judge.estimate(new, longest), judge.estimate(lists, self.longest_list()))
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-judged
+def _description(answer):
+    "What became of a question for a description."
+    text = read_explanation(answer.get("text", ""))
+    dropped = "" if text else "no_explanation"
+    if "error" in answer:
+        dropped = "failed"
+    return dict(explanation=text, dropped=dropped, error=answer.get("error", ""))
+
+
+def _note_list(out, answer, which, own, n):
+    "Write down a list: `which` windows, by its `own` description or another's, numbers up to `n`."
+    said = None if answer.get("finish") == "length" else read_numbers(answer.get("text", ""), n)
+    name = "said_drawn" if which == "drawn" else "said"
+    out[name if own else "said_swapped"] = said
+    if own and which == "score" and said is None:
+        out["dropped"] = "failed" if "error" in answer else "unparsable"
+        out["error"] = answer.get("error", answer.get("text", ""))[:80]
+    out["model"] = answer.get("model", "")
+
+
+def _used(answers):
+    "Questions and tokens of all answers."
+    return dict(
+        judge_requests=len(answers),
+        judge_tokens_in=sum(answer.get("tokens_in", 0) for answer in answers),
+        judge_tokens_out=sum(answer.get("tokens_out", 0) for answer in answers),
     )
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-judged-judged
+@patch
+def judged(
+    self: AutoInterp,
+    judge,  # A `Judge`
+    cases: list,  # `Case` of each latent
+    lm,  # Language model
+    data: Rows,  # Text
+    keep: Store,  # Keeps answers
+    quiet=True,  # No progress bars
+) -> tuple:  # Per case: explanation, said, said_drawn, said_swapped, dropped ...; what it took
+    "Ask for descriptions, then for lists."
+    ask, score = self.prompts(cases, lm, data)
+    need = self.needed(judge, ask, score, cases, keep)
     says = judge.allow(need)
     if not quiet and need["requests"]:
         print(f"  {says}")
-
-    def bar(w):
-        return "" if quiet else f"judge, {w}"
-
-    got = judge.ask(ask, e_max, keep, bar("descriptions"))
-    out = []
-    for a in got:
-        t = read_explanation(a.get("text", ""))
-        out.append(
-            dict(
-                explanation=t,
-                dropped="failed" if "error" in a else "" if t else "no_explanation",
-                error=a.get("error", ""),
-            )
-        )
-    plan = [(i, w, k) for i, w, k in plan if out[i]["explanation"] and out[k]["explanation"]]
-    lists = judge.ask(
-        [score(cases[i], out[k]["explanation"], w) for i, w, k in plan], s_max, keep, bar("lists")
-    )
-    for (i, w, k), a in zip(plan, lists):
-        said = None if a.get("finish") == "length" else read_numbers(a.get("text", ""), len(cases[i].score))
-        out[i]["said_swapped" if k != i else "said_drawn" if w == "drawn" else "said"] = said
-        if k == i and w == "score" and said is None:
-            out[i].update(
-                dropped="failed" if "error" in a else "unparsable",
-                error=a.get("error", a.get("text", ""))[:80],
-            )
-        out[i]["model"] = a.get("model", "")
-    used = got + lists
-    return out, dict(
-        judge_requests=len(used),
-        judge_tokens_in=sum(a.get("tokens_in", 0) for a in used),
-        judge_tokens_out=sum(a.get("tokens_out", 0) for a in used),
-    )
+    bar = "" if quiet else "judge, descriptions"
+    described = judge.ask(ask, self.config.max_tokens_in_explanation, keep, bar)
+    out = [_description(answer) for answer in described]
+    text = [o["explanation"] for o in out]
+    plan = [(i, which, whose) for i, which, whose in self.rounds(cases) if text[i] and text[whose]]
+    questions = [score(cases[i], text[whose], which) for i, which, whose in plan]
+    lists = judge.ask(questions, self.longest_list(), keep, "" if quiet else "judge, lists")
+    for (i, which, whose), answer in zip(plan, lists):
+        _note_list(out[i], answer, which, whose == i, len(cases[i].score))
+    return out, _used(described + lists)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-detection
+def _record(case, answer):
+    "What became of a latent."
+    out = {name: answer[name] for name in ("explanation", "dropped", "error")}
+    out["active"] = ", ".join(str(i) for i, active in enumerate(case.active, 1) if active)
+    said, drawn, swapped = [answer.get(name) for name in ("said", "said_drawn", "said_swapped")]
+    if said is None:
+        return out
+    out |= rating(said, case.active) | dict(predictions=", ".join(map(str, said)) or "None")
+    if case.drawn == case.score:
+        out["score_saebench"] = out["score"]
+    else:
+        out["score_saebench"] = None if drawn is None else rating(drawn, case.declared)["score"]
+    out["score_swapped"] = None if swapped is None else rating(swapped, case.active)["score"]
+    return out
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-detection-all
+_reasons = ("no_windows", "dense", "no_explanation", "unparsable", "failed")
+
+
 @patch
-def detection(self: AutoInterp, judge, latents, f, lm, data, keep, quiet=True):
-    "Numbers of the judge, and one record per latent that was tried."
+def detection(
+    self: AutoInterp,
+    judge,  # A `Judge`
+    latents: Tensor,  # Their numbers in the SAE, [n]
+    f: Fired,  # Where they fire
+    lm,  # Language model
+    data: Rows,  # Text
+    keep: Store,  # Keeps answers
+    quiet=True,  # No progress bars
+) -> tuple:  # latent -> record; numbers about the asking; what the judge calls itself
+    "Describe latents and recognise them."
     c = self.config
     ok = centres(data.mask, c.buffer)
     where = ok.flatten().nonzero()[:, 0]
-    tried = [case_of(c, f, i, which, ok, where) for i, which in enumerate(latents.tolist())]
-    cases = [o for o in tried if isinstance(o, Case)]
+    tried = {latent: case_of(c, f, i, latent, ok, where) for i, latent in enumerate(latents.tolist())}
+    cases = [case for case in tried.values() if isinstance(case, Case)]
     if not cases:
         raise InputError(
             "no latent has enough windows to be described and recognised; give more total_tokens"
         )
-    ans, used = self.judged(judge, cases, lm, data, keep, quiet)
-    recs = {which: dict(dropped=o) for which, o in zip(latents.tolist(), tried) if isinstance(o, str)}
-    for o, a in zip(cases, ans):
-        r = recs[o.latent] = dict(
-            explanation=a["explanation"],
-            dropped=a["dropped"],
-            error=a["error"],
-            active=", ".join(str(i) for i, y in enumerate(o.active, 1) if y),
-        )
-        if a.get("said") is None:
-            continue
-        r.update(rating(a["said"], o.active), predictions=", ".join(map(str, a["said"])) or "None")
-        r["score_saebench"] = (
-            r["score"]
-            if o.drawn == o.score
-            else rating(a["said_drawn"], o.declared)["score"]
-            if a.get("said_drawn") is not None
-            else None
-        )
-        r["score_swapped"] = (
-            None if a.get("said_swapped") is None else rating(a["said_swapped"], o.active)["score"]
-        )
-    models = sorted({a["model"] for a in ans if a.get("model")})
-    return (
-        recs,
-        used
-        | {
-            f"latents_{w}": sum(r.get("dropped") == w for r in recs.values())
-            for w in ("no_windows", "dense", "no_explanation", "unparsable", "failed")
-        },
-        models,
-    )
+    answers, used = self.judged(judge, cases, lm, data, keep, quiet)
+    records = {latent: dict(dropped=why) for latent, why in tried.items() if isinstance(why, str)}
+    records |= {case.latent: _record(case, answer) for case, answer in zip(cases, answers)}
+    for reason in _reasons:
+        used[f"latents_{reason}"] = sum(record.get("dropped") == reason for record in records.values())
+    return records, used, sorted({answer["model"] for answer in answers if answer.get("model")})
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-detection-detection-metrics
-def detection_metrics(recs, n_yes=4, n=14):
+def detection_metrics(
+    records: dict,  # latent -> record, from `detection`
+    n_yes: int = 4,  # Active windows among those to sort
+    n: int = 14,  # Windows to sort
+) -> dict:  # name -> number or None
     "Means over latents."
 
-    def mean(k):
-        v = [r[k] for r in recs.values() if r.get(k) is not None]
-        return sum(v) / len(v) if v else None
+    def mean(name):
+        values = [record[name] for record in records.values() if record.get(name) is not None]
+        return sum(values) / len(values) if values else None
 
-    s = torch.tensor([r["score"] for r in recs.values() if "score" in r])
-    floor = 1 - n_yes / n
+    scores = torch.tensor([record["score"] for record in records.values() if "score" in record])
+    score, floor = mean("score"), 1 - n_yes / n
     return dict(
-        autointerp_score=mean("score"),
-        autointerp_std_dev=s.std().item() if len(s) > 1 else None,
+        autointerp_score=score,
+        autointerp_std_dev=scores.std().item() if len(scores) > 1 else None,
         autointerp_balanced_accuracy=mean("balanced"),
         autointerp_kappa=mean("kappa"),
-        autointerp_above_floor=None if mean("score") is None else (mean("score") - floor) / (1 - floor),
+        autointerp_above_floor=None if score is None else (score - floor) / (1 - floor),
         autointerp_score_saebench=mean("score_saebench"),
         autointerp_score_swapped=mean("score_swapped"),
-        latents_scored=len(s),
+        latents_scored=len(scores),
     )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labeljudge
+class LabelJudge:
+    "Answers both kinds of question by labels of the world."
+
+    def __init__(
+        self,
+        data: Rows,  # Text of the world
+        labels: Labels,  # Its descriptions
+        lm,  # Language model, for the tokens as strings
+        buffer: int = 10,  # Tokens on either side
+    ):
+        self.data, self.lm, self.buffer = data, lm, buffer
+        self.names = labels.all
+        self.number = {name: i + 1 for i, name in enumerate(self.names)}
+        ids = []
+        n = 0
+        for codes, names in zip(labels.codes, labels.names):
+            ids.append(torch.where(codes > 0, codes + n, 0).flatten())
+            n += len(names)
+        self.ids = torch.stack(ids)  # numbers of the descriptions that hold on each token
+        self.place = {}  # text of a window -> its first place
+        for place in centres(data.mask, buffer).flatten().nonzero()[:, 0].tolist():
+            self.place.setdefault(line(data.window(lm, place, buffer)), place)
+        some = list(self.place.values())[:: max(1, len(self.place) // 1000)]
+        self.common = self.held([self.span(place) for place in some])
+
+    def span(self, place):  # Descriptions in a window, [families, 2 * buffer + 1]
+        return self.ids[:, place - self.buffer : place + self.buffer + 1]
+
+    def held(self, spans):  # Share of the windows in which each description holds somewhere
+        seen = torch.cat([span.unique() for span in spans])
+        return torch.bincount(seen, minlength=len(self.names) + 1)[1:] / len(spans)
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labeljudge-answer
+@patch
+def marks(self: LabelJudge, text, place):  # Which tokens of the window are marked, bool
+    out = []
+    for word in self.data.window(self.lm, place, self.buffer):
+        text = text.removeprefix(" ")
+        word = word.strip()
+        on = text.startswith(f"<<{word}>>")
+        out.append(on)
+        text = text[len(word) + 4 * on :]
+    return torch.tensor(out)
+
+
+@patch
+def describe(self: LabelJudge, texts):  # The label that marked tokens have and the world at large has not
+    spans = []
+    for text in texts:
+        place = self.place[text.replace("<<", "").replace(">>", "")]
+        spans.append(self.span(place)[:, self.marks(text, place)])
+    best = int((self.held(spans) - self.common).argmax())
+    return f"This unit is active on tokens whose {self.names[best]}"
+
+
+@patch
+def answer(self: LabelJudge, messages):  # Text
+    content = messages[-1]["content"]
+    texts = re.findall(r"(?m)^\d+\. (.*)$", content)
+    head = content.split("\n\n")[0]
+    if not head.startswith("The unit is active on"):
+        return self.describe(texts)
+    number = self.number[head.split(" whose ", 1)[1]]
+    said = [i for i, text in enumerate(texts, 1) if (self.span(self.place[text]) == number).any()]
+    return ", ".join(map(str, said)) or "None"
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labeljudge-judge
 def label_judge(
-    data: Rows,
-    labels: Labels,  # Text of the world and its descriptions
+    data: Rows,  # Text of the world
+    labels: Labels,  # Its descriptions
     lm,  # Language model, for the tokens as strings
     buffer: int = 10,  # Tokens on either side
 ) -> LocalJudge:  # Answers both kinds of question
     "A judge that describes by labels."
-    where = {}
-    for q in centres(data.mask, buffer).flatten().nonzero()[:, 0].tolist():
-        where.setdefault(line(data.window(lm, q, buffer)), q)
-    off, ids = 0, []
-    for c, n in zip(labels.codes, labels.names):
-        ids.append(torch.where(c > 0, c + off, 0).flatten())
-        off += len(n)
-    ids = torch.stack(ids)
-    names = labels.all
-    number = {n: i + 1 for i, n in enumerate(labels.all)}
-
-    def span(q):
-        return ids[:, q - buffer : q + buffer + 1]
-
-    def held(spans):
-        return torch.bincount(torch.cat([o.unique() for o in spans]), minlength=off + 1)[1:] / len(
-            spans
-        )  # share of windows in which each holds somewhere
-
-    common = held([span(q) for q in list(where.values())[:: max(1, len(where) // 1000)]])
-
-    def marks(text, q):  # Which tokens of the window are marked
-        out = []
-        for w in data.window(lm, q, buffer):
-            text = text.removeprefix(" ")
-            w = w.strip()
-            on = text.startswith(f"<<{w}>>")
-            out.append(on)
-            text = text[len(w) + 4 * on :]
-        return torch.tensor(out)
-
-    def answer(messages):
-        head, *_ = messages[-1]["content"].split("\n\n")
-        texts = re.findall(r"(?m)^\d+\. (.*)$", messages[-1]["content"])
-        if head.startswith("The unit is active on"):
-            d = number[head.split(" whose ", 1)[1]]
-            return ", ".join(str(i) for i, t in enumerate(texts, 1) if (span(where[t]) == d).any()) or "None"
-        at = [where[t.replace("<<", "").replace(">>", "")] for t in texts]
-        hit = held([span(q)[:, marks(t, q)] for t, q in zip(texts, at)])
-        return f"This unit is active on tokens whose {names[int((hit - common).argmax())]}"
-
-    return LocalJudge(answer, f"labels-{digest(data.tokens, names, buffer)}")
+    judge = LabelJudge(data, labels, lm, buffer)
+    return LocalJudge(judge.answer, f"labels-{digest(data.tokens, judge.names, buffer)}")
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-nojudge
 no_judge = (
@@ -1009,8 +1102,10 @@ _judge_names = (
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-nojudge-who
 @patch
-def who(self: AutoInterp):
-    "The judge to ask, or None."
+def who(
+    self: AutoInterp,
+):  # A `Judge` or the like, or None
+    "The judge to ask."
     c = self.config
     if self.judge != "environment":
         return self.judge
@@ -1027,140 +1122,212 @@ def who(self: AutoInterp):
         max_requests=c.judge_max_requests,
     )
 
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-scene
+@dataclass
+class Scene:
+    "What every dictionary is measured on."
+
+    lm: object  # Language model
+    hook: str  # Hook point
+    data: Rows  # Text
+    labels: Labels  # Descriptions; None outside the world
+    first: Tensor  # Rows of the first half, bool [R]
+    store: Store  # Keeps activations
+
+
+@dataclass
+class Found:
+    "What was found about one dictionary."
+
+    numbers: dict  # name -> number or None
+    why: dict  # name -> why it is missing
+    records: dict  # Latent -> what is known of it
+    fired: Fired  # Where the latents fire
+    key: str  # What the dictionary is called in the store
+    told: dict = None  # From `describe_latents`
+    info: dict = field(default_factory=dict)  # Further numbers
+    incomplete: bool = False  # The judge could not be reached
+
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labelled
 @patch
-def described(self: AutoInterp, f, labels, first, data, keep, key):
+def described(
+    self: AutoInterp,
+    f,  # `Fired`, or a function that makes it
+    scene: Scene,  # Text and halves
+    labels: Labels,  # Descriptions
+    keep: Store,  # Keeps the result
+    key: list,  # What `f` depends on
+) -> dict:  # See `describe_latents`
     "`describe_latents`, kept."
-    c = self.config
-    n = [int((data.mask[o] > 0).sum()) for o in (first, ~first)]
-    return keep.get(
-        "described",
-        [key, data.tokens, labels.names, labels.codes, first, list(c.label_levels)],
-        lambda: describe_latents(
-            f() if callable(f) else f, labels, first, *n, tuple(c.label_levels), c.random_seed
-        ),
-    )
+    c, data, first = self.config, scene.data, scene.first
+    n = [int((data.mask[half] > 0).sum()) for half in (first, ~first)]
+    levels = list(c.label_levels)
+
+    def make():
+        where = f() if callable(f) else f
+        return describe_latents(where, labels, first, *n, tuple(levels), c.random_seed)
+
+    return keep.get("described", [key, data.tokens, labels.names, labels.codes, first, levels], make)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labelled-label-rows
 @patch
-def label_rows(self: AutoInterp, o, f, key, labels, first, lm, hook, data, store, parts, d_in):
-    "Rows beside the SAE that need no other SAE."
-    c = self.config
+def channels(
+    self: AutoInterp,
+    scene: Scene,  # Model and text
+    mean: Tensor,  # Of the activations, [d_in]
+) -> Fired:
+    "64 channels of the activations less their mean, positive and negative part apart."
+    g = torch.Generator().manual_seed(self.config.random_seed)
+    some = torch.randperm(len(mean), generator=g)[:64]
 
-    def x():
-        return torch.cat(
-            [counted(x, m).float() for _, x, m in blocks(store, lm, hook, data.tokens, data.docs)]
-        )
-
-    mean = store.get("mean", [lm, hook, data.tokens], lambda: dict(mean=x().mean(0).cpu()))["mean"]
-    pm = self.described(f, permuted(labels, data.mask, c.random_seed), first, data, parts, [key, "permuted"])
-    some = torch.randperm(d_in, generator=torch.Generator().manual_seed(c.random_seed))[:64]
-
-    def signed(x, m):
+    def signed(x, mask):
         y = (x.float() - mean.to(x.device))[..., some.to(x.device)]
-        return torch.cat([y.relu(), (-y).relu()], -1) * (m > 0)[..., None]
+        return torch.cat([y.relu(), (-y).relu()], -1) * (mask > 0)[..., None]
 
-    res = self.described(
-        lambda: fired(signed, "channels", 2 * len(some), lm, hook, data, store, Store()),
-        labels,
-        first,
-        data,
-        store,
-        ["channels", lm, hook],
+    return fired(signed, "channels", 2 * len(some), scene.lm, scene.hook, scene.data, scene.store, Store())
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labelled-rows
+@patch
+def label_rows(
+    self: AutoInterp,
+    found: Found,  # What was found about the SAE
+    scene: Scene,  # Model, text and labels
+    parts: Store,  # Keeps what depends on the SAE
+) -> tuple:  # Rows, each from `describe_latents`; rows, each name -> number
+    "Rows beside the SAE that need no other SAE."
+    c, labels, data, store = self.config, scene.labels, scene.data, scene.store
+    at = [scene.lm, scene.hook]
+
+    def acts():
+        read = blocks(store, *at, data.tokens, data.docs)
+        return torch.cat([counted(x, mask).float() for _, x, mask in read])
+
+    def probe():
+        return dict(f1=probes(acts(), labels, data.mask, scene.first))
+
+    mean = store.get("mean", [*at, data.tokens], lambda: dict(mean=acts().mean(0).cpu()))["mean"]
+    wrong = permuted(labels, data.mask, c.random_seed)
+    key = [[found.key, c.n_latents, c.override_latents, c.dead_latent_threshold], "permuted"]
+    full = dict(
+        permuted_documents=self.described(found.fired, scene, wrong, parts, key),
+        residual=self.described(lambda: self.channels(scene, mean), scene, labels, store, ["channels", *at]),
     )
-    pr = store.get(
-        "probes",
-        [lm, hook, data.tokens, labels.codes, first],
-        lambda: dict(f1=probes(x(), labels, data.mask, first)),
-    )["f1"]
-    return dict(permuted_documents=pm, residual=res), dict(
-        other_description=dict(label_f1=o["f1_swapped"].nanmean()),
-        probe=dict(
-            label_f1=pr[o["description"]].nanmean(), label_coverage=(pr[pr.isfinite()] > 0.5).float().mean()
-        ),
+    f1 = store.get("probes", [*at, data.tokens, labels.codes, scene.first], probe)["f1"]
+    best = dict(
+        label_f1=f1[found.told["description"]].nanmean(),
+        label_coverage=(f1[f1.isfinite()] > 0.5).float().mean(),
     )
+    return full, dict(other_description=dict(label_f1=found.told["f1_swapped"].nanmean()), probe=best)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-call
-def _curve(v):  # 41 quantiles, for the plot
-    v = v[v.isfinite()]
-    return [round(q, 4) for q in v.float().quantile(torch.linspace(0, 1, 41)).tolist()] if len(v) else []
+def _curve(told):  # 41 quantiles of the F1 of a latent's best label, for the plot
+    f1 = told["f1"][told["f1"].isfinite()]
+    if not len(f1):
+        return []
+    return [round(q, 4) for q in f1.float().quantile(torch.linspace(0, 1, 41)).tolist()]
+
+
+def _label_record(told, j, names):
+    "What labels say of latent number `j`."
+    out = dict(description=names[int(told["description"][j])])
+    columns = dict(threshold="threshold", label_f1="f1", label_f1_found="f1_found", label_kappa="kappa")
+    for name, column in columns.items():
+        value = told[column][j]
+        if value.isfinite():
+            out[name] = round(value.item(), 4)
+    return out
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-call-labels
+@patch
+def by_labels(
+    self: AutoInterp,
+    found: Found,  # Filled in here
+    scene: Scene,  # Text and labels
+    latents: Tensor,  # Their numbers in the SAE, [n]
+    keep: Store,  # Keeps what depends on the SAE
+):
+    "What labels say of a dictionary."
+    if scene.labels is None:
+        found.why.update(dict.fromkeys(_label_names, no_labels))
+        return
+    told = self.described(found.fired, scene, scene.labels, keep, [found.key, latents])
+    found.told = told
+    found.numbers.update(summary(told))
+    found.why["label_f1"] = "no description found on the first half occurs on the second"
+    names = scene.labels.all
+    for j, latent in enumerate(latents.tolist()):
+        found.records[latent].update(_label_record(told, j, names))
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-call-judge
+_options = dict(autointerp_score_swapped="judge_nulls", autointerp_score_saebench="compatible")
+
+
+@patch
+def by_judge(
+    self: AutoInterp,
+    found: Found,  # Filled in here
+    scene: Scene,  # Model and text
+    latents: Tensor,  # Their numbers in the SAE, [n]
+    judge,  # Whom to ask; None: nobody
+    keep: Store,  # Keeps answers
+    quiet=True,  # No progress bars
+):
+    "What the judge says of a dictionary."
+    c = self.config
+    reason = no_judge
+    if judge is not None:
+        reason = "no answer of the judge could be used" if c.scoring else "scoring is off"
+        n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
+        try:
+            records, used, models = self.detection(
+                judge, latents, found.fired, scene.lm, scene.data, keep, quiet
+            )
+            for latent, record in records.items():
+                found.records[latent].update(record)
+            found.numbers.update(detection_metrics(records, n_yes, n_yes + c.n_random_ex_for_scoring))
+            found.info.update(used, judge_models=models)
+        except InputError as e:
+            reason = str(e)
+            found.incomplete = True
+    found.why.update(dict.fromkeys(_judge_names, reason))
+    if judge is not None and not found.incomplete:
+        found.why.update(
+            {name: f"{option} is off" for name, option in _options.items() if not getattr(c, option)}
+        )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-call-one
 @patch
-def one(self: AutoInterp, sae, judge, labels, first, lm, hook, data, store, keep, quiet=True, desc=""):
-    "Everything about one dictionary: its numbers, why some are missing, one record per latent, a curve, and where it fires."
+def one(
+    self: AutoInterp,
+    sae,  # Any SAE
+    scene: Scene,  # Model, text and labels
+    judge,  # Whom to ask; None: nobody
+    keep: Store,  # Keeps what depends on the SAE
+    quiet=True,  # No progress bars
+    desc="",  # Words before a progress bar
+) -> Found:
+    "Everything about one dictionary."
     key = digest(sae)
-    idx, f, alive = self.chosen(sae, key, lm, hook, data, store, keep, "" if quiet else desc)
-    out = dict.fromkeys(_label_names + _judge_names)
-    why = {}
-    recs = {which: {} for which in idx.tolist()}
-    curve = []
-    o = None
-    density = f.count / max(int((data.mask > 0).sum()), 1)
-    for which, d in zip(idx.tolist(), density.tolist()):
-        recs[which]["density"] = d
-    if not len(idx):
-        return (
-            out,
-            dict.fromkeys(out, "no latent fires often enough (dead_latent_threshold)"),
-            recs,
-            [],
-            None,
-            f,
-            key,
-        )
-    if labels is not None:
-        o = self.described(f, labels, first, data, keep, [key, idx])
-        out.update(summary(o))
-        curve = _curve(o["f1"])
-        names = labels.all
-        why["label_f1"] = "no description found on the first half occurs on the second"
-        for j, which in enumerate(idx.tolist()):
-            recs[which].update(
-                description=names[int(o["description"][j])],
-                **{
-                    k: round(o[n][j].item(), 4)
-                    for k, n in dict(
-                        threshold="threshold", label_f1="f1", label_f1_found="f1_found", label_kappa="kappa"
-                    ).items()
-                    if o[n][j].isfinite()
-                },
-            )
-    else:
-        why.update(dict.fromkeys(_label_names, no_labels))
-    why.update(dict.fromkeys(_judge_names, no_judge))
-    info = dict(latents=len(idx), share_alive=alive)
-    if judge is not None:
-        c = self.config
-        n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
-        try:
-            rs, used, models = self.detection(judge, idx, f, lm, data, keep, quiet)
-            for which, r in rs.items():
-                recs[which].update(r)
-            out.update(detection_metrics(rs, n_yes, n_yes + c.n_random_ex_for_scoring))
-            info.update(used, judge_models=models)
-            why.update(
-                dict.fromkeys(
-                    _judge_names,
-                    "scoring is off" if not c.scoring else "no answer of the judge could be used",
-                )
-            )
-            for k, on in dict(
-                autointerp_score_swapped=c.judge_nulls, autointerp_score_saebench=c.compatible
-            ).items():
-                if not on:
-                    why[k] = (
-                        f"{dict(autointerp_score_swapped='judge_nulls', autointerp_score_saebench='compatible')[k]} "
-                        "is off"
-                    )
-        except InputError as e:
-            why.update(dict.fromkeys(_judge_names, str(e)))
-            info["incomplete"] = True
-    return out, why, recs, curve, (o, info), f, key
+    desc = "" if quiet else desc
+    latents, f, alive = self.chosen(sae, key, scene.lm, scene.hook, scene.data, scene.store, keep, desc)
+    density = (f.count / max(int((scene.data.mask > 0).sum()), 1)).tolist()
+    records = {latent: dict(density=share) for latent, share in zip(latents.tolist(), density)}
+    found = Found(dict.fromkeys(_label_names + _judge_names), {}, records, f, key)
+    if not len(latents):
+        reason = "no latent fires often enough (dead_latent_threshold)"
+        found.why = dict.fromkeys(found.numbers, reason)
+        return found
+    found.info = dict(latents=len(latents), share_alive=alive)
+    self.by_labels(found, scene, latents, keep)
+    self.by_judge(found, scene, latents, judge, keep, quiet)
+    return found
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-main
 @patch
-def record(self: AutoInterp, ctx: Context):
+def record(
+    self: AutoInterp,
+    ctx: Context,  # Model and text
+) -> AutoInterpConfig:
     "The judge that was asked is part of the config."
     judge = self.who()
     c = Evaluator.record(self, ctx)
@@ -1172,132 +1339,221 @@ def record(self: AutoInterp, ctx: Context):
         label_levels=list(c.label_levels),
     )
 
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-main-unmeasured
+def _categories(numbers):
+    return dict(
+        autointerp={name: numbers[name] for name in _judge_names[:2]},
+        label_detection={name: numbers[name] for name in _label_names},
+    )
+
+
+def _unmeasured():
+    "Neither a judge nor labels: nothing is read."
+    why = dict.fromkeys(_judge_names, f"not measurable, because {no_judge}")
+    why |= dict.fromkeys(_label_names, f"not measurable, because {no_labels}")
+    return Measured(_categories(dict.fromkeys(why)), undefined=why, nulls={}, intervals={})
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-main-scene
+@patch
+def scene(
+    self: AutoInterp,
+    ctx: Context,  # Model, hook and store
+    d_in: int,  # Width of the activations
+) -> Scene:
+    "Text, halves and labels; more than 2 GB of activations are read again, not kept."
+    c = self.config
+    data = self.text(ctx.model)
+    store = ctx.store if data.tokens.numel() * d_in < 2**29 else Store(limit_mb=64)
+    first = halves(len(data.tokens), c.random_seed)
+    labels = world_labels(data, first, c.label_min_tokens) if c.dataset_name == "world" else None
+    return Scene(ctx.model, ctx.hook, data, labels, first, store)
+
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-measure
 @patch
-def measure(self: AutoInterp, sae, ctx: Context):
+def measure(
+    self: AutoInterp,
+    sae,  # Any SAE
+    ctx: Context,  # Model, hook, stores and nulls
+) -> Measured:
     "Describe latents, with a judge if there is one and with the world's labels if there are any."
-    c = self.config
-    lm, hook, store, parts, quiet = ctx.model, ctx.hook, ctx.store, ctx.parts, ctx.quiet
-    judge, world = self.who(), c.dataset_name == "world"
-    if judge is None and not world:
-        und = {
-            k: f"not measurable, because {no_judge if k in _judge_names else no_labels}"
-            for k in _judge_names + _label_names
-        }
-        return Measured(_categories(dict.fromkeys(und)), undefined=und, nulls={}, intervals={})
-    data = self.text(lm)
-    acts = (
-        store if data.tokens.numel() * sae.d_in < 2**29 else Store(limit_mb=64)
-    )  # more than 2 GB are read again, not kept
-    first = halves(len(data.tokens), c.random_seed)
-    labels = world_labels(data, first, c.label_min_tokens) if world else None
-    out, why, recs, curve, more, f, key = self.one(
-        sae, judge, labels, first, lm, hook, data, acts, parts, quiet, "SAE"
-    )
-    rows, curves = {}, dict(sae=curve)
-    for n, s in ctx.nulls.items():
-        r, _, _, cv, *_ = self.one(
-            s, judge if c.judge_nulls else None, labels, first, lm, hook, data, acts, store, quiet, n
-        )
-        rows[n] = {k: v for k, v in r.items() if v is not None}
-        curves[n] = cv
-    if more and labels is not None:
-        full, part = self.label_rows(
-            more[0],
-            f,
-            [key, c.n_latents, c.override_latents, c.dead_latent_threshold],
-            labels,
-            first,
-            lm,
-            hook,
-            data,
-            store,
-            parts,
-            sae.d_in,
-        )
-        for n, o in full.items():
-            rows[n] = summary(o)
-            curves[n] = _curve(o["f1"])
+    judge = self.who()
+    if judge is None and self.config.dataset_name != "world":
+        return _unmeasured()
+    scene = self.scene(ctx, sae.d_in)
+    found = self.one(sae, scene, judge, ctx.parts, ctx.quiet, "SAE")
+    rows, curves = {}, dict(sae=_curve(found.told) if found.told else [])
+    for name, null in ctx.nulls.items():
+        asked = judge if self.config.judge_nulls else None
+        beside = self.one(null, scene, asked, ctx.store, ctx.quiet, name)
+        rows[name] = {number: value for number, value in beside.numbers.items() if value is not None}
+        curves[name] = _curve(beside.told) if beside.told else []
+    if found.told:
+        full, part = self.label_rows(found, replace(scene, store=ctx.store), ctx.parts)
+        for name, told in full.items():
+            rows[name] = summary(told)
+            curves[name] = _curve(told)
         rows.update(part)
-    return self.report(out, why, recs, more, rows, curves, labels, data, judge)
+    return self.report(found, scene, judge, rows, curves)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report
-def _categories(v):
-    return dict(
-        autointerp={k: v[k] for k in _judge_names[:2]}, label_detection={k: v[k] for k in _label_names}
-    )
+@patch
+def judge_rows(
+    self: AutoInterp,
+    numbers: dict,  # The SAE's
+    rows: dict,  # Row -> name -> number
+) -> dict:  # The same and more
+    "Rows beside the judge's score: always none, and the description of another latent."
+    if numbers["autointerp_score"] is None:
+        return rows
+    c = self.config
+    n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
+    floor = 1 - n_yes / (n_yes + c.n_random_ex_for_scoring)
+    silent = dict(autointerp_score=floor, autointerp_balanced_accuracy=0.5, autointerp_kappa=0.0)
+    rows = rows | dict(says_none=silent)
+    swapped = numbers["autointerp_score_swapped"]
+    if swapped is not None:
+        rows["other_description"] = rows.get("other_description", {}) | dict(autointerp_score=swapped)
+    return rows
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report-intervals
+def _intervals(records, seed):
+    "Bootstrap over latents; Wilson's interval for a share."
+
+    def per_latent(name):
+        return [record[name] for record in records.values() if record.get(name) is not None]
+
+    out = {}
+    for name, column in dict(
+        autointerp_score="score", label_f1="label_f1", label_kappa="label_kappa"
+    ).items():
+        values = per_latent(column)
+        if len(values) > 1:
+            out[name] = list(bootstrap(values, seed=seed))
+    f1 = per_latent("label_f1")
+    if f1:
+        out["share_described"] = list(wilson(sum(value > 0.5 for value in f1), len(f1)))
+    return out
+
+
+def _asked(judge, models):
+    "Who was asked."
+    about = dict(model=judge.model, address=judge.host, temperature=judge.temperature)
+    return about | dict(answered_as=models)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report-report
 @patch
-def report(self: AutoInterp, out, why, recs, more, rows, curves, labels, data, judge):
+def report(
+    self: AutoInterp,
+    found: Found,  # The SAE
+    scene: Scene,  # Text and labels
+    judge,  # Who was asked, or None
+    rows: dict,  # Row beside the SAE -> name -> number
+    curves: dict,  # SAE or row -> quantiles of F1
+) -> Measured:
     "All numbers, their intervals, reasons and what stands beside them."
-    c = self.config
-    und, u = {}, dict(intervals={}, nulls={})
-    out = settle(out, und, "")
-    und = {k: f"not measurable, because {why.get(k) or 'not finite'}" for k in und}
-    info = dict(more[1]) if more else {}
-    incomplete = info.pop("incomplete", False)
-    n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
-    n = n_yes + c.n_random_ex_for_scoring
-    if out["autointerp_score"] is not None:
-        rows = rows | dict(
-            says_none=dict(
-                autointerp_score=1 - n_yes / n, autointerp_balanced_accuracy=0.5, autointerp_kappa=0.0
-            )
-        )
-        if out["autointerp_score_swapped"] is not None:
-            rows["other_description"] = rows.get("other_description", {}) | dict(
-                autointerp_score=out["autointerp_score_swapped"]
-            )
-
-    def per(k):
-        return [r[k] for r in recs.values() if r.get(k) is not None]
-
-    for k, v in dict(
-        autointerp_score=per("score"), label_f1=per("label_f1"), label_kappa=per("label_kappa")
-    ).items():
-        if len(v) > 1:
-            u["intervals"][k] = list(bootstrap(v, seed=c.random_seed))
-    if per("label_f1"):
-        u["intervals"]["share_described"] = list(
-            wilson(sum(v > 0.5 for v in per("label_f1")), len(per("label_f1")))
-        )
-    for r, m in rows.items():
-        u["nulls"][r] = {k: v for k, v in settle(m, {}).items() if v is not None}
-    extra = (
-        {k: out[k] for k in _judge_names[2:]}
-        | info
-        | dict(tokens=int((data.mask > 0).sum()), descriptions=len(labels.all) if labels else None)
-    )
-    who = (
-        None
-        if judge is None
-        else dict(
-            model=judge.model,
-            address=judge.host,
-            temperature=judge.temperature,
-            answered_as=extra.pop("judge_models", []),
-        )
-    )
-    if who and judge.price(0, 0) is not None:
-        extra["judge_cost_dollars"] = judge.price(
-            info.get("judge_tokens_in", 0), info.get("judge_tokens_out", 0)
-        )
-    details = [
-        dict(index=latent, **{k: v for k, v in r.items() if v not in ("", None)})
-        for latent, r in sorted(recs.items())
-    ]
+    missing = {}
+    numbers = settle(found.numbers, missing, "")
+    extra = {name: numbers[name] for name in _judge_names[2:]} | found.info
+    extra["tokens"] = int((scene.data.mask > 0).sum())
+    extra["descriptions"] = len(scene.labels.all) if scene.labels else None
+    models = extra.pop("judge_models", [])
+    if judge is not None and judge.price(0, 0) is not None:
+        used = [extra.get(name, 0) for name in ("judge_tokens_in", "judge_tokens_out")]
+        extra["judge_cost_dollars"] = judge.price(*used)
+    details = []
+    for latent, record in sorted(found.records.items()):
+        details.append(dict(index=latent) | {k: v for k, v in record.items() if v not in ("", None)})
+    nulls = {}
+    for row, values in self.judge_rows(numbers, rows).items():
+        nulls[row] = {name: v for name, v in settle(values, {}).items() if v is not None}
     return Measured(
-        _categories(out),
+        _categories(numbers),
         details=details,
-        undefined=und,
-        extra={k: v for k, v in extra.items() if v is not None},
-        data=dict(curves=curves, judge=who),
-        incomplete=incomplete,
-        **u,
+        undefined={
+            name: f"not measurable, because {found.why.get(name) or 'not finite'}" for name in missing
+        },
+        nulls=nulls,
+        extra={name: value for name, value in extra.items() if value is not None},
+        intervals=_intervals(found.records, self.config.random_seed),
+        data=dict(curves=curves, judge=None if judge is None else _asked(judge, models)),
+        incomplete=found.incomplete,
     )
 
-# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-flat
+_short = dict(permuted_documents="wrong labels", other_description="swapped", says_none='says "none"')
+
+
+def _flat(env):
+    return {name: v for category in env["eval_result_metrics"].values() for name, v in category.items()}
+
+
+def _curve_of(env, row):
+    return env["eval_result_unstructured"].get("curves", {}).get(row)
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-plot-curves
+_styles = {"frozen": "--", "random": "-.", "residual": ":", "permuted_documents": (0, (1, 3))}
+
+
+def _plot_curves(ax, envs):
+    "Share of latents whose best label has at least a certain F1; the dots beside name the SAEs."
+    share = torch.linspace(1, 0, 41).tolist()
+    for i, env in enumerate(envs.values()):
+        if _curve_of(env, "sae"):
+            ax.plot(_curve_of(env, "sae"), share, color=f"C{i}")
+    for row, style in _styles.items():
+        curve = next((_curve_of(env, row) for env in envs.values() if _curve_of(env, row)), None)
+        if curve:
+            ax.plot(curve, share, color="grey", ls=style, lw=1.2, label=_short.get(row, row))
+    ax.set(xlabel="F1 of a latent's best label", ylabel="share of latents above it")
+    ax.set(xlim=(0, 1), ylim=(0, 1.02))
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-plot-dots
+def _plot_sae(ax, env, metric, y, color):
+    "A dot with its interval; False if there is no number."
+    value = _flat(env).get(metric)
+    if value is None:
+        return False
+    interval = env["eval_result_unstructured"].get("intervals", {}).get(metric)
+    if interval and interval[0] is not None:
+        ax.plot(interval, [y, y], color=color, lw=2)
+    ax.plot(value, y, "o", color=color)
+    return True
+
+
+def _plot_row(ax, envs, row, metric, y):
+    "A dot for each SAE's row, one grey dot if all are the same; False if there is none."
+    values = []
+    for i, env in enumerate(envs.values()):
+        numbers = env["eval_result_unstructured"].get("nulls", {}).get(row, {})
+        if metric in numbers:
+            values.append((i, numbers[metric]))
+    same = len({round(value, 6) for _, value in values}) == 1
+    for i, value in values[:1] if same else values:
+        ax.plot(value, y, "D", ms=4, color="grey" if same else f"C{i}", mfc="none")
+    return bool(values)
+
+
+def _plot_dots(ax, envs, metric, label, rows):
+    "One line per SAE with its interval, then one per row beside."
+    names = []
+    for i, (name, env) in enumerate(envs.items()):
+        if _plot_sae(ax, env, metric, -len(names), f"C{i}"):
+            names.append(name)
+    for row in rows:
+        if _plot_row(ax, envs, row, metric, -len(names)):
+            names.append(_short.get(row, row))
+    n = len(names)
+    ax.set(yticks=range(0, -n, -1), yticklabels=names, xlabel=label, ylim=(-n + 0.5, 0.5))
+    ax.grid(axis="x", alpha=0.3)
+    for tick, name in zip(ax.get_yticklabels(), names):
+        tick.set_color(f"C{list(envs).index(name)}" if name in envs else "black")
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-draw
+_label_rows = ("probe", "frozen", "random", "residual", "permuted_documents")
+_judge_rows = ("frozen", "random", "other_description", "says_none")
+
+
 @patch
 def draw(
     self: AutoInterp,
@@ -1306,90 +1562,17 @@ def draw(
     "How well latents are described, beside what describes itself as well by chance."
     import matplotlib.pyplot as plt
 
-    us = {n: e["eval_result_unstructured"] for n, e in envs.items()}
-    judged = any(_flat(e).get("autointerp_score") is not None for e in envs.values())
-    labelled = any(u.get("curves", {}).get("sae") for u in us.values())
+    judged = any(_flat(env).get("autointerp_score") is not None for env in envs.values())
+    labelled = any(_curve_of(env, "sae") for env in envs.values())
     n = 3 * labelled + judged
-    fig, axes = plt.subplots(
-        1, n, figsize=(3.4 * n, 0.6 + max(2.6, 0.24 * (len(envs) + 7))), layout="constrained", squeeze=False
-    )
-    axes = list(axes[0])
+    size = (3.4 * n, 0.6 + max(2.6, 0.24 * (len(envs) + 7)))
+    fig, axes = plt.subplots(1, n, figsize=size, layout="constrained", squeeze=False)
     if labelled:
-        _plot_curves(axes.pop(0), us)
-        _plot_dots(
-            axes.pop(0),
-            envs,
-            "label_f1",
-            "mean F1 of the best label",
-            ("probe", "frozen", "random", "residual", "permuted_documents", "other_description"),
-        )
-        _plot_dots(
-            axes.pop(0),
-            envs,
-            "label_coverage",
-            "share of labels covered",
-            ("probe", "frozen", "random", "residual", "permuted_documents"),
-        )
+        curves, best, covered = axes[0, :3]
+        _plot_curves(curves, envs)
+        f1_rows = (*_label_rows, "other_description")
+        _plot_dots(best, envs, "label_f1", "mean F1 of the best label", f1_rows)
+        _plot_dots(covered, envs, "label_coverage", "share of labels covered", _label_rows)
     if judged:
-        _plot_dots(
-            axes.pop(0),
-            envs,
-            "autointerp_score",
-            "share of windows judged rightly",
-            ("frozen", "random", "other_description", "says_none"),
-        )
+        _plot_dots(axes[0, -1], envs, "autointerp_score", "share of windows judged rightly", _judge_rows)
     return fig
-
-# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-flat
-_short = dict(permuted_documents="wrong labels", other_description="swapped", says_none='says "none"')
-
-
-def _flat(e):
-    return {k: v for m in e["eval_result_metrics"].values() for k, v in m.items()}
-
-# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-plot-curves
-def _plot_curves(ax, us):
-    q = torch.linspace(1, 0, 41).tolist()
-    for i, (n, u) in enumerate(us.items()):
-        if u.get("curves", {}).get("sae"):  # named by the dots beside
-            ax.plot(u["curves"]["sae"], q, color=f"C{i}")
-    for n, ls in (("frozen", "--"), ("random", "-."), ("residual", ":"), ("permuted_documents", (0, (1, 3)))):
-        cv = next((u["curves"][n] for u in us.values() if u.get("curves", {}).get(n)), None)
-        if cv:
-            ax.plot(cv, q, color="grey", ls=ls, lw=1.2, label=_short.get(n, n))
-    ax.set(
-        xlabel="F1 of a latent's best label", ylabel="share of latents above it", xlim=(0, 1), ylim=(0, 1.02)
-    )
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
-
-# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-plot-dots
-def _plot_dots(ax, envs, metric, label, rows):
-    "One line per SAE with its interval, then one per null: a dot for each SAE's."
-    y, ticks = 0, []
-    for i, (n, e) in enumerate(envs.items()):
-        v = _flat(e).get(metric)
-        iv = e["eval_result_unstructured"].get("intervals", {}).get(metric)
-        if v is None:
-            continue
-        if iv and iv[0] is not None:
-            ax.plot(iv, [y, y], color=f"C{i}", lw=2)
-        ax.plot(v, y, "o", color=f"C{i}")
-        ticks.append(n)
-        y -= 1
-    for r in rows:
-        vs = [
-            (i, e["eval_result_unstructured"]["nulls"][r][metric])
-            for i, e in enumerate(envs.values())
-            if metric in e["eval_result_unstructured"].get("nulls", {}).get(r, {})
-        ]
-        if not vs:
-            continue
-        same = len({round(v, 6) for _, v in vs}) == 1
-        for i, v in vs[:1] if same else vs:
-            ax.plot(v, y, "D", ms=4, color="grey" if same else f"C{i}", mfc="none")
-        ticks.append(_short.get(r, r))
-        y -= 1
-    ax.set(yticks=range(0, y, -1), yticklabels=ticks, xlabel=label, ylim=(y + 0.5, 0.5))
-    ax.grid(axis="x", alpha=0.3)
-    for t, n in zip(ax.get_yticklabels(), ticks):
-        t.set_color(f"C{list(envs).index(n)}" if n in envs else "black")
