@@ -218,12 +218,12 @@ class Fired:
         return Fired(new[self.latent[keep]], self.place[keep], self.value[keep], len(idx))
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-fired-fired
-def _entries(read, x, mask):
-    "Latents, places and values of one block."
+def _entries(read, x, mask, T):
+    "Latents, places and values of one block; its rows may be cut short of the `T` tokens of a row."
     f = read(x, mask)
     row, position, latent = (f > 0).nonzero(as_tuple=True)
     value = f[row, position, latent].float()
-    place = row * f.shape[1] + position
+    place = row * T + position
     return dict(latent=latent.int().cpu(), place=place.int().cpu(), value=value.cpu())
 
 
@@ -245,7 +245,7 @@ def fired(
     latent, place, value = [], [], []
     for block, x, mask in blocks(store, lm, hook, data.tokens, data.docs, rows, desc):
         where = [key, lm, hook, data.tokens[block], data.docs[block]]
-        found = parts.get("fired", where, partial(_entries, read, x, mask))
+        found = parts.get("fired", where, partial(_entries, read, x, mask, T))
         latent.append(found["latent"])
         place.append(found["place"].long() + block.start * T)
         value.append(found["value"])
@@ -1440,6 +1440,22 @@ def _asked(judge, models):
     about = dict(model=judge.model, address=judge.host, temperature=judge.temperature)
     return about | dict(answered_as=models)
 
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report-parts
+def _record_rows(records):
+    "Flat objects, latents in order, without what is not known."
+    out = []
+    for latent, record in sorted(records.items()):
+        out.append(dict(index=latent) | {k: v for k, v in record.items() if v not in ("", None)})
+    return out
+
+
+def _settled_rows(rows):
+    "Rows with plain numbers only."
+    out = {}
+    for row, numbers in rows.items():
+        out[row] = {name: v for name, v in settle(numbers, {}).items() if v is not None}
+    return out
+
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report-report
 @patch
 def report(
@@ -1460,19 +1476,12 @@ def report(
     if judge is not None and judge.price(0, 0) is not None:
         used = [extra.get(name, 0) for name in ("judge_tokens_in", "judge_tokens_out")]
         extra["judge_cost_dollars"] = judge.price(*used)
-    details = []
-    for latent, record in sorted(found.records.items()):
-        details.append(dict(index=latent) | {k: v for k, v in record.items() if v not in ("", None)})
-    nulls = {}
-    for row, values in self.judge_rows(numbers, rows).items():
-        nulls[row] = {name: v for name, v in settle(values, {}).items() if v is not None}
+    why = {name: found.why.get(name) or "not finite" for name in missing}
     return Measured(
         _categories(numbers),
-        details=details,
-        undefined={
-            name: f"not measurable, because {found.why.get(name) or 'not finite'}" for name in missing
-        },
-        nulls=nulls,
+        details=_record_rows(found.records),
+        undefined={name: f"not measurable, because {reason}" for name, reason in why.items()},
+        nulls=_settled_rows(self.judge_rows(numbers, rows)),
         extra={name: value for name, value in extra.items() if value is not None},
         intervals=_intervals(found.records, self.config.random_seed),
         data=dict(curves=curves, judge=None if judge is None else _asked(judge, models)),
