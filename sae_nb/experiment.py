@@ -131,8 +131,8 @@ def try_small(
 ) -> SAE:  # 8 wide, in evaluation mode
     "The SAE on activations of width 8, or an error if it cannot be built or has negative latents."
     sae = build(choice.variant, 8, d_sae, **choice.args).eval()
-    x = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
-    if (sae.encode(x) < 0).any():
+    x = torch.randn(4, 32, 8, generator=torch.Generator().manual_seed(0))
+    if any((sae.encode(size * x) < 0).any() for size in (0.1, 1, 10, 100)):
         raise InputError(
             f"variant {choice.variant!r} has negative latents, which no metric here can read; "
             "clip them with relu, or give each sign a latent of its own"

@@ -215,6 +215,8 @@ def step(
     sae.sparsity_scale = cfg.sparsity_factor(i)
     sae.progress = i / cfg.steps
     o = sae.run(batch.x, batch.mask)
+    if i % cfg.log_every == 0:
+        self._check_signs(o)
     for trainer in self.trainers:
         trainer.after_loss(self, o)
     if i % self.accumulate == 0:
@@ -226,6 +228,16 @@ def step(
     elif not torch.isfinite(o.loss.detach()):
         self.stop(o, i)
     return o
+
+# %% ../nbs/04_train.ipynb #train-signs
+@patch
+def _check_signs(self: Trainee, o: Out):
+    "Latents have no sign."
+    if (o.values < 0).any():
+        raise TrainingError(
+            f"{self.name}: a latent is negative, which no metric here can read; clip latents with relu, "
+            "or give each sign a latent of its own"
+        )
 
 # %% ../nbs/04_train.ipynb #train-update
 @patch

@@ -306,6 +306,8 @@ def configure(
     **options,  # What to change
 ):  # An instance
     "A config from its defaults and `options`; an option that does not exist is an error."
+    if options and not fields(Config):
+        raise InputError(f"this evaluator has no options; leave {', '.join(options)} out")
     for option in options:
         one_of(f"{Config.__name__} option", option, [f.name for f in fields(Config)])
     return Config(**options)
@@ -316,6 +318,7 @@ class Evaluator:
 
     Config = NoOptions  # Dataclass of options
     headline = {}  # name -> +1 higher is better, -1 lower is, 0 neither
+    glance = ()  # Names that the table of a run shows; None: all
     needs = ()  # Of "model", "toy", "batches"
     with_nulls = True  # SAEs that learned nothing stand beside
     with_peers = False  # Looks at the SAEs beside the one under evaluation
