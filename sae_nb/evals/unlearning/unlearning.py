@@ -461,65 +461,57 @@ relearn_names = (
 @patch
 def rest(self: Unlearning, sae, lm, hook, p, tables, main, store, keep):
     "Further numbers, their intervals and reasons."
-    c, why = self.config, {}
-    gate, n_test = self.result(tables["gate"], p), int(p.test.sum())
-    m = mcnemar(torch.ones(n_test, dtype=torch.bool), main["hits"][p.test])
-    x = dict(
-        numbers(main),
+    gate = self.result(tables["gate"], p)
+    n_test = int(p.test.sum())
+    same = mcnemar(torch.ones(n_test, dtype=torch.bool), main["hits"][p.test])
+    retained = tables["clamp"].hits[:, p.retain].double().mean(1)
+    extra = dict(
+        {name: value for name, value in numbers(main).items() if name != "unlearning_score"},
         unlearning_score_gate=gate["unlearning_score"],
         unlearning_score_gate_saebench=gate["unlearning_score_saebench"],
         retained_accuracy_gate=gate["retained_accuracy"],
-    )
-    x.update(
-        {f"mcnemar_{k}": v for k, v in m.items()},
+        **{f"mcnemar_{name}": value for name, value in same.items()},
         n_forget=int(p.forget.sum()),
         n_retain=int(p.retain.sum()),
-        settings_within_gate=int(
-            (tables["clamp"].hits[:, p.retain].double().mean(1) >= c.side_effect_gate).sum()
-        ),
+        settings_within_gate=int((retained >= self.config.side_effect_gate).sum()),
+        forget_accuracy_all_orders=self.kept_all_orders(sae, lm, hook, p, tables, main, store, keep),
     )
-    x["forget_accuracy_all_orders"] = (
-        1.0
-        if main["index"] is None
-        else keep.get(
-            "all-orders",
-            [
-                sae,
-                lm,
-                hook,
-                p.quiz.tokens,
-                p.val,
-                tables["clamp"].rows[main["index"]],
-                c.multiplier_unit,
-                *p.corpora["forget"],
-                *p.corpora["retain"],
-            ],
-            lambda: self.all_orders(sae, lm, hook, p, tables["clamp"].rows[main["index"]], store, keep),
-        )
-    )
-    got, say = self.relearning(sae, lm, hook, p, tables["clamp"], store, keep)
-    x.update({k: got.get(k) for k in relearn_names})
-    why.update({k: say for k in relearn_names if k not in got})
+    again, reason = self.relearning(sae, lm, hook, p, tables["clamp"], store, keep)
+    extra.update({name: again.get(name) for name in relearn_names})
+    why = {name: reason for name in relearn_names if name not in again}
+    return extra, _intervals(p, main, gate, again), why
 
-    def hit(r, m):
-        return wilson(int(r["hits"][m].sum()), int(m.sum()))
+# %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-report-orders
+@patch
+def kept_all_orders(self: Unlearning, sae, lm, hook, p, tables, main, store, keep):
+    "`all_orders` of the chosen setting; 1 where there is no intervention, since every question is known."
+    if main["index"] is None:
+        return 1.0
+    row = tables["clamp"].rows[main["index"]]
+    corpora = [*p.corpora["forget"], *p.corpora["retain"]]
+    key = [sae, lm, hook, p.quiz.tokens, p.val, row, self.config.multiplier_unit, *corpora]
+    return keep.get("all-orders", key, lambda: self.all_orders(sae, lm, hook, p, row, store, keep))
 
-    a, b = hit(main, p.test), hit(gate, p.test)
-    iv = dict(
-        unlearning_score=(1 - a[1], 1 - a[0]),
-        forget_accuracy=a,
-        retained_accuracy=hit(main, p.retain),
-        unlearning_score_gate=(1 - b[1], 1 - b[0]),
+
+def _intervals(p, main, gate, again):
+    "Wilson's interval of every share of questions."
+
+    def interval(result, part):
+        return wilson(int(result["hits"][part].sum()), int(part.sum()))
+
+    n_test = int(p.test.sum())
+    low, high = interval(main, p.test)
+    gate_low, gate_high = interval(gate, p.test)
+    ends = dict(
+        unlearning_score=(1 - high, 1 - low),
+        forget_accuracy=(low, high),
+        retained_accuracy=interval(main, p.retain),
+        unlearning_score_gate=(1 - gate_high, 1 - gate_low),
     )
-    iv.update(
-        {
-            k: wilson(round(got[k] * n_test), n_test)
-            for k in relearn_names
-            if k in got and k != "relearn_trained_half"
-        }
-    )
-    x.pop("unlearning_score")
-    return x, {k: list(v) for k, v in iv.items()}, why
+    for name in relearn_names:
+        if name in again and name != "relearn_trained_half":
+            ends[name] = wilson(round(again[name] * n_test), n_test)
+    return {name: list(pair) for name, pair in ends.items()}
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-call-def
 @patch
@@ -621,6 +613,35 @@ def _panel(ax, env, name):
     if "settings" not in u:
         ax.text(0.5, 0.5, "not measurable", ha="center", transform=ax.transAxes)
 
+# %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-plot-bars
+def _bars(envs):
+    "Label, score, interval and colour: both methods of every SAE, then the nulls."
+    rows = []
+    for name, env in envs.items():
+        more = env["eval_result_unstructured"]
+        score = env["eval_result_metrics"]["unlearning"]["unlearning_score"]
+        if score is None:
+            continue
+        gated, ends = more["extra"]["unlearning_score_gate"], more["intervals"]
+        rows.append((name, score, ends["unlearning_score"], "C0"))
+        rows.append((f"{name}, gate", gated, ends["unlearning_score_gate"], "C2"))
+    beside = [env["eval_result_unstructured"]["nulls"] for env in envs.values()]
+    for row in ("zero_ablation", "random_latents", "random", "frozen", "supervised"):
+        scores = [nulls[row]["unlearning_score"] for nulls in beside if row in nulls]
+        if scores:
+            rows.append((row.replace("_", " "), sum(scores) / len(scores), None, "0.65"))
+    return rows
+
+
+def _draw_bars(ax, rows):
+    "The scores, the first on top."
+    for y, (_, score, ends, color) in enumerate(rows[::-1]):
+        error = None if ends is None else [[max(0, score - ends[0])], [max(0, ends[1] - score)]]
+        ax.barh(y, score, color=color, xerr=error, error_kw=dict(lw=0.8))
+    ax.set_yticks(range(len(rows)), [row[0] for row in rows[::-1]], fontsize=7)
+    ax.set(xlim=(0, 1), xlabel="unlearning score, test half")
+    ax.axvline(0.75, color="0.8", lw=0.8)
+
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-plot-def
 @patch
 def draw(
@@ -630,54 +651,17 @@ def draw(
     "Every setting, and the scores beside the nulls."
     import matplotlib.pyplot as plt
 
-    cols = min(len(envs) + 1, 3)
-    n = len(envs) + 1
-    nr = -(-n // cols)
-    fig, axes = plt.subplots(nr, cols, figsize=(3.3 * cols, 2.9 * nr), layout="constrained", squeeze=False)
+    n = len(envs)
+    columns = min(n + 1, 3)
+    lines = -(-(n + 1) // columns)
+    size = 3.3 * columns, 2.9 * lines
+    fig, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     axes = axes.flatten()
-    for ax, (name, e) in zip(axes, envs.items()):
-        _panel(ax, e, name)
-    for ax in axes[: n - 1]:
+    for ax, (name, env) in zip(axes, envs.items()):
+        _panel(ax, env, name)
         ax.set(xlabel="accuracy, to forget", ylabel="accuracy, retained")
     axes[0].legend(frameon=False, fontsize=7, loc="lower right")
-    bar = axes[n - 1]
-    rows = []
-    for name, e in envs.items():
-        u = e["eval_result_unstructured"]
-        s = e["eval_result_metrics"]["unlearning"]["unlearning_score"]
-        rows += (
-            []
-            if s is None
-            else [
-                (name, s, u["intervals"]["unlearning_score"], "C0"),
-                (
-                    f"{name}, gate",
-                    u["extra"]["unlearning_score_gate"],
-                    u["intervals"]["unlearning_score_gate"],
-                    "C2",
-                ),
-            ]
-        )
-    shared = {
-        k: [
-            e["eval_result_unstructured"]["nulls"][k]["unlearning_score"]
-            for e in envs.values()
-            if k in e["eval_result_unstructured"]["nulls"]
-        ]
-        for k in ("zero_ablation", "random_latents", "random", "frozen", "supervised")
-    }
-    rows += [(k.replace("_", " "), sum(v) / len(v), None, "0.65") for k, v in shared.items() if v]
-    for y, (_, v, iv, col) in enumerate(rows[::-1]):
-        bar.barh(
-            y,
-            v,
-            color=col,
-            xerr=None if iv is None else [[max(0, v - iv[0])], [max(0, iv[1] - v)]],
-            error_kw=dict(lw=0.8),
-        )
-    bar.set_yticks(range(len(rows)), [r[0] for r in rows[::-1]], fontsize=7)
-    bar.set(xlim=(0, 1), xlabel="unlearning score, test half")
-    bar.axvline(0.75, color="0.8", lw=0.8)
-    for ax in axes[n:]:
+    _draw_bars(axes[n], _bars(envs))
+    for ax in axes[n + 1 :]:
         ax.axis("off")
     return fig
