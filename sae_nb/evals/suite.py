@@ -154,7 +154,7 @@ def _shown(v):
 
 
 def _row(results, metric):
-    "One number of every SAE, of the nulls, and of the rest: column -> text; `results` is SAE -> envelope or None."
+    "One number of every SAE and null: column -> text; `results` is SAE -> envelope or None."
     row = {name: _shown(values(env).get(metric)) if env else "" for name, env in results.items()}
     beside = null_means({name: env for name, env in results.items() if env}, metric)
     for null in ("random", "frozen"):

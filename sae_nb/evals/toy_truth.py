@@ -252,7 +252,7 @@ def draw(
         )
     ax[0].set(xticks=range(3), xticklabels=keys, ylim=(0, 1.05))
     ax[0].legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
-    for i, (n, e) in enumerate(envs.items()):
+    for i, e in enumerate(envs.values()):
         ax[1].plot(sorted(e["eval_result_unstructured"]["found"], reverse=True), color=f"C{i % 10}")
     ax[1].set(xlabel="true directions, best found first", ylabel="largest cosine", ylim=(0, 1.02))
     return fig
