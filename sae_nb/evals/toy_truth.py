@@ -40,6 +40,7 @@ class ToyTruth(Evaluator):
     needs = ("toy",)
     with_nulls = False  # its rows are made from the truth
     headline = dict(mcc=+1, f1=+1, explained_variance=+1, l0=0, frac_dead=-1)
+    glance = None
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-gather
 @patch
