@@ -63,6 +63,21 @@ class Core(Evaluator):
     Config = CoreConfig
     needs = ("batches",)
     headline = dict(explained_variance=+1, ce_loss_score=+1, kl_div_score=+1, l0=0, frac_alive=+1)
+    glance = (
+        "l0",
+        "explained_variance",
+        "ce_loss_score",
+        "kl_div_score",
+        "ce_loss_with_sae",
+        "ce_loss_without_sae",
+        "ce_loss_with_ablation",
+        "cossim",
+        "l2_ratio",
+        "relative_reconstruction_bias",
+        "frac_alive",
+        "freq_over_10_percent",
+        "average_max_decoder_cosine_sim",
+    )
 
 # %% ../../nbs/evals/core.ipynb #core-eval-read
 @dataclass
