@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['no_lm', 'no_harm', 'kept_by_kl', 'kept_by_ce', 'of_encoder', 'per_latent', 'flags', 'CoreConfig', 'Core', 'Item',
            'read', 'row_losses', 'Row', 'by_row', 'sequence_sums', 'through', 'skip_only', 'constant', 'identity',
-           'Walk', 'preserved', 'firing', 'geometry', 'latents', 'table', 'misc', 'density_counts', 'categories',
+           'Walk', 'preserved', 'how_often', 'geometry', 'latents', 'table', 'misc', 'density_counts', 'categories',
            'null_row', 'seen', 'further']
 
 # %% ../../nbs/evals/core.ipynb #core-eval-imports
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import Batch, InputError, counted, register
-from .base import Context, Evaluator, Measured, null_means, values
+from .base import Context, Evaluator, Measured, metric_values, null_means
 from .codes import random_sae
 from .running import Running, ratio_se
 from ..lm import next_in_doc
@@ -462,7 +462,7 @@ def preserved(
     return kept, errors | errors_ce, dict.fromkeys(missing, no_harm)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-firing
-def firing(
+def how_often(
     row: Row,  # Sums of an SAE
     d_sae: int,  # Latents
 ) -> tuple:  # name -> Tensor [d_sae] (NaN where undefined), and reasons
@@ -509,7 +509,7 @@ def latents(
     row: Row,  # Its sums
 ) -> tuple:  # name -> Tensor [d_sae] (NaN where undefined), and reasons
     "What can be said of each latent, under SAEBench's names."
-    fires, silent = firing(row, sae.d_sae)
+    fires, silent = how_often(row, sae.d_sae)
     points, nowhere = geometry(sae)
     return {name: v.double().cpu() for name, v in (fires | points).items()}, silent | nowhere
 
@@ -672,7 +672,7 @@ def _bars(ax, envs, metric):
     "One number of every SAE, with a line for each null."
     ax.set(title=metric.replace("_", " "), xlim=(0, 1.02))
     ax.tick_params(axis="y", length=0)
-    numbers = [values(env)[metric] for env in envs.values()]
+    numbers = [metric_values(env)[metric] for env in envs.values()]
     if all(v is None for v in numbers):
         ax.text(0.5, 0.5, "needs a language model", ha="center", transform=ax.transAxes)
         ax.set(yticks=[])
@@ -711,7 +711,7 @@ def draw(
     for ax, metric in zip(axes, ("explained_variance", "ce_loss_score")):
         _bars(ax, envs, metric)
     axes[0].set_xlabel("lines: mean (dotted), random (dashed), frozen (solid)", fontsize=7)
-    if all(values(env)["ce_loss_score"] is not None for env in envs.values()):
+    if all(metric_values(env)["ce_loss_score"] is not None for env in envs.values()):
         axes[1].set(yticklabels=[])
     _histograms(*axes[2:], envs)
     return fig

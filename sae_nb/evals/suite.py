@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..core import *
-from .base import Context, Nulls, null_means, values
+from .base import Context, Nulls, metric_values, null_means
 from .store import Store, digest
 
 # %% ../../nbs/evals/suite.ipynb #suite-needs-def
@@ -153,9 +153,12 @@ def _shown(v):
     return f"{v:.3f}" if abs(v) < 100 else f"{v:.0f}"
 
 
-def _row(results, metric):
-    "One number of every SAE and null: column -> text; `results` is SAE -> envelope or None."
-    row = {name: _shown(values(env).get(metric)) if env else "" for name, env in results.items()}
+def _row(
+    results,  # SAE -> envelope, or None where it was not evaluated
+    metric,  # Name of a number
+):  # column -> text
+    "One number of every SAE, of the nulls, and of the rest."
+    row = {name: _shown(metric_values(env).get(metric)) if env else "" for name, env in results.items()}
     beside = null_means({name: env for name, env in results.items() if env}, metric)
     for null in ("random", "frozen"):
         row[f"({null})"] = _shown(beside.pop(null)) if null in beside else ""
@@ -189,7 +192,7 @@ def reasons(
     for sae, results in envs.items():
         for evaluator, env in results.items():
             why = (env["eval_result_unstructured"] or {}).get("undefined", {})
-            numbers = values(env)
+            numbers = metric_values(env)
             for metric in find("evals", evaluator).headline:
                 if numbers.get(metric) is None and metric in why:
                     out.setdefault(f"{evaluator}: {why[metric]}", []).append(f"{metric} of {sae}")
