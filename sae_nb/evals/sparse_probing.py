@@ -288,6 +288,16 @@ def full_probe(
     return predicted(logistic(a, y, C), b), C
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-best-epoch
+def _one_epoch(weights, bias, optimizer, x, y, gen):
+    "One pass over the training texts, 250 a step."
+    for rows in torch.randperm(len(x), generator=gen).split(250):
+        with torch.enable_grad():
+            loss = F.binary_cross_entropy_with_logits(x[rows] @ weights + bias, y[rows].float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-best-epoch-best
 def best_epoch(
     x: Tensor,  # [n, d]
     y: Tensor,  # [n] bool
@@ -298,30 +308,23 @@ def best_epoch(
     patience: int = 10,  # Epochs without a better test accuracy before stopping
 ) -> Tensor:  # Predictions of the best epoch, [m] bool
     "SAEBench's probe on everything, its epoch chosen by test accuracy."
-    r = x.shape[1] ** -0.5
-    w, b = [((torch.rand(n, generator=gen) * 2 - 1) * r).requires_grad_() for n in (x.shape[1], 1)]
-    opt = torch.optim.AdamW([w, b], lr=1e-2)
-    best = -1
-    out = None
-    left = patience
+    width = x.shape[1]
+    weights, bias = [
+        ((torch.rand(n, generator=gen) * 2 - 1) * width**-0.5).requires_grad_() for n in (width, 1)
+    ]
+    optimizer = torch.optim.AdamW([weights, bias], lr=1e-2)
+    most, best, left = -1, None, patience
     for _ in range(epochs):
-        for i in torch.randperm(len(x), generator=gen).split(250):
-            with torch.enable_grad():
-                loss = F.binary_cross_entropy_with_logits(x[i] @ w + b, y[i].float())
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-        said = (x_test @ w + b).detach() > 0
-        hits = (said == y_test).sum().item()
-        if hits > best:
-            best = hits
-            out = said
-            left = patience
+        _one_epoch(weights, bias, optimizer, x, y, gen)
+        said = (x_test @ weights + bias).detach() > 0
+        right = (said == y_test).sum().item()
+        if right > most:
+            most, best, left = right, said, patience
         else:
             left -= 1
         if not left:
             break
-    return out
+    return best
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-measure
 Way = namedtuple("Way", "name pool rule k")
@@ -563,6 +566,23 @@ def _cut(self: SparseProbing, texts, name):
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-rows
 @patch
+def _depends_on(self: SparseProbing, sae, lm, hook, ts, plan):
+    "All that the hits of a row depend on."
+    c = self.config
+    return [
+        "" if sae is None else sae,
+        lm,
+        hook,
+        [ts.train.tokens, ts.train.docs, ts.test.tokens, ts.test.docs],
+        [asdict(task) for task in ts.tasks],
+        [list(way) for way in plan],
+        list(c.strengths),
+        c.validation_share,
+        c.random_seed,
+    ]
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-rows-row
+@patch
 def row(
     self: SparseProbing,
     who: str,  # "sae", "llm" or "null"
@@ -575,32 +595,17 @@ def row(
 ) -> dict:  # From `hits_of`
     "One row on one set."
     c = self.config
-    plan, pool = ways(who, c), who == "sae" and c.max_pool
-    key = [
-        "" if sae is None else sae,
-        lm,
-        hook,
-        [ts.train.tokens, ts.train.docs, ts.test.tokens, ts.test.docs],
-        [asdict(t) for t in ts.tasks],
-        [list(w) for w in plan],
-        list(c.strengths),
-        c.validation_share,
-        c.random_seed,
-    ]
+    plan, max_pool = ways(who, c), who == "sae" and c.max_pool
 
     def make():
         train, test = (
-            text_pools(sae, lm, hook, t, store, c.sae_batch_size, pool) for t in (ts.train, ts.test)
+            text_pools(sae, lm, hook, texts, store, c.sae_batch_size, max_pool)
+            for texts in (ts.train, ts.test)
         )
-        return hits_of(
-            {p: (train[p], test[p]) for p in train},
-            ts,
-            plan,
-            c,
-            lm.device if lm.device.type == "cuda" else "cpu",
-        )
+        data = {pool: (train[pool], test[pool]) for pool in train}
+        return hits_of(data, ts, plan, c, lm.device if lm.device.type == "cuda" else "cpu")
 
-    return keep.get(f"probes_{who}", key, make)
+    return keep.get(f"probes_{who}", self._depends_on(sae, lm, hook, ts, plan), make)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-names
 def metric(
@@ -733,65 +738,107 @@ def measure(self: SparseProbing, sae, ctx: Context):
             pieces.append(self.row(who, s, ctx.model, ctx.hook, ts, ctx.store, keep))
     return self.report(Result(sets, rows), sae, ctx)
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-report-asked
+@patch
+def asked(self: Result):
+    "Row and way behind every accuracy that is not a null's, by name."
+    return {
+        metric(row, way.name): (row, way.name)
+        for row in ("llm", "sae")
+        for way in self.rows[row][0]
+        if not way.rule.startswith("shuffled")
+    }
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-report-by-class
+@patch
+def by_class(self: Result):
+    "Every accuracy, for each set class by class."
+
+    def classes(i, at):
+        return settle(dict(zip([task.cls for task in self.sets[i].tasks], self.values(*at)[i].tolist())), {})
+
+    return {
+        s.name: {name: classes(i, at) for name, at in self.asked().items()} for i, s in enumerate(self.sets)
+    }
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-report-by-set
+@patch
+def by_set(self: Result):
+    "SAEBench's numbers for each set, under its names."
+    asked = self.asked()
+
+    def means(i):
+        return {
+            name: self.values(*asked[name])[i].mean().item() if name in asked else None
+            for name in [*schema("llm"), *schema("sae")]
+        }
+
+    return [dict(dataset_name=s.name + "_results", **settle(means(i), {})) for i, s in enumerate(self.sets)]
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-report-over-nulls
+@patch
+def over_nulls(self: Result, nulls, c):
+    "Accuracy above each null at k = 1 and 5, and the intervals."
+    over = {
+        f"sae_top_{k}_over_{null}": self.over(null, f"top_{k}", c)
+        for null in nulls
+        for k in (1, 5)
+        if k in c.k_values
+    }
+    return {name: above for name, (above, _) in over.items()}, {
+        name: ends for name, (_, ends) in over.items()
+    }
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-report-schema-intervals
+@patch
+def schema_intervals(self: Result, c):
+    "Both intervals of every number that SAEBench has a name for."
+    intervals = {}
+    for name, at in self.asked().items():
+        if name in {*schema("llm"), *schema("sae")}:
+            intervals[name], intervals[name + "_texts"] = map(list, self.intervals(*at, c))
+    return intervals
+
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-report
 @patch
-def report(self: SparseProbing, r, sae, ctx: Context) -> Measured:
-    "All numbers from all hits."
-    c = self.config
-    lm, hook, nulls = ctx.model, ctx.hook, ctx.nulls
-    undefined = {}
-    widths = dict(sae=sae.d_sae, llm=lm.width(hook) if hasattr(lm, "width") else sae.d_in)
-    every = {
-        metric(row, w.name): (row, w.name)
-        for row in ("llm", "sae")
-        for w in r.rows[row][0]
-        if not w.rule.startswith("shuffled")
+def _undefined(self: SparseProbing, values, sae, ctx):
+    "Why, for every number that is missing or not finite."
+    lm = ctx.model
+    widths = dict(sae=sae.d_sae, llm=lm.width(ctx.hook) if hasattr(lm, "width") else sae.d_in)
+    return {
+        name: self.reason(name, widths)
+        for name, value in values.items()
+        if value is None or not np.isfinite(value)
     }
-    got = {m: r.mean(*at) for m, at in every.items()}
-    cats = {row: {m: got.pop(m, None) for m in schema(row)} for row in ("llm", "sae")}
-    for ms in (*cats.values(), got):
-        undefined.update(
-            {m: self.reason(m, widths) for m, v in ms.items() if v is None or not np.isfinite(v)}
-        )
-    extra = dict(got)
-    iv = {}
-    for m in [m for m in every if m in {**cats["llm"], **cats["sae"]}]:
-        iv[m], iv[m + "_texts"] = map(list, r.intervals(*every[m], c))
-    for n in nulls:
-        for k, o in [(k, f"sae_top_{k}_over_{n}") for k in (1, 5) if k in c.k_values]:
-            extra[o], iv[o] = r.over(n, f"top_{k}", c)
-    latents, counts = r.chosen()
-    per = {
-        s.name: {m: {t.cls: v for t, v in zip(s.tasks, r.values(*at)[i].tolist())} for m, at in every.items()}
-        for i, s in enumerate(r.sets)
-    }
-    per = {n: {m: settle(v, {}) for m, v in ms.items()} for n, ms in per.items()}
-    details = [
-        dict(
-            dataset_name=s.name + "_results",
-            **settle(
-                {
-                    m: r.values(*every[m])[i].mean().item() if m in every else None
-                    for m in [*schema("llm"), *schema("sae")]
-                },
-                {},
-            ),
-        )
-        for i, s in enumerate(r.sets)
-    ]
-    notes = [
+
+
+@patch
+def _notes(self: SparseProbing):
+    "What a reader of the file should know."
+    return [
         f"k = {k} has no name in SAEBench's schema: its numbers are in extra, not in the metrics"
-        for k in c.k_values
+        for k in self.config.k_values
         if k not in schema_ks
     ]
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-report-report
+@patch
+def report(self: SparseProbing, result, sae, ctx: Context) -> Measured:
+    "All numbers from all hits."
+    c = self.config
+    further = {name: result.mean(*at) for name, at in result.asked().items()}
+    metrics = {row: {name: further.pop(name, None) for name in schema(row)} for row in ("llm", "sae")}
+    over, over_intervals = result.over_nulls(ctx.nulls, c)
+    latents, counts = result.chosen()
+    by_class = {f"{name}_results": values for name, values in result.by_class().items()}
     return Measured(
-        cats,
-        details=details,
-        undefined=undefined,
-        nulls=r.null_rows(list(nulls), c.k_values),
-        intervals=iv,
-        extra={**extra, **counts},
-        data={f"{n}_results": v for n, v in per.items()} | dict(latents=latents, notes=notes, hook=hook),
+        metrics,
+        details=result.by_set(),
+        undefined=self._undefined({**metrics["llm"], **metrics["sae"], **further}, sae, ctx),
+        nulls=result.null_rows(list(ctx.nulls), c.k_values),
+        intervals=result.schema_intervals(c) | over_intervals,
+        extra=further | over | counts,
+        data=by_class | dict(latents=latents, notes=self._notes(), hook=ctx.hook),
     )
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-compare
@@ -822,6 +869,80 @@ def compare(
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot
 _grey = dict(random=("0.45", "--"), frozen=("0.45", ":"), residual=("k", "-"))
 
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-line
+def _line(ax, values, ks, **style):
+    "Accuracy against k, where there is one."
+    points = [(k, v) for k in ks if (v := values.get(f"sae_top_{k}_test_accuracy")) is not None]
+    if points:
+        ax.plot(*zip(*points), **style)
+
+
+def _null_lines(ax, nulls, ks):
+    "The null dictionaries and the residual channels."
+    for name, values in nulls.items():
+        if name not in ("ceiling", "direction", "shuffled"):
+            color, dashes = _grey.get(name, ("0.6", "--"))
+            label = "residual channels" if name == "residual" else name
+            _line(ax, values, ks, color=color, ls=dashes, lw=1, label=label)
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-levels
+def _levels(ax, nulls, k):
+    "What has no k: all channels and the told direction as lines, shuffled labels as a number."
+    channels = nulls["ceiling"].get("sae_test_accuracy")
+    direction = nulls["direction"].get("sae_top_1_test_accuracy")
+    shuffled = nulls["shuffled"].get(f"sae_top_{k}_test_accuracy")
+    if channels is not None:
+        ax.axhline(channels, color="k", ls=(0, (1, 1)), lw=1, label="all channels")
+    if direction is not None:
+        ax.axhline(direction, color="0.3", ls=(0, (5, 1, 1, 1)), lw=1, label="difference of class means")
+    if shuffled is not None:
+        ax.plot([], [], " ", label=f"shuffled labels: {shuffled:.2f} at k = {k}")
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-against-k
+def _against_k(ax, envs, ks):
+    "Accuracy against k: every SAE, and what it must be held against."
+    for i, (name, env) in enumerate(envs.items()):
+        values = {**env["eval_result_metrics"]["sae"], **env["eval_result_unstructured"]["extra"]}
+        _line(ax, values, ks, color=f"C{i}", marker="o", ms=3.5, label=name)
+    nulls = next(iter(envs.values()))["eval_result_unstructured"]["nulls"]
+    _null_lines(ax, nulls, ks)
+    _levels(ax, nulls, ks[0])
+    ax.set(xscale="log", xlabel="k, latents or channels", ylabel="test accuracy", ylim=(None, 1.01))
+    ax.set_xticks(ks, ks)
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=7, loc="lower right")
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-by-set
+def _set_means(env, sets, name):
+    "Mean of an accuracy over the classes of each set."
+    found = [env["eval_result_unstructured"][f"{s}_results"][name].values() for s in sets]
+    return [np.nanmean([np.nan if v is None else v for v in values]) for values in found]
+
+
+def _set_label(name):
+    "A set's name, short enough for an axis."
+    return name.split("/")[-1].replace("amazon_reviews_mcauley_1and5", "amazon")[-26:]
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-by-set-draw
+def _by_set(ax, envs, k):
+    "One row per data set: every SAE, and the best residual channels."
+    first = next(iter(envs.values()))
+    sets = [d["dataset_name"].removesuffix("_results") for d in first["eval_result_details"]]
+    heights = np.arange(len(sets))[::-1]
+    for i, env in enumerate(envs.values()):
+        means = _set_means(env, sets, f"sae_top_{k}_test_accuracy")
+        ax.plot(means, heights, "o", color=f"C{i}", ms=5, alpha=0.85)
+    for name, color, label in (
+        (f"llm_top_{k}_test_accuracy", "k", "best channel"),
+        ("llm_test_accuracy", "0.6", "all channels"),
+    ):
+        ax.plot(_set_means(first, sets, name), heights, "|", color=color, ms=11, mew=1.5, label=label)
+    ax.set_yticks(heights, [_set_label(s) for s in sets])
+    ax.grid(axis="y", lw=0.3)
+    ax.set_axisbelow(True)
+    ax.set(xlabel=f"test accuracy, k = {k}", xlim=(None, 1.01), ylim=(-0.6, len(sets) - 0.4))
+    ax.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-plot
 @patch
 def draw(
@@ -829,89 +950,10 @@ def draw(
     envs: dict,  # Name of SAE -> envelope
 ):  # The figure
     "Accuracy against k, with what it must be held against."
-    first = next(iter(envs.values()))
-    u = first["eval_result_unstructured"]
-    ks = first["eval_config"]["k_values"]
-    known = {
-        e: flat
-        for e, flat in (
-            (n, {**e["eval_result_metrics"]["sae"], **e["eval_result_unstructured"]["extra"]})
-            for n, e in envs.items()
-        )
-    }
-    fig, (ax, bx) = plt.subplots(
+    ks = next(iter(envs.values()))["eval_config"]["k_values"]
+    fig, (left, right) = plt.subplots(
         1, 2, figsize=(10, 3.6), layout="constrained", gridspec_kw=dict(width_ratios=[1.25, 1])
     )
-
-    def line(m, **kw):
-        p = [(k, v) for k in ks if (v := m.get(f"sae_top_{k}_test_accuracy")) is not None]
-        if p:
-            ax.plot(*zip(*p), **kw)
-
-    for c, (n, m) in enumerate(known.items()):
-        line(m, color=f"C{c}", marker="o", ms=3.5, label=n)
-    low = u["nulls"]["shuffled"].get(f"sae_top_{ks[0]}_test_accuracy")
-    for n, m in u["nulls"].items():
-        if n not in ("ceiling", "direction", "shuffled"):
-            color, ls = _grey.get(n, ("0.6", "--"))
-            line(m, color=color, ls=ls, lw=1, label={"residual": "residual channels"}.get(n, n))
-    for m, color, ls, label in (
-        (u["nulls"]["ceiling"].get("sae_test_accuracy"), "k", (0, (1, 1)), "all channels"),
-        (
-            u["nulls"]["direction"].get("sae_top_1_test_accuracy"),
-            "0.3",
-            (0, (5, 1, 1, 1)),
-            "difference of class means",
-        ),
-    ):
-        if m is not None:
-            ax.axhline(m, color=color, ls=ls, lw=1, label=label)
-    if low is not None:
-        ax.plot([], [], " ", label=f"shuffled labels: {low:.2f} at k = {ks[0]}")
-    ax.set(xscale="log", xlabel="k, latents or channels", ylabel="test accuracy", ylim=(None, 1.01))
-    ax.set_xticks(ks, ks)
-    ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=7, loc="lower right")
-    _by_set(bx, envs, ks[0])
+    _against_k(left, envs, ks)
+    _by_set(right, envs, ks[0])
     return fig
-
-# %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-by-set
-def _by_set(ax, envs, k):
-    "One row per data set: every SAE, and the best residual channels."
-    first = next(iter(envs.values()))
-    sets = [d["dataset_name"].removesuffix("_results") for d in first["eval_result_details"]]
-
-    def mean(e, n, m):
-        return np.nanmean(
-            [np.nan if v is None else v for v in e["eval_result_unstructured"][f"{n}_results"][m].values()]
-        )
-
-    ys = np.arange(len(sets))[::-1]
-    for c, e in enumerate(envs.values()):
-        ax.plot(
-            [mean(e, n, f"sae_top_{k}_test_accuracy") for n in sets], ys, "o", color=f"C{c}", ms=5, alpha=0.85
-        )
-    ax.plot(
-        [mean(first, n, f"llm_top_{k}_test_accuracy") for n in sets],
-        ys,
-        "k|",
-        ms=11,
-        mew=1.5,
-        label="best channel",
-    )
-    ax.plot(
-        [mean(first, n, "llm_test_accuracy") for n in sets],
-        ys,
-        "|",
-        color="0.6",
-        ms=11,
-        mew=1.5,
-        label="all channels",
-    )
-    ax.set_yticks(
-        ys, [n.split("/")[-1].replace("amazon_reviews_mcauley_1and5", "amazon")[-26:] for n in sets]
-    )
-    ax.grid(axis="y", lw=0.3)
-    ax.set_axisbelow(True)
-    ax.set(xlabel=f"test accuracy, k = {k}", xlim=(None, 1.01), ylim=(-0.6, len(sets) - 0.4))
-    ax.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
