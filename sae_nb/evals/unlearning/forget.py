@@ -521,42 +521,47 @@ def supervised(
 ) -> SAE:  # One latent
     "A latent for the tokens of one corpus, found with labels."
 
-    def read(c):
-        return torch.cat([x[m > 0].float().cpu() for _, x, m in blocks(store, lm, hook, *corpora[c])])
+    def read(corpus):
+        return torch.cat([x[m > 0].float().cpu() for _, x, m in blocks(store, lm, hook, *corpus)])
 
     def make():
-        from sklearn.linear_model import LogisticRegression
+        return _labelled(read(corpora["forget"]), read(corpora["retain"]), tau, limit, seed)
 
-        gen = torch.Generator().manual_seed(seed)
-
-        def some(x):
-            return x[torch.randperm(len(x), generator=gen)[:limit]]
-
-        a, b = read("forget"), read("retain")
-        p, n = some(a), some(b)
-        x = torch.cat([p, n])
-        sd = x.std(0).clamp(min=1e-6)
-        w = (
-            LogisticRegression(max_iter=300, class_weight="balanced")
-            .fit((x / sd).numpy(), [1] * len(p) + [0] * len(n))
-            .coef_[0]
-        )
-        w = torch.tensor(w).float() / sd
-        d = a.mean(0) - b.mean(0)
-        d = d / d.norm().clamp(min=1e-12)
-        over = (b @ w).sort(descending=True).values
-        t = over[min(int(0.9 * tau * len(b)), len(b) - 1)]
-        on = a[a @ w > t] if (a @ w > t).any() else a
-        s = ((on.mean(0) - b.mean(0)) @ d / (on @ w - t).mean()).clamp(min=1e-6)
-        return dict(w=w * s, b=-t * s, d=d)
-
-    v = store.get("supervised", [lm, hook, *corpora["forget"], *corpora["retain"], tau, limit, seed], make)
-    sae = build("topk", len(v["d"]), 1, k=1)
+    key = [lm, hook, *corpora["forget"], *corpora["retain"], tau, limit, seed]
+    latent = store.get("supervised", key, make)
+    sae = build("topk", len(latent["d"]), 1, k=1)
     with torch.no_grad():
-        sae.W_enc.copy_(v["w"][:, None])
-        sae.b_enc.fill_(v["b"].item())
-        sae.W_dec.copy_(v["d"][None])
+        sae.W_enc.copy_(latent["w"][:, None])
+        sae.b_enc.fill_(latent["b"].item())
+        sae.W_dec.copy_(latent["d"][None])
     return sae.to(lm.device).eval()
+
+
+def _labelled(forget, retain, tau, limit, seed):
+    "Encoder row w, bias b and decoder row d of the latent, from the activations of both corpora."
+    gen = torch.Generator().manual_seed(seed)
+    some = [x[torch.randperm(len(x), generator=gen)[:limit]] for x in (forget, retain)]
+    probe = _probe(*some)
+    direction = forget.mean(0) - retain.mean(0)
+    direction = direction / direction.norm().clamp(min=1e-12)
+    highest = (retain @ probe).sort(descending=True).values
+    threshold = highest[min(int(0.9 * tau * len(retain)), len(retain) - 1)]
+    fires = forget @ probe > threshold
+    on = forget[fires] if fires.any() else forget
+    shift = (on.mean(0) - retain.mean(0)) @ direction  # what zero ablation is to take away
+    scale = (shift / (on @ probe - threshold).mean()).clamp(min=1e-6)
+    return dict(w=probe * scale, b=-threshold * scale, d=direction)
+
+
+def _probe(yes, no):
+    "Weights of a logistic probe that tells two sets of activations apart."
+    from sklearn.linear_model import LogisticRegression
+
+    x = torch.cat([yes, no])
+    sd = x.std(0).clamp(min=1e-6)
+    probe = LogisticRegression(max_iter=300, class_weight="balanced")
+    probe.fit((x / sd).numpy(), [1] * len(yes) + [0] * len(no))
+    return torch.tensor(probe.coef_[0]).float() / sd
 
 # %% ../../../nbs/evals/unlearning/forget.ipynb #forget-relearn-def
 def false_facts(
@@ -583,39 +588,55 @@ def relearn(
     size: int = 36,  # Questions per update at most
 ) -> dict:  # Accuracy of `train` and `test` before and after, on the questions' own order
     "Fine-tune on some facts and ask about others."
-    m = copy.deepcopy(lm.model)
-    copied = type(lm)(m, lm.tokenizer, lm.name)
-    ids, r = letter_ids(lm), random.Random(f"relearn {seed}")
+    model = copy.deepcopy(lm.model)
+    copied = type(lm)(model, lm.tokenizer, lm.name)
+    asked = [quiz(lm, qs, orders[0], template) for qs in (train, test)]
+    draws = random.Random(f"relearn {seed}")
 
-    def edit(q):
-        k = count_mask(q.tokens, q.docs, lm.special_ids)
-        return None if change is None else lambda rows, x: spliced(sae, x, k[rows, : x.shape[1]], change)
+    def ask():
+        return [_accuracy(copied, q, hook, _edit(lm, q, sae, change), batch) for q in asked]
 
-    def ask(qs):
-        return (lambda q: (answer(copied, q, ids, hook, edit(q), batch) == q.right).double().mean().item())(
-            quiz(lm, qs, orders[0], template)
-        )
+    def loss():
+        some = draws.sample(train, min(size, len(train)))
+        q = quiz(lm, some, [draws.choice(orders) for _ in some], template)
+        return _loss(copied, q, hook, _edit(lm, q, sae, change))
 
-    out = dict(train_before=ask(train), test_before=ask(test))
-    m.requires_grad_(True)
-    opt = torch.optim.Adam(m.parameters(), lr=lr)
-    with torch.enable_grad():
-        for _ in range(steps):
-            some = r.sample(train, min(size, len(train)))
-            opt.zero_grad()
-            _loss(
-                copied, quiz(lm, some, [r.choice(orders) for _ in some], template), ids, hook, edit
-            ).backward()
-            opt.step()
-    m.requires_grad_(False)
-    return dict(out, train_after=ask(train), test_after=ask(test))
+    before = ask()
+    _train(model, loss, steps, lr)
+    names = ("train_before", "test_before", "train_after", "test_after")
+    return dict(zip(names, before + ask()))
 
 # %% ../../../nbs/evals/unlearning/forget.ipynb #forget-relearn-def-loss
-def _loss(lm, q, ids, hook, edit):
+def _edit(lm, q, sae, change):
+    "The intervention as `answer` takes it; None without one."
+    if change is None:
+        return None
+    mask = count_mask(q.tokens, q.docs, lm.special_ids)
+    return lambda rows, x: spliced(sae, x, mask[rows, : x.shape[1]], change)
+
+
+def _accuracy(lm, q, hook, edit, batch):
+    "Share of right answers."
+    return (answer(lm, q, letter_ids(lm), hook, edit, batch) == q.right).double().mean().item()
+
+
+def _train(model, loss, steps, lr):
+    "Updates of all weights by Adam."
+    model.requires_grad_(True)
+    opt = torch.optim.Adam(model.parameters(), lr=lr)
+    with torch.enable_grad():
+        for _ in range(steps):
+            opt.zero_grad()
+            loss().backward()
+            opt.step()
+    model.requires_grad_(False)
+
+
+def _loss(lm, q, hook, edit):
     "Cross-entropy of the right letters."
-    e, rows = edit(q), torch.arange(len(q))
-    logits = lm.logits(
-        q.tokens, hook if e else None, (lambda x: e(rows, x)) if e else None, docs=q.docs, grad=True
-    )
+    rows = torch.arange(len(q))
+    change = (lambda x: edit(rows, x)) if edit else None
+    logits = lm.logits(q.tokens, hook if edit else None, change, docs=q.docs, grad=True)
     last = logits[rows.to(logits.device), (q.length - 1).to(logits.device)]
-    return F.cross_entropy(last.float(), ids[q.right, 0].to(last.device))
+    letters = letter_ids(lm)[q.right, 0]
+    return F.cross_entropy(last.float(), letters.to(last.device))

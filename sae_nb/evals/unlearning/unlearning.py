@@ -163,38 +163,44 @@ def prepare(
 ) -> Prep:  # What all SAEs are tested with
     "Questions the model knows, and the corpora."
     c = self.config
+    qs, counts = self.known_questions(lm, store, desc)
+    subjects = [q.subject for q in qs]
+    forget = torch.tensor([s == c.dataset_names[0] for s in subjects], dtype=torch.bool)
+    asked = quiz(lm, qs, orders[0], c.prompt_format) if qs else None
+    p = Prep(qs, asked, forget, forget & halves(subjects, c.val_share, c.random_seed), None, counts)
+    if not self.unfit(p):  # a model that knows too little needs no corpus that has to be asked for
+        p.corpora = self.read_corpora(lm)
+    return p
+
+
+@patch
+def known_questions(self: Unlearning, lm, store, desc):
+    "The known questions of all subjects, and how many were asked and known of each."
+    c = self.config
     qs = []
     counts = {}
-    for i, s in enumerate(tqdm(c.dataset_names, desc=desc, disable=not desc, leave=False, ncols=80)):
-        if i and s == "college_biology":
+    for i, subject in enumerate(tqdm(c.dataset_names, desc=desc, disable=not desc, leave=False, ncols=80)):
+        if i and subject == "college_biology":
             continue
-        got = mcqs(s, lm, c.data_dir)
-        got = got[: c.max_questions or len(got)]
-        k = known(lm, got, c.prompt_format, store, c.llm_batch_size)
-        qs += [got[j] for j in k["kept"]]
-        counts[s] = dict(asked=len(got), right=k["first"], known=len(k["kept"]), too_long=k["too_long"])
-
-    def corpora():
-        return (
-            world_corpora(c.dataset_names[0], c.retain_corpus, c.dataset_size, c.random_seed)
-            if c.forget_corpus == "world"
-            else real_corpora(
-                lm, c.forget_corpus, c.retain_corpus, c.dataset_size, c.seq_len, c.random_seed, c.data_dir
-            )
+        asked = mcqs(subject, lm, c.data_dir)
+        asked = asked[: c.max_questions or len(asked)]
+        k = known(lm, asked, c.prompt_format, store, c.llm_batch_size)
+        qs += [asked[j] for j in k["kept"]]
+        counts[subject] = dict(
+            asked=len(asked), right=k["first"], known=len(k["kept"]), too_long=k["too_long"]
         )
+    return qs, counts
 
-    bad = torch.tensor([q.subject == c.dataset_names[0] for q in qs], dtype=torch.bool)
-    p = Prep(
-        qs,
-        quiz(lm, qs, orders[0], c.prompt_format) if qs else None,
-        bad,
-        bad & halves([q.subject for q in qs], c.val_share, c.random_seed),
-        None,
-        counts,
+
+@patch
+def read_corpora(self: Unlearning, lm):
+    "The corpus to forget and the one to retain, of the world or from files."
+    c = self.config
+    if c.forget_corpus == "world":
+        return world_corpora(c.dataset_names[0], c.retain_corpus, c.dataset_size, c.random_seed)
+    return real_corpora(
+        lm, c.forget_corpus, c.retain_corpus, c.dataset_size, c.seq_len, c.random_seed, c.data_dir
     )
-    if not self.unfit(p):  # a model that knows too little needs no corpus that has to be asked for
-        p.corpora = corpora()
-    return p
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-prepare-def-unfit
 @patch
@@ -258,6 +264,35 @@ def targets(
     unit = mean[latents].float() if self.config.multiplier_unit == "mean" else torch.ones(len(latents))
     return -torch.tensor(multipliers, dtype=torch.float32)[:, None] * unit
 
+# %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-sweep-plan
+def _both_firings(sae, lm, hook, p, store, keep):
+    "`firing` on the corpus to forget and on the retained one."
+    return {name: firing(sae, lm, hook, corpus, store, keep) for name, corpus in p.corpora.items()}
+
+
+@patch
+def plan(
+    self: Unlearning,
+    methods,  # Which
+    sets: list,  # From `sets`
+    density: Tensor,  # Of each latent on the corpus to forget, [d_sae]
+) -> list:  # (method, threshold, number, latents, multipliers)
+    "All that is tried, but for the gate, which needs no pass of its own."
+    c = self.config
+    steps = []
+    for method in methods:
+        if method in ("clamp", "zero"):
+            multipliers = c.multipliers if method == "clamp" else [0]
+            steps += [(method, *one, multipliers) for one in sets]
+    for i in range(c.random_latents if "random" in methods else 0):
+        seed = 1000 * c.random_seed + i
+        draw = {}
+        for threshold in c.retain_thresholds:
+            longest = max((latents for t, _, latents in sets if t == threshold), key=len)
+            draw[threshold] = matched(density, longest, seed)
+        steps += [(f"random{i}", t, n, draw[t][: len(latents)], c.multipliers) for t, n, latents in sets]
+    return steps
+
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-sweep-def
 @patch
 def sweep(
@@ -272,38 +307,30 @@ def sweep(
     desc: str = "",  # Words before a progress bar; empty: no bar
 ) -> dict:  # method -> Table; "random" is one table per draw: random0, random1, ...
     "Answers under every setting of every method."
-    c = self.config
-    d = {k: firing(sae, lm, hook, p.corpora[k], store, keep) for k in p.corpora}
-    density, mean = d["forget"]["density"], d["forget"]["mean"]
-    sets = self.sets(d)
-    plan = [
-        (m, *s, c.multipliers if m == "clamp" else [0])
-        for m in methods
-        if m in ("clamp", "zero")
-        for s in sets
-    ]
-    for i in range(c.random_latents if "random" in methods else 0):
-        draw = {
-            t: matched(density, max((s for u, _, s in sets if u == t), key=len), 1000 * c.random_seed + i)
-            for t in c.retain_thresholds
-        }
-        plan += [(f"random{i}", t, n, draw[t][: len(s)], c.multipliers) for t, n, s in sets]
-    h = Held(sae, lm, hook, p.quiz, [i for _, _, _, s, _ in plan for i in s], store, keep, c.llm_batch_size)
-    out = {}
-    for m, t, n, s, mult in tqdm(plan, desc=desc, disable=not desc, leave=False, ncols=80):
-        got = h.hits(s, self.targets(s, mean, mult))
-        a = out.setdefault(m, Table([], got[:0]))
-        a.rows += [dict(retain_threshold=t, n_features=n, multiplier=k, latents=len(s)) for k in mult]
-        a.hits = torch.cat([a.hits, got])
+    firings = _both_firings(sae, lm, hook, p, store, keep)
+    mean = firings["forget"]["mean"]
+    sets = self.sets(firings)
+    steps = self.plan(methods, sets, firings["forget"]["density"])
+    latents_held = [i for _, _, _, latents, _ in steps for i in latents]
+    model = Held(sae, lm, hook, p.quiz, latents_held, store, keep, self.config.llm_batch_size)
+    tables = {}
+    for method, t, n, latents, mult in tqdm(steps, desc=desc, disable=not desc, leave=False, ncols=80):
+        hits = model.hits(latents, self.targets(latents, mean, mult))
+        table = tables.setdefault(method, Table([], hits[:0]))
+        setting = dict(retain_threshold=t, n_features=n)
+        table.rows += [dict(setting, multiplier=k, latents=len(latents)) for k in mult]
+        table.hits = torch.cat([table.hits, hits])
     if "gate" in methods:
-        out["gate"] = Table(
-            out["clamp"].rows,
-            out["clamp"].hits
-            | ~self.opened(h, p, [s for _, _, s in sets], store, keep).repeat_interleave(
-                len(c.multipliers), 0
-            ),
-        )
-    return out
+        latents_of_sets = [latents for _, _, latents in sets]
+        tables["gate"] = self.gated(tables["clamp"], model, p, latents_of_sets, store, keep)
+    return tables
+
+
+@patch
+def gated(self: Unlearning, clamp, h, p, sets, store, keep):
+    "The clamp behind the sequence gate: where that is closed, the answer stays right."
+    is_open = self.opened(h, p, sets, store, keep).repeat_interleave(len(self.config.multipliers), 0)
+    return Table(clamp.rows, clamp.hits | ~is_open)
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-sweep-def-opened
 @patch
@@ -365,18 +392,28 @@ def numbers(r):
 @patch
 def all_orders(self: Unlearning, sae, lm, hook, p, row, store, keep):
     "Mean accuracy of one setting on the test half of the subject over all orders of the options."
-    qs = [q for q, u in zip(p.qs, p.test.tolist()) if u]
-    d = {k: firing(sae, lm, hook, p.corpora[k], store, keep) for k in p.corpora}
-    s = chosen(d["forget"]["density"], d["retain"]["density"], row["retain_threshold"], row["n_features"])
+    qs = _part_of(p.qs, p.test)
+    latents, target = self.setting(_both_firings(sae, lm, hook, p, store, keep), row)
 
-    def make(q):
-        return Held(sae, lm, hook, q, s, Store(), Store(), self.config.llm_batch_size).hits(
-            s, self.targets(s, d["forget"]["mean"], [row["multiplier"]])
-        )[0]
+    def ask(order):
+        asked = quiz(lm, qs, order, self.config.prompt_format)
+        model = Held(sae, lm, hook, asked, latents, Store(), Store(), self.config.llm_batch_size)
+        return model.hits(latents, target)[0]
 
-    return (
-        torch.stack([make(quiz(lm, qs, o, self.config.prompt_format)) for o in orders]).double().mean().item()
-    )
+    return torch.stack([ask(order) for order in orders]).double().mean().item()
+
+
+@patch
+def setting(self: Unlearning, firings, row):
+    "The latents that one row of a table holds, and what they are set to, [1, n]."
+    densities = (firings[name]["density"] for name in ("forget", "retain"))
+    latents = chosen(*densities, row["retain_threshold"], row["n_features"])
+    return latents, self.targets(latents, firings["forget"]["mean"], [row["multiplier"]])
+
+
+def _part_of(qs, part):
+    "The questions for which `part` is true."
+    return [q for q, inside in zip(qs, part.tolist()) if inside]
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-relearn
 def hard_hit(
@@ -393,15 +430,7 @@ def hard_hit(
 @patch
 def relearning(self: Unlearning, sae, lm, hook, p, t, store, keep):
     "Numbers of the relearning check, and why there are none."
-    c = self.config
-
-    def use(m):
-        return [q for q, u in zip(p.qs, m.tolist()) if u]
-
-    A = use(p.val)
-    B = use(p.test)
-    kw = dict(steps=c.relearn_steps, lr=c.relearn_lr, seed=c.random_seed, batch=c.llm_batch_size)
-    if not c.relearn_steps:
+    if not self.config.relearn_steps:
         return {}, "not measured, because relearn_steps is 0"
     i = hard_hit(t, p)
     if i is None:
@@ -410,42 +439,51 @@ def relearning(self: Unlearning, sae, lm, hook, p, t, store, keep):
             "not measurable, because no setting makes the model lose half of the subject on the validation "
             "half",
         )
-
-    def go(a, b, keep, *how):
-        return keep.get(
-            "relearn",
-            [
-                lm,
-                a,
-                b,
-                c.prompt_format,
-                kw,
-                *how[:1],
-                hook,
-                [t.rows[i], c.multiplier_unit] if how else 0,
-                digest(*p.corpora["forget"], *p.corpora["retain"]) if how else 0,
-            ],
-            lambda: relearn(lm, a, b, c.prompt_format, *how, **kw),
-        )
-
-    d = {k: firing(sae, lm, hook, p.corpora[k], store, keep) for k in p.corpora}
-    row = t.rows[i]
-    s = chosen(d["forget"]["density"], d["retain"]["density"], row["retain_threshold"], row["n_features"])
-    r = go(A, B, keep, sae, hook, held(s, self.targets(s, d["forget"]["mean"], [row["multiplier"]])[0]))
-    plain = go(A, B, store)
-    false = go(false_facts(A, c.random_seed), false_facts(B, c.random_seed + 1), store)
+    clamped = self.relearn_clamped(sae, lm, hook, p, t.rows[i], store, keep)
     out = dict(
-        relearn_before=r["test_before"],
-        relearn_trained_half=r["train_after"],
-        relearn_unmodified=plain["test_after"],
-        relearn_false_facts=false["test_after"],
+        relearn_before=clamped["test_before"],
+        relearn_trained_half=clamped["train_after"],
+        **self.relearn_controls(lm, hook, p, store),
     )
-    if r["train_after"] >= 0.75:
-        return dict(out, relearn_after=r["test_after"]), ""
+    if clamped["train_after"] >= 0.75:
+        return dict(out, relearn_after=clamped["test_after"]), ""
     return (
         out,
-        f"not measurable, because in {c.relearn_steps} steps not even the half trained on was learned back "
-        f"(accuracy {r['train_after']:.2f})",
+        f"not measurable, because in {self.config.relearn_steps} steps not even the half trained on was "
+        f"learned back (accuracy {clamped['train_after']:.2f})",
+    )
+
+
+@patch
+def relearn_clamped(self: Unlearning, sae, lm, hook, p, row, store, keep):
+    "Train on the validation half with one setting in place, ask about the test half."
+    latents, target = self.setting(_both_firings(sae, lm, hook, p, store, keep), row)
+    corpora = digest(*p.corpora["forget"], *p.corpora["retain"])
+    key = [sae, hook, [row, self.config.multiplier_unit], corpora]
+    train, test = _part_of(p.qs, p.val), _part_of(p.qs, p.test)
+    return self.relearn_kept(lm, train, test, keep, key, sae, hook, held(latents, target[0]))
+
+
+@patch
+def relearn_controls(self: Unlearning, lm, hook, p, store):
+    "The same training without a clamp, and on facts that nobody knows."
+    seed = self.config.random_seed
+    train, test = _part_of(p.qs, p.val), _part_of(p.qs, p.test)
+    key = [hook, 0, 0]
+    plain = self.relearn_kept(lm, train, test, store, key)
+    false = self.relearn_kept(lm, false_facts(train, seed), false_facts(test, seed + 1), store, key)
+    return dict(relearn_unmodified=plain["test_after"], relearn_false_facts=false["test_after"])
+
+
+@patch
+def relearn_kept(self: Unlearning, lm, train, test, keep, key, *clamp):
+    "`relearn` with the configured steps, read from the store where it is there; `key` names the clamp."
+    c = self.config
+    how = dict(steps=c.relearn_steps, lr=c.relearn_lr, seed=c.random_seed, batch=c.llm_batch_size)
+    return keep.get(
+        "relearn",
+        [lm, train, test, c.prompt_format, how, *key],
+        lambda: relearn(lm, train, test, c.prompt_format, *clamp, **how),
     )
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-report
