@@ -93,7 +93,7 @@ def names(
     package = importlib.import_module(f"sae_nb.{kind}")
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
-    return sorted(name for of, name in found if of == kind)
+    return sorted(name for of, name in found if of == kind and not name.startswith("_"))
 
 # %% ../nbs/00_core.ipynb #core-find-find
 def find(

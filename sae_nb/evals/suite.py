@@ -28,12 +28,16 @@ def chosen(
 ) -> list:  # Names, each once
     "The evaluators a parameters cell asks for."
     absent = "model" if toy else "toy"
-    runs_here = {name: absent not in find("evals", name).needs for name in names("evals")}
+
+    def runs_here(name):
+        return absent not in find("evals", name).needs
+
     if wanted.strip() == "all":
-        return [name for name, runs in runs_here.items() if runs]
+        return [name for name in names("evals") if runs_here(name)]
     for name in _asked(wanted):
-        one_of("evaluator", name, runs_here)
-        if not runs_here[name]:
+        if ("evals", name) not in found:
+            one_of("evaluator", name, names("evals"))
+        if not runs_here(name):
             why = "a language model; it cannot run with -p model toy"
             if not toy:
                 why = "known directions; run it with -p model toy"
