@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['found', 'dtypes', 'InputError', 'one_of', 'ints', 'register', 'names', 'find', 'root', 'write_text', 'write_json',
-           'read_json', 'write_tensors', 'read_tensors', 'seed_all', 'pick_device', 'pick_dtype', 'Batch', 'counted']
+           'read_json', 'write_tensors', 'read_tensors', 'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch',
+           'counted']
 
 # %% ../nbs/00_core.ipynb #core-imports
+import hashlib
 import importlib
 import json
 import os
@@ -208,6 +210,17 @@ def seed_all(
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../nbs/00_core.ipynb #core-rng
+def rng(
+    purpose: str,  # What is drawn, e.g. "random decoder"
+    *seeds,  # Seeds and counters, e.g. the number of the epoch
+    device="cpu",  # Where numbers are drawn; CPU and GPU draw different ones
+) -> torch.Generator:  # The same for the same words and numbers
+    "A generator that shares nothing with those of other purposes."
+    said = json.dumps([purpose, *map(str, seeds)])
+    digest = hashlib.sha256(said.encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 # %% ../nbs/00_core.ipynb #core-seed-pick-device
 def pick_device(
