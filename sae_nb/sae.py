@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from .core import *
@@ -586,24 +585,75 @@ def save(
     return write_tensors(Path(folder) / "sae.safetensors", sae.state_dict(), head)
 
 # %% ../nbs/03_sae.ipynb #sae-load
+def _sae_file(path):
+    "The file of an SAE: `path` itself, or the one in the folder."
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return path
+    if not (path / "sae.safetensors").exists():
+        there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+        raise InputError(
+            f"{path} holds no sae.safetensors, the file that sae_nb.sae.save writes; it holds {there}"
+        )
+    return path / "sae.safetensors"
+
+
+def _read_head(path):
+    "Variant, arguments and meta of a file."
+    head = read_meta(path)
+    if "variant" not in head:
+        raise InputError(f"{path} names no variant in its header; it was not written by sae_nb.sae.save")
+    try:
+        args, meta = json.loads(head["args"]), json.loads(head["meta"])
+    except (KeyError, ValueError):
+        args = meta = None
+    if not isinstance(args, dict) or not isinstance(meta, dict):
+        raise Damaged(f"{path} is damaged (its header is not what save writes); restore it from a copy")
+    return head["variant"], args, meta
+
+# %% ../nbs/03_sae.ipynb #sae-load-built
+def _built_for(path, variant, args, tensors):
+    "An SAE that the tensors of a file fit, or an error that says what does not fit."
+    try:
+        sae = find("variants", variant)(**args)
+        wanted = sae.state_dict()
+    except InputError as error:
+        raise InputError(f"{path} cannot be built: {error}") from None
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise Damaged(f"{path}: {variant} cannot be built from its arguments ({why})") from None
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        where = "is missing" if name in wanted else f"belongs to no {variant}"
+        raise Damaged(f"{path}: tensor {name} {where}; the file was not written for this variant")
+    for name, t in tensors.items():
+        _check_tensor(path, name, t, wanted[name])
+    return sae
+
+
+def _check_tensor(path, name, t, wanted):
+    "One line about a tensor of another shape or kind, or with a number that is none."
+    if t.shape != wanted.shape:
+        raise Damaged(f"{path}: tensor {name} has shape {list(t.shape)}, not {list(wanted.shape)}")
+    if t.is_floating_point() != wanted.is_floating_point():
+        raise Damaged(f"{path}: tensor {name} is {t.dtype}, where {wanted.dtype} is needed")
+    if isinstance(wanted, nn.Parameter) or name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        if not torch.isfinite(t).all():
+            raise Damaged(f"{path}: tensor {name} holds NaN or infinite numbers; train it again")
+
+# %% ../nbs/03_sae.ipynb #sae-load-def
 def load(
     path,  # Run folder, or a file written by `save`
     device="cpu",  # Where the weights go
 ) -> SAE:  # In evaluation mode
     "Read an SAE back; `sae.meta` holds what was said about it."
-    path = Path(path)
-    if path.is_dir():
-        path = path / "sae.safetensors"
+    path = _sae_file(path)
+    variant, args, meta = _read_head(path)
     tensors = read_tensors(path, device)
-    with safe_open(str(path), "pt") as file:
-        head = file.metadata() or {}
-    if "variant" not in head:
-        raise InputError(f"{path} names no variant in its header; it was not written by sae_nb.sae.save")
-    sae = find("variants", head["variant"])(**json.loads(head["args"])).to(device)
+    sae = _built_for(path, variant, args, tensors).to(device)
     sae.load_state_dict(tensors)
-    sae.variant = head["variant"]
-    sae.args = json.loads(head["args"])
-    sae.meta = json.loads(head["meta"])
+    sae.variant = variant
+    sae.args = args
+    sae.meta = meta
     return sae.to(tensors["W_dec"].dtype).eval()
 
 # %% ../nbs/03_sae.ipynb #sae-contract-shapes
