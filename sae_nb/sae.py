@@ -625,20 +625,20 @@ def _built_for(path, variant, args, tensors):
     for name in sorted(wanted.keys() ^ tensors.keys()):
         where = "is missing" if name in wanted else f"belongs to no {variant}"
         raise Damaged(f"{path}: tensor {name} {where}; the file was not written for this variant")
+    weights = dict(sae.named_parameters())
     for name, t in tensors.items():
-        _check_tensor(path, name, t, wanted[name])
+        _check_tensor(path, name, t, wanted[name], learned=name in weights)
     return sae
 
 
-def _check_tensor(path, name, t, wanted):
+def _check_tensor(path, name, t, wanted, learned):
     "One line about a tensor of another shape or kind, or with a number that is none."
     if t.shape != wanted.shape:
         raise Damaged(f"{path}: tensor {name} has shape {list(t.shape)}, not {list(wanted.shape)}")
     if t.is_floating_point() != wanted.is_floating_point():
         raise Damaged(f"{path}: tensor {name} is {t.dtype}, where {wanted.dtype} is needed")
-    if isinstance(wanted, nn.Parameter) or name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        if not torch.isfinite(t).all():
-            raise Damaged(f"{path}: tensor {name} holds NaN or infinite numbers; train it again")
+    if learned and not torch.isfinite(t).all():
+        raise Damaged(f"{path}: tensor {name} holds NaN or infinite numbers; train it again")
 
 # %% ../nbs/03_sae.ipynb #sae-load-def
 def load(
