@@ -119,10 +119,17 @@ def root() -> Path:  # Folder that holds runs/, figures/ and latex/
     "The project's root: the nearest folder upwards with this project's settings.ini, else the current one."
     here = Path.cwd()
     for folder in (here, *here.parents):
-        settings = folder / "settings.ini"
-        if settings.exists() and "lib_name = sae_nb" in settings.read_text():
+        if _is_ours(folder / "settings.ini"):
             return folder
     return here
+
+
+def _is_ours(settings):
+    "Do these settings belong to this project? Those of others may be anything, or unreadable."
+    try:
+        return b"lib_name = sae_nb" in settings.read_bytes()
+    except OSError:
+        return False
 
 # %% ../nbs/00_core.ipynb #core-aside
 def _beside(path):

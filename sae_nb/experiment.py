@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['parse_options', 'variant_args', 'listed', 'presets_of', 'Choice', 'choices', 'try_small', 'chosen_evaluators',
-           'chosen_nulls', 'Plan', 'make_plan', 'Data', 'open_data', 'fresh_sae', 'train_runs', 'first_activations',
-           'evaluation_context', 'Results', 'evaluate_runs', 'experiment']
+           'chosen_nulls', 'Plan', 'memory_of', 'check_size', 'make_plan', 'Data', 'open_data', 'fresh_sae',
+           'train_runs', 'first_activations', 'evaluation_context', 'Results', 'evaluate_runs', 'experiment']
 
 # %% ../nbs/10_experiment.ipynb #experiment-imports
 import json
@@ -51,15 +51,29 @@ def parse_options(
     text = text.strip()
     try:
         if text.startswith("{"):
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_once)
         pairs = re.split(r"[,\s]+(?=[\w.]+\s*=)", text) if text else []
         split = [pair.split("=", 1) for pair in pairs]
-        return {option.strip(): _value(value.strip()) for option, value in split}
+        return _once((option.strip(), _value(value.strip())) for option, value in split)
+    except InputError:
+        raise
     except ValueError:
         raise InputError(
             f"options = {text!r} cannot be read; "
             'write "tau=0.2 fraction=0.002" or JSON such as \'{"tau": 0.2}\''
         ) from None
+
+
+def _once(pairs):
+    "A dictionary, or an error if a name comes twice."
+    options = {}
+    for option, value in pairs:
+        if option in options:
+            raise InputError(
+                f"option {option} is given twice, {options[option]!r} and {value!r}; give it once"
+            )
+        options[option] = value
+    return options
 
 # %% ../nbs/10_experiment.ipynb #experiment-args
 def variant_args(
@@ -131,7 +145,7 @@ def try_small(
 ) -> SAE:  # 8 wide, in evaluation mode
     "The SAE on activations of width 8, or an error if it cannot be built or has negative latents."
     sae = build(choice.variant, 8, d_sae, **choice.args).eval()
-    x = torch.randn(4, 32, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 32, 8, generator=rng("trial", 0))
     if any((sae.encode(size * x) < 0).any() for size in (0.1, 1, 10, 100)):
         raise InputError(
             f"variant {choice.variant!r} has negative latents, which no metric here can read; "
@@ -215,28 +229,77 @@ def _training(p):
     ).resolve()
 
 # %% ../nbs/10_experiment.ipynb #experiment-run-name
-def _run_name(p, choice, seed, several):
+def _run_name(p, choice, seed, several, *company):
     "The name of a run's folder."
-    name = f"{choice.label}-{Path(p.model).name}-s{seed}"
-    if p.name:
-        name = f"{p.name}-{choice.label}-s{seed}" if several else p.name
-    if Path(name).name != name or name.startswith("."):
-        raise InputError(f"name = {name!r} must be a plain folder name")
-    return name
+    if not p.name:
+        return run_name(p, choice.label, seed, *company)
+    name = f"{p.name}-{choice.label}-s{seed}" if several else p.name
+    return f"fast-{name}" if os.environ.get("SAE_NB_FAST") else name
+
+
+def _company(sae, seed, seeds, rows):
+    "Words for what a run owes to those that are trained beside it."
+    shared = f"data={seeds[0]}" if seed != seeds[0] else ""
+    return shared, "rows" if rows and not sae.sequential else ""
 
 # %% ../nbs/10_experiment.ipynb #experiment-runs-of
-def _runs(p, choices, seeds, **shared):
+def _runs(p, choices, seeds, saes, **shared):
     "A folder for every choice and seed, with its config."
     several = len(choices) * len(seeds) > 1
+    rows = any(sae.sequential for sae in saes)
     made_by = provenance()
     runs = []
-    for choice in choices:
+    for choice, sae in zip(choices, saes):
         for seed in seeds:
-            name = _run_name(p, choice, seed, several)
+            name = _run_name(p, choice, seed, several, *_company(sae, seed, seeds, rows))
             config = dict(name=name, variant=choice.variant, preset=choice.preset, seed=seed)
             config.update(variant_args=choice.args, params=public(p), **shared, **made_by)
             runs.append(Run(root() / "runs" / name, config))
     return runs
+
+# %% ../nbs/10_experiment.ipynb #experiment-size
+def memory_of(
+    device,  # torch.device or its name
+) -> int:  # Bytes
+    "All the memory a device has."
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_size(
+    p: Params,  # Parameters
+    n_saes: int,  # Trained side by side
+    d_in: int,  # Width of the activations
+    device,  # Where they are trained
+):
+    "An error if the SAEs, or a buffer of activations, cannot fit."
+    there = memory_of(device)
+    rows = max(p.buffer, 2 * p.batch // p.ctx) if p.model != "toy" else p.batch // p.ctx
+    for name, needs in [
+        ("d_sae", 4 * 4 * 2 * d_in * p.d_sae * n_saes),
+        ("buffer" if p.buffer == rows else "batch", 4 * d_in * rows * p.ctx),
+        ("eval_rows", 3 * 8 * p.eval_rows * p.ctx),
+    ]:
+        if needs > there:
+            raise InputError(
+                f"{name} = {getattr(p, name):,} needs {needs / 1e9:,.0f} GB where there are "
+                f"{there / 1e9:,.0f} (width {d_in}, {n_saes} SAEs); take less"
+            )
+
+# %% ../nbs/10_experiment.ipynb #experiment-l1
+def _check_l1(p, variants):
+    "An error if a coefficient was asked for that no variant here has."
+    asked = parse_options(p.options)
+
+    def aims(variant, l1):
+        base = {"base": asked["base"]} if "base" in asked else {}
+        return sparsity_options(
+            variant, p.k, l1, base if "base" in options(variant, asked.get("base")) else {}
+        )
+
+    if p.l1 and all(aims(variant, p.l1) == aims(variant, 0.0) for variant in variants):
+        raise InputError(f"l1 = {p.l1:g} means nothing to {', '.join(variants)}; leave it out, or set k")
 
 # %% ../nbs/10_experiment.ipynb #experiment-make-plan
 def make_plan(
@@ -251,9 +314,11 @@ def make_plan(
     evaluators, nulls, training = chosen_evaluators(p), chosen_nulls(p), _training(p)
     pick_device(p.device)
     pick_dtype(p.dtype)
+    _check_l1(p, variants)
     wanted = choices(p, variants)
+    check_size(p, len(wanted) * len(seeds), 1, pick_device(p.device))
     small = [try_small(choice, p.d_sae) for choice in wanted]
-    runs = _runs(p, wanted, seeds, training=asdict(training), trainers=trainers)
+    runs = _runs(p, wanted, seeds, small, training=asdict(training), trainers=trainers)
     return Plan(p, training, trainers, evaluators, nulls, runs, rows=any(sae.sequential for sae in small))
 
 # %% ../nbs/10_experiment.ipynb #experiment-data
@@ -326,11 +391,12 @@ def _lm_data(plan):
     "A language model and text."
     p = plan.params
     lm, hook = _open_lm(p)
+    check_size(p, len(plan.runs), lm.width(hook), lm.device)
     source = _open_text(p, lm, plan.seed)
     disk = dict(cache=p.cache or None, cache_gb=p.cache_gb)
     stream = Stream(lm, source, hook, p.batch, plan.rows, p.buffer, seed=plan.seed, **disk)
     held = heldout(lm, source, p.eval_rows)
-    local = p.model == "world" or Path(p.model).exists()
+    local = p.model == "world" or is_there(p.model)
     model = lm.fingerprint()[:16] if local else p.model
     n_held = sum(len(tokens) for tokens, _, _ in held)
     return Data(
@@ -353,8 +419,7 @@ def open_data(
         for run in plan.runs:
             run.config.update(found, content=data.content, scale=data.stream.scale)
             run.check_content()
-            if not run.finished:
-                run.start(plan.params.resume)
+            run.start(plan.params.resume)
     return data
 
 # %% ../nbs/10_experiment.ipynb #experiment-fresh
@@ -390,16 +455,24 @@ def _tell(trainee, asked):
         print(f"{trainee.name}: {', '.join(pairs)}")
 
 # %% ../nbs/10_experiment.ipynb #experiment-keep
+_last_columns = ("step", "tokens", "loss", "l0", "explained_variance", "frac_dead")
+
+
 def _keep(run, trainee, plan, data):
     "Write what training made, or why it failed."
+    if not (run.folder / "config.json").exists():
+        write_json(run.folder / "config.json", run.config)
+        write_history(run.folder / "history.csv", trainee.history, afresh=True)
     if trainee.failed:
         print(trainee.failed)
         return run.mark("failed", trainee.failed)
-    hashed = weight_hash(trainee.sae)
     scale = data.stream.scale
+    folded = trainee.sae.fold(scale)
+    hashed = weight_hash(folded)
     run.mark("running", weights=hashed)
     about = dict(model=public(plan.params)["model"], hook=data.hook, scale=scale, weight_hash=hashed)
-    save(trainee.sae.fold(scale), run.folder, **about)
+    about["train"] = {name: trainee.history[-1][name] for name in _last_columns}
+    save(folded, run.folder, config=run.config, **about)
 
 # %% ../nbs/10_experiment.ipynb #experiment-train-runs
 def train_runs(
@@ -470,49 +543,68 @@ def _metrics_of(run):
     return read_json(run.folder / "metrics.json") if run.finished else {}
 
 
-def _due(run, evaluators):
-    "Names of the evaluators that should look at a run, be it to find their result there."
-    metrics = _metrics_of(run)
-    reported = {name.split("/")[0] for name in metrics}
-    return [e for e in evaluators if e not in reported or (run.folder / "evals" / f"{e}.json").exists()]
+def _say_missing(run, evaluators):
+    "One line about a finished run whose weights are gone."
+    if not run.finished or run.trained:
+        return
+    reported = {name.split("/")[0] for name in _metrics_of(run)}
+    missing = ", ".join(name for name in evaluators if name not in reported)
+    print(
+        f"runs/{run.name} is finished and its weights are not here"
+        + (f", so it cannot be evaluated by {missing}" if missing else "")
+        + "; -p resume False trains it again"
+    )
 
 # %% ../nbs/10_experiment.ipynb #experiment-metrics
-def _write_metrics(run, envelopes):
+def _write_metrics(run, envelopes, trained):
     "Write metrics.json if there is anything new to say; with it, the run is finished."
     before = _metrics_of(run)
     metrics = {name: value for name, value in before.items() if name.split("/")[0] not in envelopes}
     for evaluator, envelope in envelopes.items():
         metrics.update({f"{evaluator}/{name}": value for name, value in flat(envelope).items()})
-    last = read_history(run.folder / "history.csv")[-1]
-    for name in ("step", "tokens", "loss", "l0", "explained_variance", "frac_dead"):
-        metrics[f"train/{name}"] = last[name]
+    metrics.update({f"train/{name}": value for name, value in trained.items()})
     if metrics != before:
         run.finish(metrics)
+
+
+def _trained(run, sae):
+    "Where training ended: from the header of the weights, in older files from the history."
+    if "train" in sae.meta:
+        return sae.meta["train"]
+    last = read_history(run.folder / "history.csv")[-1]
+    return {name: last[name] for name in _last_columns}
 
 # %% ../nbs/10_experiment.ipynb #experiment-measure
 def _load_saes(plan, data, todo):
     "name of a run -> its SAE; all that have weights, if an evaluator looks at peers."
     with_peers = any(evaluator.with_peers for evaluator in plan.evaluators.values())
-    runs = [run for run in plan.runs if run.trained] if with_peers and todo else [run for run, _ in todo]
-    return {run.name: load(run.folder, data.device) for run in runs}
+    runs = [run for run in plan.runs if run.trained] if with_peers and todo else todo
+    return {run.name: _load_sae(run, data) for run in runs}
+
+
+def _load_sae(run, data):
+    "The SAE of a run, or one line about how to have it again."
+    try:
+        return load(run.folder, data.device)
+    except Damaged as error:
+        way_out = f"train it again with -p resume False, or put a copy of runs/{run.name} in its place"
+        raise InputError(f"{error}; {way_out}") from None
 
 
 def _measure(evaluator, todo, saes, shared):
-    "name of a run -> envelope of one evaluator, for the runs where it is due."
+    "name of a run -> envelope of one evaluator, for every run."
     envelopes = {}
-    for run, due in todo:
-        if evaluator.registered in due:
-            peers = {name: sae for name, sae in saes.items() if name != run.name}
-            ctx = replace(shared, peers=peers if evaluator.with_peers else {})
-            envelopes[run.name] = evaluate(evaluator, saes[run.name], ctx, run.folder, run.name)
+    for run in todo:
+        peers = {name: sae for name, sae in saes.items() if name != run.name}
+        ctx = replace(shared, peers=peers if evaluator.with_peers else {})
+        envelopes[run.name] = evaluate(evaluator, saes[run.name], ctx, run.folder, run.name)
     return envelopes
 
 # %% ../nbs/10_experiment.ipynb #experiment-measure-all
-def _measure_all(plan, data, todo, quiet):
+def _measure_all(plan, data, todo, saes, quiet):
     "name of a run -> {evaluator: envelope}."
-    envelopes = {run.name: {} for run, _ in todo}
-    saes = _load_saes(plan, data, todo)
-    shared = evaluation_context(plan, data, quiet) if any(due for _, due in todo) else None
+    envelopes = {run.name: {} for run in todo}
+    shared = evaluation_context(plan, data, quiet) if todo and plan.evaluators else None
     line = OneLine()
     look = dict(desc="evaluating", file=line, ncols=80, disable=quiet or not todo)
     with redirect_stderr(line) if line.kernel else nullcontext():  # the evaluators' own bars share the line
@@ -536,12 +628,18 @@ def evaluate_runs(
     quiet: bool = False,  # No progress bars
 ) -> Results:
     "Run the evaluators that are due on every trained SAE and write the results, metrics.json last."
-    trained = [(run, _due(run, plan.evaluators)) for run in plan.runs if run.trained]
-    todo = [(run, due) for run, due in trained if due or not run.finished]
-    with guarding([run for run, _ in todo]):
-        envelopes = _measure_all(plan, data, todo, quiet)
-        for run, _ in todo:
-            _write_metrics(run, envelopes[run.name])
+    todo = [run for run in plan.runs if run.trained and (plan.evaluators or not run.finished)]
+    with guarding(todo):
+        for run in plan.runs:
+            _say_missing(run, plan.evaluators)
+        for run in todo:
+            run.own()
+        saes = _load_saes(plan, data, todo)
+        envelopes = _measure_all(plan, data, todo, saes, quiet)
+        for run in todo:
+            _write_metrics(run, envelopes[run.name], _trained(run, saes[run.name]))
+    for run in plan.runs:
+        run.let_go()
     states = [run_status(run.folder) for run in plan.runs]
     failed = [reason for status, reason in states if status == "failed"]
     if failed:

@@ -119,7 +119,10 @@ def _kept(path, made_of, asked):
     "The result that lies at `path`, if it was made of the same and is whole."
     if path is None or not path.exists():
         return None
-    env = read_json(path)
+    try:
+        env = read_json(path)
+    except Damaged:  # it is made again
+        return None
     more = env["eval_result_unstructured"] or {}
     there = more.get("content")
     if not there or more.get("incomplete"):
