@@ -39,5 +39,5 @@ dtype: str = "float32"  # of the language model: float32 or bfloat16
 checkpoint: int = 200  # steps between checkpoints; 0: none [not in weights]
 cache: str = ""  # folder for activations on disk; empty: none [path, not in weights]
 cache_gb: float = 100.0  # size that folder may reach, in GB [not in weights]
-name: str = ""  # run folder under runs/; empty: variant, model, seed and what is not the default [not in weights]
-resume: bool = True  # go on where an interrupted run stopped; False: delete what this run left and begin anew [not in weights]
+name: str = ""  # run folder under runs/; empty: variant, model, seed, what differs [not in weights]
+resume: bool = True  # go on where an interrupted run stopped; False: begin anew [not in weights]
