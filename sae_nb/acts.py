@@ -312,7 +312,8 @@ class Stream:
 # %% ../nbs/07_acts.ipynb #acts-stream-check
 @patch
 def _check(self: Stream):
-    "Refuse batches that cannot be dealt."
+    "Refuse batches that cannot be dealt, and rows in another model's tokens."
+    self.source.check(self.lm)
     if self.batch < 1:
         raise InputError(f"batch = {self.batch} is not a number of tokens; give at least 1")
     if self.rows and self.batch < self.source.ctx:
@@ -498,6 +499,7 @@ def heldout(
     batch: int = 16,  # Rows per batch
 ) -> list:  # [(tokens, docs, mask)], each [B, T]
     "Held-out rows for evaluators."
+    source.check(lm)
     tokens, docs = source.heldout(n_rows)
     mask = count_mask(tokens, docs, lm.special_ids)
     return list(zip(tokens.split(batch), docs.split(batch), mask.split(batch)))

@@ -399,12 +399,13 @@ def _lm_data(plan):
     local = p.model == "world" or is_there(p.model)
     model = lm.fingerprint()[:16] if local else p.model
     n_held = sum(len(tokens) for tokens, _, _ in held)
+    of = f" of the {p.eval_rows} asked for" if n_held < p.eval_rows else ""
     return Data(
         stream=stream,
         held=held,
         hook=hook,
         content=dict(model=model, text=source.fingerprint(), rows=plan.rows),
-        about=f"{source.name}, rows of {p.ctx} tokens; {n_held} rows held out",
+        about=f"{source.about(p.tokens)}, rows of {p.ctx} tokens; {n_held} rows{of} held out",
         lm=lm,
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core import *
-from ..data import count_mask
+from ..data import count_mask, tokenizer_fingerprint
 
 # %% ../../nbs/evals/store.ipynb #store-put
 def _put(h, kind, word=""):
@@ -40,21 +40,6 @@ def _feed_module(h, module):
     for key, v in sorted(module.state_dict().items()):
         _put(h, "name", key)
         _feed(h, v)
-
-# %% ../../nbs/evals/store.ipynb #store-digest-def
-def _reads(model):
-    "How a language model splits text, as a hash; empty for anything without a tokenizer."
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        return ""
-    if getattr(model, "_reads", None) is None:
-        if hasattr(tokenizer, "backend_tokenizer"):
-            whole = tokenizer.backend_tokenizer.to_str()
-        else:
-            whole = json.dumps(sorted(tokenizer.get_vocab().items()))
-        special = repr(sorted(getattr(model, "special_ids", ())))
-        model._reads = hashlib.sha256((whole + special).encode()).hexdigest()
-    return model._reads
 
 # %% ../../nbs/evals/store.ipynb #store-feed-parts
 def _feed_parts(h, o):
@@ -79,7 +64,7 @@ def _feed(h, o):
         _feed_tensor(h, o)
     elif hasattr(o, "fingerprint"):
         _put(h, "own", o.fingerprint())
-        _put(h, "reads", _reads(o))
+        _put(h, "reads", tokenizer_fingerprint(o))
     elif isinstance(o, nn.Module):
         _feed_module(h, o)
     elif is_dataclass(o) or isinstance(o, (dict, list, tuple)):

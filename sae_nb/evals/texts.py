@@ -7,7 +7,7 @@ __all__ = ['saebench_sets', 'world_sets', 'professions', 'products', 'Texts', 'L
 
 # %% ../../nbs/evals/texts.ipynb #texts-imports
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,9 @@ class Texts:
     docs: Tensor  # [n_rows, T], 0 on padding
     labels: list  # Class of each row, str
     other: list  # Second attribute of each row, str; "" where there is none
+    notes: dict = field(
+        default_factory=dict
+    )  # What a result should say: "per_class", "asked", "left_out", "unknown"
 
     @property
     def classes(self):
@@ -57,14 +60,25 @@ def __getitem__(
     "Some of the rows."
     labels = [self.labels[i] for i in idx]
     other = [self.other[i] for i in idx]
-    return Texts(self.name, self.tokens[idx], self.docs[idx], labels, other)
+    return Texts(self.name, self.tokens[idx], self.docs[idx], labels, other, self.notes)
 
 # %% ../../nbs/evals/texts.ipynb #texts-texts-def-texts
-def _texts(name, lm, rows, ctx):
+def _texts(name, lm, rows, ctx, asked, left=""):
     "Tokenised `rows` of (text, class, second attribute); the beginning of a text is kept."
     texts, labels, other = zip(*rows)
     tokens, docs = lm.encode(texts, ctx)
-    return Texts(name, tokens, docs, [str(o) for o in labels], [str(o) for o in other])
+    bos = getattr(lm, "bos", None)
+    words = tokens[(docs > 0) & (tokens != (-1 if bos is None else bos))].tolist()
+    notes = dict(unknown=unknown_share(lm, [words], Path(name).name), left_out=str(left))
+    return _noted(Texts(name, tokens, docs, list(labels), list(other), notes), asked)
+
+
+def _noted(texts, asked):
+    "The texts, with a note where there are fewer per class than asked for."
+    least = min(len(texts.rows(label)) for label in texts.classes)
+    notes = dict(per_class=least, asked=asked) if least < asked else {}
+    texts.notes = {**notes, **{name: said for name, said in texts.notes.items() if said}}
+    return texts
 
 # %% ../../nbs/evals/texts.ipynb #texts-real-spec
 class LabelledSet(NamedTuple):
@@ -99,12 +113,14 @@ _second_values = dict(gender=["0", "1"], rating=["1.0", "5.0"])
 _europarl_pair = dict(en="en-fr", fr="fr-it", de="de-en", es="es-fr", nl="nl-pt")
 
 # %% ../../nbs/evals/texts.ipynb #texts-draw-def
-def _draw(rows, name, need, seed, spare=2):
-    "Draw `need[cell]` texts for every cell from a stream of (text, class, second attribute)."
+def _draw(rows, name, need, seed, spare=2, not_these=()):
+    "Draw `need[cell]` different texts for every cell from a stream of (text, class, second attribute)."
     bins = {cell: [] for cell in need}
+    met = set(not_these)
     for text, *cell in rows:
         texts = bins.get(tuple(cell))
-        if texts is not None and len(texts) < need[tuple(cell)] * spare:
+        if text and text not in met and texts is not None and len(texts) < need[tuple(cell)] * spare:
+            met.add(text)
             texts.append(text)
         if all(len(texts) >= need[cell] * spare for cell, texts in bins.items()):
             break
@@ -123,34 +139,41 @@ def _refuse_short(name, bins, need):
             "or leave those classes out"
         )
 
+# %% ../../nbs/evals/texts.ipynb #texts-rating
+def _class_of(value, where, rating):
+    "A class as a string, a rating with one decimal."
+    label = as_label(value, where)
+    try:
+        return f"{float(label):.1f}" if rating and label else label
+    except ValueError:
+        raise InputError(f"{where} has the rating {label!r}, which is no number; mend or remove it") from None
+
 # %% ../../nbs/evals/texts.ipynb #texts-draw-def-tabular
 def _tabular(name, split, data_dir):
     "(text, class, second attribute) of one of the eight."
     spec = saebench_sets[name]
-    for record in records(spec.repo, split, data_dir=data_dir):
+    for number, record in enumerate(records(spec.repo, split, data_dir=data_dir), 1):
+        where = f"record {number} of {spec.repo!r} ({split})"
         for column in filter(None, (spec.text, spec.label, spec.second)):
             if column not in record:
                 raise InputError(
                     f"data set {spec.repo!r} has no column {column!r}; it has: {', '.join(record)}"
                 )
-        text = record[spec.text]
-        label = record[spec.label]
+        text = as_text(record[spec.text], where)
         if spec.text == "code":
-            if len(text) <= 534:
-                continue
-            text = text[150:]
-        yield (
-            text,
-            f"{float(label):.1f}" if spec.label == "rating" else str(label),
-            str(record[spec.second]) if spec.second else "",
-        )
+            text = text[150:] if len(text) > 534 else ""
+        label = _class_of(record[spec.label], where, spec.label == "rating")
+        second = _class_of(record[spec.second], where, spec.second == "rating") if spec.second else ""
+        yield text, label, second
 
 # %% ../../nbs/evals/texts.ipynb #texts-draw-def-europarl
 def _europarl(split, data_dir):
     "(text, language, '') for each language in turn."
     for language, pair in _europarl_pair.items():
-        for record in islice(records("Helsinki-NLP/europarl", split, pair, data_dir), 20_000):
-            yield record["translation"][language], language, ""
+        speeches = islice(records("Helsinki-NLP/europarl", split, pair, data_dir), 20_000)
+        for number, record in enumerate(speeches, 1):
+            text = record["translation"][language]
+            yield as_text(text, f"record {number} of Helsinki-NLP/europarl ({pair})"), language, ""
 
 # %% ../../nbs/evals/texts.ipynb #texts-real-def
 def _cut(rows, n_train):
@@ -176,25 +199,40 @@ def _real(name, n_train, n_test, seed, data_dir):
     parts = []
     for split, n in (("train", n_train), ("test", n_test)):
         need = dict.fromkeys(cells, max(1, n // len(seconds)))
-        parts.append(_draw(_tabular(name, split, data_dir), name, need, seed))
+        read = [text for part in parts for text, *_ in part]
+        parts.append(_draw(_tabular(name, split, data_dir), name, need, seed, not_these=read))
     return tuple(parts)
+
+# %% ../../nbs/evals/texts.ipynb #texts-file-distinct
+def _by_class(pairs):
+    "class -> its texts, each of them once; copies are counted as left out."
+    class_of = {}
+    for text, label in pairs:
+        if text in class_of:
+            of = "the same" if class_of[text] == label else "another"
+            pairs.left.add(f"copies of a text with {of} class", repr(text[:40]))
+        class_of.setdefault(text, label)
+    by_class = {}
+    for text, label in class_of.items():
+        by_class.setdefault(label, []).append(text)
+    return by_class
 
 # %% ../../nbs/evals/texts.ipynb #texts-file-def
 def _own(path, n_train, n_test, seed, column="", label_column=""):
     "Rows of a labelled file for training and testing, balanced, class by class."
-    by_class = {}
-    for text, label in read_labelled(path, column, label_column):
-        by_class.setdefault(label, []).append(text)
+    pairs = read_labelled(path, column, label_column)
+    by_class = _by_class(pairs)
     least = min(map(len, by_class.values()), default=0)
     if len(by_class) < 2 or least < 10:
+        left = f" (left out: {pairs.left})" if pairs.left else ""
         raise InputError(
-            f"{Path(path).name} has {len(by_class)} classes, the smallest with {least} texts; probing needs "
-            "two classes with ten texts each"
+            f"{Path(path).name} has {len(by_class)} classes, the smallest with {least} texts{left}; probing "
+            "needs two classes with ten texts each"
         )
     n = min(least, n_train + n_test)
-    chance = random.Random(f"{seed}")
+    chance = random.Random(f"texts of a file {seed}")
     rows = [(text, c, "") for c, texts in sorted(by_class.items()) for text in chance.sample(texts, n)]
-    return _cut(rows, min(n_train, int(0.8 * n)))
+    return _cut(rows, min(n_train, int(0.8 * n))), pairs.left
 
 # %% ../../nbs/evals/texts.ipynb #texts-world-def
 world_sets = list(W.PROBE_SETS)
@@ -231,17 +269,27 @@ def text_set(
     label_column: str = "",  # Of a file: column of the class; empty: label
 ) -> tuple:  # Texts for training, Texts for testing
     "A labelled set, balanced by class and by the second attribute."
-    on_world = getattr(lm, "name", "") == "world"
-    if on_world and name in W.PROBE_SETS:
-        return _world_set(name, n_train, n_test, ctx, seed)
+    asked, left = (n_train, n_test), ""
+    if name in W.PROBE_SETS:
+        _refuse_stranger(name, lm)
+        return tuple(map(_noted, _world_set(name, n_train, n_test, ctx, seed), asked))
     if name in saebench_sets:
         rows = _real(name, n_train, n_test, seed, data_dir)
     elif Path(name).suffix.lower() in registered("files"):
-        rows = _own(name, n_train, n_test, seed, column, label_column)
+        rows, left = _own(name, n_train, n_test, seed, column, label_column)
     else:
-        known = [*saebench_sets, *(world_sets if on_world else []), "a csv, parquet or jsonl file"]
-        one_of("data set", name, known)
-    return tuple(_texts(name, lm, part, ctx) for part in rows)
+        one_of("data set", name, [*saebench_sets, *world_sets, "a csv, parquet or jsonl file"])
+    return tuple(_texts(name, lm, part, ctx, n, left) for part, n in zip(rows, asked))
+
+
+def _refuse_stranger(name, lm):
+    "Raise if a model does not read the tokens of the embedded world."
+    theirs = tokenizer_fingerprint(lm)
+    if theirs and theirs != world_reads():
+        raise InputError(
+            f"data set {name!r} does not exist for {getattr(lm, 'name', '') or 'this model'}: it is in the "
+            f"tokens of the embedded model; choose one of: {', '.join(saebench_sets)}, or a file"
+        )
 
 # %% ../../nbs/evals/texts.ipynb #texts-pairs-names
 professions = (
@@ -298,7 +346,7 @@ def _world_pair(name, pair, n, n_mixed, seed, ctx):
     return _world_texts(name, docs, label, attribute, ctx)
 
 # %% ../../nbs/evals/texts.ipynb #texts-pairs-def-real-pair
-def _real_pair(name, pair, split, n, n_mixed, seed, data_dir):
+def _real_pair(name, pair, split, n, n_mixed, seed, data_dir, not_these):
     "Rows of (text, class, attribute) of the four cells, with names instead of numbers."
     values, _ = scr_pairs(name)
     known = professions if name.startswith(_bios) else products
@@ -308,7 +356,7 @@ def _real_pair(name, pair, split, n, n_mixed, seed, data_dir):
     for code, second in product(classes, seconds):
         confounded = pair.index(classes[code]) == values.index(seconds[second])
         need[code, second] = n if confounded else n_mixed
-    rows = _draw(_tabular(name, split, data_dir), name, need, seed)
+    rows = _draw(_tabular(name, split, data_dir), name, need, seed, not_these=not_these)
     return [(text, classes[code], seconds[second]) for text, code, second in rows]
 
 # %% ../../nbs/evals/texts.ipynb #texts-pairs-def-pair-set
@@ -325,10 +373,14 @@ def pair_set(
     "All four cells of a pair of classes and an attribute."
     scr_pairs(name)
     pair = tuple(pair)
-    parts = []
+    if name in W.SCR_PAIRS:
+        _refuse_stranger(name, lm)
+    parts, read = [], []
     for i, (split, n, n_mixed) in enumerate((("train", n_train, -(-n_train // 2)), ("test", n_test, n_test))):
         if name in W.SCR_PAIRS:
             parts.append(_world_pair(name, pair, n, n_mixed, 600_000 + 2 * seed + i, ctx))
         else:
-            parts.append(_texts(name, lm, _real_pair(name, pair, split, n, n_mixed, seed, data_dir), ctx))
+            rows = _real_pair(name, pair, split, n, n_mixed, seed, data_dir, read)
+            read = [text for text, *_ in rows]
+            parts.append(_texts(name, lm, rows, ctx, n + n_mixed))
     return tuple(parts)
