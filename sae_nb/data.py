@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['text_columns', 'registered', 'prose_records', 'jsonl_records', 'json_records', 'csv_records', 'tsv_records',
            'parquet_records', 'file_records', 'column_of', 'files_in', 'as_text', 'read_documents', 'read_labelled',
-           'hub_trouble', 'why_not', 'local_copy', 'Records', 'records', 'pack', 'count_mask', 'TokenSource',
+           'hub_trouble', 'why_not', 'local_copy', 'Records', 'records', 'pack', 'within', 'count_mask', 'TokenSource',
            'check_source', 'WorldSource', 'RowSource', 'row_source', 'text_source', 'HFSource', 'world_source',
            'hub_source', 'open_text']
 
@@ -380,7 +380,7 @@ def records(
 
 # %% ../nbs/05_data.ipynb #data-pack
 def pack(
-    seqs,  # Iterable of lists of token ids, one per document, without BOS
+    seqs,  # Iterable of lists of token ids, one per document; BOS at the beginning is not doubled
     ctx: int,  # Tokens per row
     bos: int = None,  # Put before every piece; None: nothing
     pad: int = 0,  # Fills what is left of a row
@@ -392,7 +392,7 @@ def pack(
         raise InputError(f"ctx = {ctx} leaves no room for a token after BOS; use 2 or more")
     row, docs = [], []
     for seq in seqs:
-        start = 0
+        start = next((i for i, token in enumerate(seq) if token != bos), len(seq))  # it may bring its own BOS
         while start < len(seq):
             room = ctx - len(row) - len(head)
             if row and room < min(min_piece, len(seq) - start):
@@ -412,15 +412,28 @@ def _padded(row, fill, ctx):
     return row + [fill] * (ctx - len(row))
 
 # %% ../nbs/05_data.ipynb #data-count-mask
+def within(
+    x: Tensor,  # Activations, [B, T, d]
+    limit: float,  # Longest that counts
+) -> Tensor:  # [B, T]
+    "Which activations are no longer than `limit`."
+    return torch.stack([row.float().norm(dim=-1) for row in x]) <= limit
+
+
 def count_mask(
-    tokens: Tensor,  # Token ids, [B, T]
-    docs: Tensor,  # Document numbers, 0 for padding, [B, T]
+    tokens: Tensor,  # Token ids, [B, T] or [T]
+    docs: Tensor,  # Document numbers, 0 for padding, [B, T] or [T]
     special=(),  # Token ids that never count (BOS, EOS, padding, ...)
+    x: Tensor = None,  # Activations, [B, T, d], where their norm decides as well
+    limit: float = None,  # Longest activation that counts; None: any
 ) -> Tensor:  # `docs` with 0 wherever a token does not count
     "Which tokens enter a loss, and of which document they are."
-    if not len(special):
-        return docs.clone()
-    return docs.masked_fill(torch.isin(tokens, torch.tensor(sorted(special), device=tokens.device)), 0)
+    counts = torch.nn.functional.pad(docs[..., 1:] == docs[..., :-1], (1, 0))  # not the first of its piece
+    if len(special):
+        counts &= ~torch.isin(tokens, torch.tensor(sorted(special), device=tokens.device))
+    if limit is not None:
+        counts &= within(x, limit).to(counts.device)
+    return docs * counts
 
 # %% ../nbs/05_data.ipynb #data-source
 class TokenSource:
