@@ -395,16 +395,17 @@ def _lm_data(plan):
     source = _open_text(p, lm, plan.seed)
     disk = dict(cache=p.cache or None, cache_gb=p.cache_gb)
     stream = Stream(lm, source, hook, p.batch, plan.rows, p.buffer, seed=plan.seed, **disk)
-    held = heldout(lm, source, p.eval_rows)
+    held = heldout(lm, source, p.eval_rows, hook=hook)
     local = p.model == "world" or is_there(p.model)
     model = lm.fingerprint()[:16] if local else p.model
     n_held = sum(len(tokens) for tokens, _, _ in held)
+    about = f"{source.name}, rows of {p.ctx} tokens; {n_held} rows held out"
     return Data(
         stream=stream,
         held=held,
         hook=hook,
         content=dict(model=model, text=source.fingerprint(), rows=plan.rows),
-        about=f"{source.name}, rows of {p.ctx} tokens; {n_held} rows held out",
+        about=about if stream.limit is None else f"{about}; {stream.counts['words']}",
         lm=lm,
     )
 
