@@ -7,9 +7,9 @@ __all__ = ['part_bytes', 'text_columns', 'most_bytes', 'most_entries', 'local_pa
            'jsonl_records', 'json_records', 'csv_records', 'tsv_records', 'parquet_records', 'jsonl_parts',
            'parquet_parts', 'file_records', 'one_kind', 'told', 'column_of', 'kind_of', 'as_text', 'as_label',
            'LeftOut', 'Kept', 'files_in', 'read_documents', 'read_labelled', 'hub_trouble', 'why_not', 'local_copy',
-           'telling', 'Records', 'records', 'pack', 'count_mask', 'tokenizer_fingerprint', 'TokenSource', 'TextEnded',
-           'check_source', 'WorldSource', 'world_reads', 'one_of_each', 'RowSource', 'unknown_share', 'row_source',
-           'text_source', 'HFSource', 'world_source', 'hub_source', 'open_text']
+           'telling', 'Records', 'records', 'pack', 'within', 'count_mask', 'tokenizer_fingerprint', 'TokenSource',
+           'TextEnded', 'check_source', 'WorldSource', 'world_reads', 'one_of_each', 'RowSource', 'unknown_share',
+           'row_source', 'text_source', 'HFSource', 'world_source', 'hub_source', 'open_text']
 
 # %% ../nbs/05_data.ipynb #data-imports
 import csv
@@ -656,7 +656,7 @@ def records(
 
 # %% ../nbs/05_data.ipynb #data-pack
 def pack(
-    seqs,  # Iterable of lists of token ids, one per document, without BOS
+    seqs,  # Iterable of lists of token ids, one per document; BOS at the beginning is not doubled
     ctx: int,  # Tokens per row
     bos: int = None,  # Put before every piece; None: nothing
     pad: int = 0,  # Fills what is left of a row
@@ -668,7 +668,7 @@ def pack(
         raise InputError(f"ctx = {ctx} leaves no room for a token after BOS; use 2 or more")
     row, docs = [], []
     for seq in seqs:
-        start = 0
+        start = next((i for i, token in enumerate(seq) if token != bos), len(seq))  # it may bring its own BOS
         while start < len(seq):
             room = ctx - len(row) - len(head)
             if row and room < min(min_piece, len(seq) - start):
@@ -688,15 +688,28 @@ def _padded(row, fill, ctx):
     return row + [fill] * (ctx - len(row))
 
 # %% ../nbs/05_data.ipynb #data-count-mask
+def within(
+    x: Tensor,  # Activations, [B, T, d]
+    limit: float,  # Longest that counts
+) -> Tensor:  # [B, T]
+    "Which activations are no longer than `limit`."
+    return torch.stack([row.float().norm(dim=-1) for row in x]) <= limit
+
+
 def count_mask(
-    tokens: Tensor,  # Token ids, [B, T]
-    docs: Tensor,  # Document numbers, 0 for padding, [B, T]
+    tokens: Tensor,  # Token ids, [B, T] or [T]
+    docs: Tensor,  # Document numbers, 0 for padding, [B, T] or [T]
     special=(),  # Token ids that never count (BOS, EOS, padding, ...)
+    x: Tensor = None,  # Activations, [B, T, d], where their norm decides as well
+    limit: float = None,  # Longest activation that counts; None: any
 ) -> Tensor:  # `docs` with 0 wherever a token does not count
     "Which tokens enter a loss, and of which document they are."
-    if not len(special):
-        return docs.clone()
-    return docs.masked_fill(torch.isin(tokens, torch.tensor(sorted(special), device=tokens.device)), 0)
+    counts = torch.nn.functional.pad(docs[..., 1:] == docs[..., :-1], (1, 0))  # not the first of its piece
+    if len(special):
+        counts &= ~torch.isin(tokens, torch.tensor(sorted(special), device=tokens.device))
+    if limit is not None:
+        counts &= within(x, limit).to(counts.device)
+    return docs * counts
 
 # %% ../nbs/05_data.ipynb #data-tokenizer-fingerprint
 def tokenizer_fingerprint(

@@ -395,17 +395,18 @@ def _lm_data(plan):
     source = _open_text(p, lm, plan.seed)
     disk = dict(cache=p.cache or None, cache_gb=p.cache_gb)
     stream = Stream(lm, source, hook, p.batch, plan.rows, p.buffer, seed=plan.seed, **disk)
-    held = heldout(lm, source, p.eval_rows)
+    held = heldout(lm, source, p.eval_rows, hook=hook)
     local = p.model == "world" or is_there(p.model)
     model = lm.fingerprint()[:16] if local else p.model
     n_held = sum(len(tokens) for tokens, _, _ in held)
     of = f" of the {p.eval_rows} asked for" if n_held < p.eval_rows else ""
+    counted = f"; {stream.counts['words']}" if stream.limit is not None else ""
     return Data(
         stream=stream,
         held=held,
         hook=hook,
         content=dict(model=model, text=source.fingerprint(), rows=plan.rows),
-        about=f"{source.about(p.tokens)}, rows of {p.ctx} tokens; {n_held} rows{of} held out",
+        about=f"{source.about(p.tokens)}, rows of {p.ctx} tokens; {n_held} rows{of} held out{counted}",
         lm=lm,
     )
 

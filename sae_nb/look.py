@@ -95,12 +95,14 @@ def _context_line(s, sae, lm, hook, latent, rank):
     found = context(s, latent, rank)
     if found is None:
         return ""
-    ids, strongest, row, (start, stop) = found
+    _, strongest, row, (start, stop) = found
     rows = slice(row, row + 1)
     x = lm.acts(s.tokens[rows], hook, docs=s.docs[rows]).float()
-    f = sae.encode(x, s.mask[rows].to(x.device))[0, start:stop, latent].cpu() / s.top[latent, 0]
-    words = zip(lm.words(ids), f.tolist())
-    spans = [_shaded(word, strength, i == strongest) for i, (word, strength) in enumerate(words)]
+    f = (sae.encode(x, s.mask[rows].to(x.device))[0, :, latent].cpu() / s.top[latent, 0]).tolist()
+    words = lm.words(s.tokens[row])  # of the whole row: a character may begin before the context
+    shown = zip(words[start:stop], words.shown(f)[start:stop])
+    at = words.shown_at[start + strongest] - start
+    spans = [_shaded(word, strength, i == at) for i, (word, strength) in enumerate(shown)]
     return "<div style='margin-left:1em;white-space:pre-wrap'>" + "".join(spans) + "</div>"
 
 # %% ../nbs/08_look.ipynb #look-html

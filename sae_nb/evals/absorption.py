@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import InputError, register
-from ..data import WorldSource, count_mask
+from ..data import WorldSource
 from .base import Context, Evaluator, Measured
 from .codes import bootstrap, dictionary_sae, latents_of, wilson
 from .store import Store
-from ..lm import LM
+from ..lm import LM, what_counts
 from ..metrics import unit
 from ..world import sets as W
 
@@ -185,7 +185,7 @@ def at_tokens(
         rows, numbers = tokens[i : i + batch, :longest], docs[i : i + batch, :longest]
         found = lm.acts(rows, hook, docs=numbers)
         if sae is not None:
-            found = latents_of(sae, found, count_mask(rows, numbers, lm.special_ids).to(found.device))
+            found = latents_of(sae, found, what_counts(lm, hook, rows, numbers, found).to(found.device))
         out.append(found[here[:, 0], here[:, 1]].float().cpu())
     return torch.cat(out)
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..core import *
-from ..data import count_mask, tokenizer_fingerprint
+from ..data import tokenizer_fingerprint
+from ..lm import what_counts
 
 # %% ../../nbs/evals/store.ipynb #store-put
 def _put(h, kind, word=""):
@@ -65,6 +66,8 @@ def _feed(h, o):
     elif hasattr(o, "fingerprint"):
         _put(h, "own", o.fingerprint())
         _put(h, "reads", tokenizer_fingerprint(o))
+        if getattr(o, "limits", None):  # of activations that count
+            _put(h, "limits", sorted(o.limits.items()))
     elif isinstance(o, nn.Module):
         _feed_module(h, o)
     elif is_dataclass(o) or isinstance(o, (dict, list, tuple)):
@@ -186,4 +189,4 @@ def blocks(
         t, d = t[:, :T], d[:, :T]
         x = store.get("acts", [lm, hook, t, d], lambda t=t, d=d: dict(x=lm.acts(t, hook, docs=d)))["x"]
         x = x.to(getattr(lm, "device", x.device))  # from a file it comes on the CPU
-        yield slice(i, i + len(t)), x, count_mask(t, d, lm.special_ids).to(x.device)
+        yield slice(i, i + len(t)), x, what_counts(lm, hook, t, d, x).to(x.device)

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import read_tensors, write_json, write_tensors
+from ..lm import folder_hashes
 from .documents import document, documents
 from .facts import SUBJECTS
 from .reader import gaps, new_model, share_right, token_nll
@@ -286,6 +287,7 @@ def save_world(
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(aside)
     build_tokenizer().save_pretrained(aside)
+    write_json(aside / "hashes.json", folder_hashes(aside))
     folder.mkdir(parents=True, exist_ok=True)
     for file in aside.iterdir():
         file.chmod(0o644)

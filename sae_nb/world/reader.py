@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import seed_all
+from ..lm import check_hashes
 from .text import VOCAB, WORLD_DIR, encode
 
 # %% ../../nbs/world/reader.ipynb #reader-config
@@ -53,7 +54,9 @@ def load_world(
     "The shipped model, as transformers sees it."
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    check_hashes(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    return model.eval()
 
 # %% ../../nbs/world/reader.ipynb #reader-nll
 def token_nll(

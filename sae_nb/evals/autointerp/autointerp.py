@@ -21,11 +21,12 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ...core import InputError, counted, register
-from ...data import count_mask, pack, records
+from ...data import pack, records
 from .judge import Judge, LocalJudge, judge_from_env
 from ..base import Context, Evaluator, Measured, settle
 from ..codes import bootstrap, latents_of, wilson
 from ..store import Store, blocks, digest
+from ...lm import what_counts
 from ...world import sets as W
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-config
@@ -171,6 +172,7 @@ def _packed(c, lm, n):
 def text(
     self: AutoInterp,
     lm,  # Language model
+    hook: str = None,  # Where lengths may decide what counts
 ) -> Rows:
     "The rows everything is measured on."
     c = self.config
@@ -186,7 +188,7 @@ def text(
         tokens, docs = W.encode(source, c.llm_context_size)
     else:
         tokens, docs = _packed(c, lm, n)
-    return Rows(tokens, docs, count_mask(tokens, docs, lm.special_ids), source)
+    return Rows(tokens, docs, what_counts(lm, hook, tokens, docs), source)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-fired
 class Fired:
@@ -1362,7 +1364,7 @@ def scene(
 ) -> Scene:
     "Text, halves and labels; more than 2 GB of activations are read again, not kept."
     c = self.config
-    data = self.text(ctx.model)
+    data = self.text(ctx.model, ctx.hook)
     store = ctx.store if data.tokens.numel() * d_in < 2**29 else Store(limit_mb=64)
     first = halves(len(data.tokens), c.random_seed)
     labels = world_labels(data, first, c.label_min_tokens) if c.dataset_name == "world" else None

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...core import *
-from ...data import count_mask, pack, records
+from ...data import pack, records
 from ..codes import latents_of, spliced
 from ..store import Store, blocks, digest
+from ...lm import what_counts
 from ...sae import SAE, build
 from ...world import sets as W
 
@@ -594,12 +595,12 @@ def relearn(
     draws = random.Random(f"relearn {seed}")
 
     def ask():
-        return [_accuracy(copied, q, hook, _edit(lm, q, sae, change), batch) for q in asked]
+        return [_accuracy(copied, q, hook, _edit(lm, q, sae, hook, change), batch) for q in asked]
 
     def loss():
         some = draws.sample(train, min(size, len(train)))
         q = quiz(lm, some, [draws.choice(orders) for _ in some], template)
-        return _loss(copied, q, hook, _edit(lm, q, sae, change))
+        return _loss(copied, q, hook, _edit(lm, q, sae, hook, change))
 
     before = ask()
     _train(model, loss, steps, lr)
@@ -607,11 +608,11 @@ def relearn(
     return dict(zip(names, before + ask()))
 
 # %% ../../../nbs/evals/unlearning/forget.ipynb #forget-relearn-def-loss
-def _edit(lm, q, sae, change):
+def _edit(lm, q, sae, hook, change):
     "The intervention as `answer` takes it; None without one."
     if change is None:
         return None
-    mask = count_mask(q.tokens, q.docs, lm.special_ids)
+    mask = what_counts(lm, hook, q.tokens, q.docs)
     return lambda rows, x: spliced(sae, x, mask[rows, : x.shape[1]], change)
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...core import *
-from ...data import count_mask
 from ..base import Context, Evaluator, Measured
 from ..codes import wilson
 from ..store import Store, digest
 from .forget import *
+from ...lm import what_counts
 from ...world import sets as W
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-config-def
@@ -343,7 +343,7 @@ def opened(self: Unlearning, h, p, sets, store, keep):
     def make():
         return dict(
             shares=torch.stack(
-                [share(h.codes(s), count_mask(p.quiz.tokens, p.quiz.docs, h.lm.special_ids)) for s in sets]
+                [share(h.codes(s), what_counts(h.lm, h.hook, p.quiz.tokens, p.quiz.docs)) for s in sets]
             )
         )
 
