@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..core import InputError, register
+from ..core import InputError, register, rng
 from ..data import WorldSource, count_mask
 from .base import Context, Evaluator, Measured
 from .codes import bootstrap, dictionary_sae, latents_of, wilson
@@ -215,7 +215,7 @@ def fit_probe(
 ) -> tuple:  # weights [n_classes, d], biases [n_classes]
     "One-against-all logistic regressions."
     take = X if callable(X) else X.__getitem__
-    gen = torch.Generator().manual_seed(seed)
+    gen = rng("letter probes", seed)
     x = take(torch.arange(1))
     Y = Y.to(x.device).float()
     w, b = [_start(shape, x.shape[1], gen, x.device) for shape in ((Y.shape[1], x.shape[1]), (Y.shape[1],))]
@@ -851,7 +851,7 @@ def dealt(
     store,  # Where probes stay
 ) -> Letters:
     "The same words with letters dealt out at random."
-    gen = torch.Generator().manual_seed(self.config.random_seed + 1)
+    gen = rng("letters dealt out", self.config.random_seed)
     y = torch.cat([D.train.y, D.test.y])
     y = y[torch.randperm(len(y), generator=gen)]
     n = len(D.train.y)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..core import *
 from .base import Context, Evaluator, Measured, settle
 from .codes import latents_of, mean_pool
-from .store import Store, blocks, digest
+from .store import Store, blocks
 from .texts import Texts, saebench_sets, text_set, world_sets
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-config
@@ -163,7 +163,7 @@ def task_set(
     "Every class of a set against the others."
 
     def task(c):
-        gen = torch.Generator().manual_seed(int(digest(Path(train.name).name, c, seed)[:12], 16))
+        gen = rng("task", Path(train.name).name, c, seed)
         (i, y), (j, z) = one_vs_rest(train.labels, c, gen), one_vs_rest(test.labels, c, gen)
         return Task(
             c,
@@ -371,7 +371,7 @@ def probe(
         out, ranks["C"] = full_probe(a, y, b, c.strengths, c.validation_share, device)
         return out
     if rule == "best_epoch":
-        return best_epoch(a, y, b, task.y_test, torch.Generator().manual_seed(c.random_seed))
+        return best_epoch(a, y, b, task.y_test, rng("best epoch", c.random_seed))
     if rule == "direction":
         w = mean_difference(a, y)[:, None]
         return predicted(logistic(a @ w, y), b @ w)
@@ -469,7 +469,7 @@ def over_concepts(
     seed: int = 0,  # Any integer
 ) -> tuple:  # (low, high); (None, None) for a single concept
     "Interval of the mean over sets of the mean over classes, had other sets and classes been drawn."
-    n, gen = len(values), torch.Generator().manual_seed(seed)
+    n, gen = len(values), rng("other concepts", seed)
     if n == 1 and len(values[0]) < 3:  # two classes are one question asked twice
         return None, None
     again = torch.stack(
@@ -486,7 +486,7 @@ def over_texts(
     seed: int = 0,
 ) -> tuple:  # (low, high)
     "Interval of the same mean, had other test texts been drawn."
-    gen, total = torch.Generator().manual_seed(seed), 0.0
+    gen, total = rng("other texts", seed), 0.0
     for h, ls in zip(hits, labels):
         w = torch.zeros(draws, len(ls), dtype=torch.float64)
         for c in dict.fromkeys(ls):

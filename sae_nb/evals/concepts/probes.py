@@ -104,7 +104,7 @@ def generator(
     seed: int,  # Any integer
 ) -> torch.Generator:  # On the CPU
     "A source of random numbers that starts at a seed."
-    return torch.Generator().manual_seed(seed)
+    return rng("concept probes", seed)
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-train
 def train_probes(
