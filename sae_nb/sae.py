@@ -431,7 +431,7 @@ class Allowed:
     inside: bool = False  # The two ends themselves are not allowed
     choices: tuple = ()  # Words to choose from; none: any word
     optional: bool = False  # None as well
-    item: object = None  # What each entry of a list may be, `Allowed`; None: anything
+    item: object = None  # The same of each entry of a list or value of a dictionary; None: anything
 
 # %% ../nbs/03_sae.ipynb #sae-allowed-kinds
 def _is_number(value, kind=numbers.Real):
@@ -462,8 +462,8 @@ def fits(
     if self.kind in (int, float):
         low, high = self.least <= value, value <= self.most
         return low and high and not (self.inside and value in (self.least, self.most))
-    if self.kind is list and self.item:
-        return all(self.item.fits(entry) for entry in value)
+    if self.kind in (list, dict) and self.item:
+        return all(self.item.fits(entry) for entry in (value if self.kind is list else value.values()))
     return not self.choices or value in self.choices
 
 # %% ../nbs/03_sae.ipynb #sae-allowed-words
@@ -505,7 +505,7 @@ def declared(
 ) -> Allowed:
     "What an option may be, from its annotation and its default."
     unsaid = {bool: bool, str: str, int: float, float: float}.get(type(default), object)
-    kind = annotation if annotation in _of_kind else unsaid
+    kind = list if annotation is tuple else annotation if annotation in _of_kind else unsaid
     item = None
     if kind is list and default:
         item = declared(type(default[0]), default[0], least)
@@ -513,9 +513,11 @@ def declared(
 
 # %% ../nbs/03_sae.ipynb #sae-check-option
 def _plain(value):
-    "Python's own numbers and lists in place of other libraries'."
+    "Python's own numbers, lists and words in place of other libraries', and of paths."
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
+    if isinstance(value, Path):
+        return str(value)
     return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
 
 
@@ -529,7 +531,7 @@ def check_option(
     "Let a value through, or refuse it in one line."
     value = _plain(value) if allowed.kind is not object else value
     if allowed.fits(value):
-        return value
+        return tuple(value) if isinstance(default, tuple) and isinstance(value, list) else value
     said = " ".join(repr(value).split())
     raise InputError(
         f"{who} option {option} = {said if len(said) < 80 else said[:76] + ' ...'} is not {allowed}; "

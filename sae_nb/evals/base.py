@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['saebench_commit', 'envelope_keys', 'lacking', 'contract', 'settle', 'Measured', 'settled', 'describe', 'unstructured',
-           'envelope', 'metric_values', 'flat', 'Context', 'Nulls', 'NoOptions', 'configure', 'Evaluator', 'null_means',
-           'Trial', 'check_evaluator']
+           'envelope', 'metric_values', 'flat', 'Context', 'Nulls', 'NoOptions', 'option', 'how_many', 'fraction',
+           'any_seed', 'allowed_options', 'configure', 'Evaluator', 'null_means', 'Trial', 'check_evaluator']
 
 # %% ../../nbs/evals/base.ipynb #base-imports
 import copy
@@ -14,7 +14,7 @@ import math
 import os
 import time
 import uuid
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..core import *
 from .codes import latents_of, null_saes
 from .store import Store
-from ..sae import build
+from ..sae import build, check_option, declared
 
 # %% ../../nbs/evals/base.ipynb #base-settle
 def settle(
@@ -302,17 +302,82 @@ def nulls_of(
 class NoOptions:
     "A config without options."
 
+# %% ../../nbs/evals/base.ipynb #base-option
+def option(
+    default,  # The usual value
+    least: float = 0,  # Lowest number
+    most: float = 1e9,  # Highest
+    **allowed,  # Further fields of `sae.Allowed`, e.g. choices
+):  # A field of a config
+    "An option that says what it may be."
+    made = dict(default=default)
+    if isinstance(default, (list, dict)):
+        made = dict(default_factory=lambda: copy.deepcopy(default))
+    return field(**made, metadata=dict(least=least, most=most, **allowed))
+
+
+def how_many(default, most=1e9):
+    "A whole number of at least 1."
+    return option(default, 1, most)
+
+
+def fraction(default, inside=False):
+    "A part of something, from 0 to 1; `inside` leaves both ends out."
+    return option(default, 0, 1, inside=inside)
+
+
+def any_seed(default):
+    "A seed: any integer of 64 bits."
+    return option(default, -(2**63), 2**63 - 1)
+
+# %% ../../nbs/evals/base.ipynb #base-allowed
+def _default(field):
+    return field.default_factory() if field.default is MISSING else field.default
+
+
+def allowed_options(
+    Config,  # A dataclass
+) -> dict:  # option -> `sae.Allowed`
+    "What each option of a config may be."
+    out = {}
+    for f in fields(Config):
+        usual, said = declared(f.type, _default(f), least=0), dict(f.metadata)
+        if usual.item:
+            item = {name: said.pop(name) for name in ("least", "most", "inside", "choices") if name in said}
+            said = dict(item=replace(usual.item, **item)) | said
+        out[f.name] = replace(usual, **said)
+    return out
+
+# %% ../../nbs/evals/base.ipynb #base-configure
+def _listed(value, allowed):
+    "A list from what people write for one: 1,2,5 or a single number."
+    if allowed.kind is not list or allowed.item is None or isinstance(value, (list, tuple)):
+        return value
+    words = value.replace(",", " ").split() if isinstance(value, str) else [value]
+    number = {int: int, float: float}.get(allowed.item.kind, str)
+    try:
+        return [number(word) if isinstance(word, str) else word for word in words]
+    except ValueError:
+        return value
+
 
 def configure(
     Config,  # A dataclass
+    who: str = "",  # Whose config, for messages; empty: its own name
+    /,
     **options,  # What to change
 ):  # An instance
-    "A config from its defaults and `options`; an option that does not exist is an error."
+    "A config from its defaults and `options`; what does not exist or cannot be is refused in one line."
+    who = who or Config.__name__
     if options and not fields(Config):
         raise InputError(f"this evaluator has no options; leave {', '.join(options)} out")
-    for option in options:
-        one_of(f"{Config.__name__} option", option, [f.name for f in fields(Config)])
-    return Config(**options)
+    allowed, defaults = allowed_options(Config), {f.name: _default(f) for f in fields(Config)}
+    checked = {}
+    for name, value in options.items():
+        one_of(f"{who} option", name, allowed)
+        value = _listed(value, allowed[name])
+        checked[name] = check_option(who, name, value, allowed[name], defaults[name])
+    return Config(**checked)
 
 # %% ../../nbs/evals/base.ipynb #base-lacking
 lacking = dict(
@@ -340,7 +405,7 @@ class Evaluator:
             one_of(f"{cls.__name__} need", need, lacking)
 
     def __init__(self, **options):
-        self.config = configure(self.Config, **options)
+        self.config = configure(self.Config, getattr(self, "registered", type(self).__name__), **options)
 
 # %% ../../nbs/evals/base.ipynb #base-measure
 @patch

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import Batch, InputError, counted, register
-from .base import Context, Evaluator, Measured, metric_values, null_means
+from .base import Context, Evaluator, Measured, any_seed, how_many, metric_values, null_means
 from .codes import random_sae
 from .running import Running, ratio_se
 from ..lm import next_in_doc
@@ -34,11 +34,11 @@ class CoreConfig:
 
     model_name: str = ""  # Filled in from the model
     llm_dtype: str = "float32"  # For the record; the model comes loaded
-    batch_size_prompts: int = 16  # For the record; batches come made
+    batch_size_prompts: int = how_many(16)  # For the record; batches come made
     n_eval_reconstruction_batches: int = 200  # Batches on which the language model runs
-    n_eval_sparsity_variance_batches: int = 2000  # Batches on which activations are compared
+    n_eval_sparsity_variance_batches: int = how_many(2000)  # Batches on which activations are compared
     dataset: str = ""  # For the record, e.g. "world"
-    context_size: int = 128  # For the record; rows come cut
+    context_size: int = how_many(128)  # For the record; rows come cut
     compute_kl: bool = True  # Each flag that is off leaves its numbers null
     compute_ce_loss: bool = True
     compute_l2_norms: bool = True
@@ -51,9 +51,9 @@ class CoreConfig:
     )
     verbose: bool = False  # Kept for the record
     null_batches: int = 8  # Batches on which the rows beside the SAE are measured; 0: none
-    seed: int = 0  # Seeds the random dictionary
-    calibration_tokens: int = 16384  # At most so many tokens set the mean and the scale of those rows
-    piece: int = 25  # Batches to a piece: what an interruption may cost
+    seed: int = any_seed(0)  # Seeds the random dictionary
+    calibration_tokens: int = how_many(16384)  # Tokens that set mean and scale of those rows, at most
+    piece: int = how_many(25)  # Batches to a piece: what an interruption may cost
 
 # %% ../../nbs/evals/core.ipynb #core-eval-config-core
 @register("evals", "core")

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import InputError, register
-from .base import Context, Evaluator, Measured, metric_values
+from .base import Context, Evaluator, Measured, any_seed, how_many, metric_values, option
 from ..metrics import random_like, unit
 
 # %% ../../nbs/evals/stability.ipynb #stab-nearest
@@ -31,9 +31,9 @@ def nearest_rows(
 class StabilityConfig:
     "What counts as found again, and how chance is drawn."
 
-    shared: float = 0.7  # A latent whose largest cosine is above this counts as shared
-    draws: int = 3  # Pairs of random dictionaries per peer
-    seed: int = 0  # Seeds them
+    shared: float = option(0.7, -1, 1)  # A latent whose largest cosine is above this counts as shared
+    draws: int = how_many(3)  # Pairs of random dictionaries per peer
+    seed: int = any_seed(0)  # Seeds them
 
 # %% ../../nbs/evals/stability.ipynb #stab-by-chance
 def random_pair(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import InputError, register
-from .base import Context, Evaluator, Measured, metric_values
+from .base import Context, Evaluator, Measured, any_seed, how_many, metric_values
 from .codes import random_sae
 from ..metrics import *
 from ..truth.related import absorption, hedging
@@ -25,12 +25,12 @@ from ..truth.related import absorption, hedging
 class ToyTruthConfig:
     "Sizes and seeds."
 
-    n_tokens: int = 20_000  # Held-out tokens
-    batch: int = 2_000  # Tokens at a time
-    length: int = 32  # Length of sequences, for SAEs that look along them
-    random_seeds: int = 5  # Random dictionaries
+    n_tokens: int = how_many(20_000)  # Held-out tokens
+    batch: int = how_many(2_000)  # Tokens at a time
+    length: int = how_many(32)  # Length of sequences, for SAEs that look along them
+    random_seeds: int = how_many(5)  # Random dictionaries
     probe_steps: int = 300  # Updates of the linear probes; 0: no ceiling
-    seed: int = 0  # Seeds the random dictionaries
+    seed: int = any_seed(0)  # Seeds the random dictionaries
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-config-toytruth
 @register("evals", "toy_truth")
