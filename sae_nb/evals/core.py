@@ -20,7 +20,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import Batch, InputError, counted, register
-from .base import Context, Evaluator, Measured, any_seed, how_many, metric_values, null_means
+from sae_nb.evals.base import (
+    Context,
+    Evaluator,
+    Measured,
+    any_seed,
+    how_many,
+    metric_values,
+    null_means,
+    sized,
+)
 from .codes import random_sae
 from .running import Running, ratio_se
 from ..lm import next_in_doc
@@ -630,9 +639,25 @@ def seen(sums):
 
 def further(row: Row, stream: dict, how: dict) -> dict:  # name -> number
     "Numbers that SAEBench does not have, or has under a name that our formula took."
-    own = _pick(stream, "explained_variance_saebench", "mse_saebench", "frac_dead")
+    theirs = ("explained_variance_saebench", "mse_saebench", "relative_reconstruction_bias_saebench")
+    own = _pick(stream, *theirs, "frac_dead")
     counts = dict(n_tokens=row.run.n, n_sequences=sum(len(part[0]) for part in row.seq))
     return own | counts | {f"random_{name}": v for name, v in how.items()}
+
+# %% ../../nbs/evals/core.ipynb #core-eval-sizes
+@patch
+def sizes(self: Core, walk: Walk) -> dict:
+    "What was counted, beside what the options ask for at most."
+    c, row = self.config, walk.rows["sae"]
+    calibrated = sum(int((item.mask > 0).sum()) for item in walk.head)
+    return dict(
+        tokens=sized(row.run.n),
+        sequences=sized(sum(len(part[0]) for part in row.seq)),
+        batches_for_the_sae=sized(len(walk.sums.get("seen_x", ())), c.n_eval_sparsity_variance_batches),
+        batches_for_the_model=sized(len(walk.sums.get("seen_lm", ())), c.n_eval_reconstruction_batches),
+        batches_for_the_nulls=sized(len(walk.head), c.null_batches),
+        tokens_for_calibration=sized(min(calibrated, c.calibration_tokens), c.calibration_tokens),
+    )
 
 # %% ../../nbs/evals/core.ipynb #core-eval-report
 @patch
@@ -655,6 +680,7 @@ def report(self: Core, sae, walk: Walk) -> Measured:
         nulls={name: null_row(other, walk.sums) for name, other in beside.items()},
         standard_errors=errors | dict(explained_variance=row.ev_se()),
         extra=further(row, stream, walk.how),
+        sizes=self.sizes(walk),
         data=dict(
             l0_histogram=row.run.l0_histogram,
             density_histogram=density_counts(per["feature_density"]),

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import InputError, register
-from .base import Context, Evaluator, Measured, any_seed, how_many, metric_values, option
+from .base import Context, Evaluator, Measured, any_seed, how_many, metric_values, option, sized
 from ..metrics import random_like, unit
 
 # %% ../../nbs/evals/stability.ipynb #stab-nearest
@@ -109,7 +109,10 @@ def measure(self: Stability, sae, ctx: Context):
     pairs = [self.compare(sae, name, peer) for name, peer in ctx.peers.items()]
     if not pairs:
         return Measured(
-            dict(stability=dict(mean_max_cos=None)), undefined=dict(mean_max_cos=no_peers), nulls={}
+            dict(stability=dict(mean_max_cos=None)),
+            undefined=dict(mean_max_cos=no_peers),
+            nulls={},
+            sizes=dict(peers=sized(0)),
         )
 
     def mean(number):
@@ -120,6 +123,7 @@ def measure(self: Stability, sae, ctx: Context):
         details=pairs,
         nulls=dict(random=dict(mean_max_cos=mean("random"))),
         extra=dict(share_shared=mean("share_shared"), n_peers=len(pairs)),
+        sizes=dict(peers=sized(len(pairs)), draws_of_chance=sized(self.config.draws, self.config.draws)),
     )
 
 # %% ../../nbs/evals/stability.ipynb #stab-draw
