@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from .core import InputError
+from .core import InputError, rng
 
 # %% ../nbs/02_metrics.ipynb #metrics-l0
 def l0(
@@ -177,10 +177,10 @@ def mcc(
 # %% ../nbs/02_metrics.ipynb #metrics-random-like
 def random_like(
     W: Tensor,  # Rows to imitate, [n, d]
-    seed: int = 0,  # Any integer
+    seed=0,  # Any integer, or a tuple of them
 ) -> Tensor:  # Random unit rows of the same shape, float32
     "A dictionary of random directions."
-    return unit(torch.randn(W.shape, generator=torch.Generator().manual_seed(seed))).to(W.device)
+    return unit(torch.randn(W.shape, generator=rng("random directions", seed))).to(W.device)
 
 # %% ../nbs/02_metrics.ipynb #metrics-above-null
 def above_null(

@@ -16,6 +16,8 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ..core import InputError, register, rng
+from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option
 import matplotlib.pyplot as plt
 import torch
 from fastcore.basics import patch
@@ -23,9 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..core import InputError, register
 from ..data import WorldSource
-from .base import Context, Evaluator, Measured
 from .codes import bootstrap, dictionary_sae, latents_of, wilson
 from .store import Store
 from ..lm import LM, what_counts
@@ -41,26 +41,28 @@ class AbsorptionConfig:
     "SAEBench's options, and ours."
 
     model_name: str = ""  # Filled in from the model
-    random_seed: int = 42  # Words, examples, probes, resampling
-    f1_jump_threshold: float = 0.03  # What one more latent must add to count as a split feature
-    max_k_value: int = 10  # Latents tried per letter
+    random_seed: int = any_seed(42)  # Words, examples, probes, resampling
+    f1_jump_threshold: float = fraction(0.03)  # What one more latent must add to count as a split feature
+    max_k_value: int = how_many(10)  # Latents tried per letter
     prompt_template: str = "{word} has the first letter:"  # The world says it in its own words
-    prompt_token_pos: int = -6  # Where the word is, from the end; checked; 0: wherever it is found
-    llm_batch_size: int = 10  # Prompts at a time
+    prompt_token_pos: int = option(-6, -1e4)  # Where the word is, from the end; 0: wherever it is found
+    llm_batch_size: int = how_many(10)  # Prompts at a time
     llm_dtype: str = "float32"  # For the record; the model comes loaded
     k_sparse_probe_l1_decay: float = 0.01  # Price of the weights of the probe that ranks latents
-    k_sparse_probe_batch_size: int = 4096  # Words per update of it
-    k_sparse_probe_num_epochs: int = 50  # Passes over the words
-    min_GT_probe_f1: float = 0.6  # Letters whose linear probe is no better are left out
-    min_feats_for_eval: int = 20  # With fewer letters than this there is no score
-    eval_k_sparse_probe_batch_size: int = 24  # For the record
+    k_sparse_probe_batch_size: int = how_many(4096)  # Words per update of it
+    k_sparse_probe_num_epochs: int = how_many(50)  # Passes over the words
+    min_GT_probe_f1: float = fraction(0.6)  # Letters whose linear probe is no better are left out
+    min_feats_for_eval: int = how_many(20)  # With fewer letters than this there is no score
+    eval_k_sparse_probe_batch_size: int = how_many(24)  # For the record
     precalc_k_sparse_probe_sae_acts: bool = False  # Keep the latents of all words
     examples: int = 10  # Solved examples in a prompt
-    train_share: float = 0.8  # Share of the words that trains probes
+    train_share: float = fraction(0.8, inside=True)  # Share of the words that trains probes
     n_words: int = 0  # Words drawn from the vocabulary; 0: all
-    min_spelling_accuracy: float = 0.5  # A model that answers fewer prompts right cannot spell; 0: do not ask
+    min_spelling_accuracy: float = fraction(
+        0.5
+    )  # Below this share of prompts a model cannot spell; 0: do not ask
     spelling_prompts: int = 200  # Prompts it is asked
-    min_main_f1: float = 0.5  # Below this a letter has no latent of its own
+    min_main_f1: float = fraction(0.5)  # Below this a letter has no latent of its own
     n_text_docs: int = 0  # Held-out documents of the world on which silence is counted
     shuffled: bool = True  # Repeat everything with letters dealt out at random
     dictionary: bool = True  # Repeat everything with the probe directions as an SAE
@@ -92,20 +94,12 @@ class Absorption(Evaluator):
         _checked(self.config)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-config-checked
-_least = dict(max_k_value=1, min_feats_for_eval=1, llm_batch_size=1, k_sparse_probe_batch_size=1, examples=0)
-
-
 def _checked(c):
-    "Refuse a config that cannot be measured."
+    "Refuse a template that nothing can be put into."
     if "{word}" not in c.prompt_template:
         raise InputError(
             f"prompt_template = {c.prompt_template!r} has no place for the word; write {{word}} where it goes"
         )
-    if not 0 < c.train_share < 1:
-        raise InputError(f"train_share = {c.train_share} is out of range; it must be between 0 and 1")
-    for name, least in _least.items():
-        if getattr(c, name) < least:
-            raise InputError(f"{name} = {getattr(c, name)} is out of range; it must be at least {least}")
 
 # %% ../../nbs/evals/absorption.ipynb #abs-words
 def ascii_words(
@@ -215,7 +209,7 @@ def fit_probe(
 ) -> tuple:  # weights [n_classes, d], biases [n_classes]
     "One-against-all logistic regressions."
     take = X if callable(X) else X.__getitem__
-    gen = torch.Generator().manual_seed(seed)
+    gen = rng("letter probes", seed)
     x = take(torch.arange(1))
     Y = Y.to(x.device).float()
     w, b = [_start(shape, x.shape[1], gen, x.device) for shape in ((Y.shape[1], x.shape[1]), (Y.shape[1],))]
@@ -851,7 +845,7 @@ def dealt(
     store,  # Where probes stay
 ) -> Letters:
     "The same words with letters dealt out at random."
-    gen = torch.Generator().manual_seed(self.config.random_seed + 1)
+    gen = rng("letters dealt out", self.config.random_seed)
     y = torch.cat([D.train.y, D.test.y])
     y = y[torch.randperm(len(y), generator=gen)]
     n = len(D.train.y)

@@ -119,7 +119,7 @@ def best_factor(
 # %% ../../nbs/evals/codes.ipynb #codes-nulls-def
 def _fit_encoder(sae, x, steps, batch, seed):
     "Train everything but the decoder on `x`, with the squared error."
-    gen = torch.Generator().manual_seed(seed)
+    gen = rng("frozen encoder", seed)
     adam = torch.optim.Adam([sae.W_enc, sae.b_enc, sae.b_dec], lr=4e-3)
     sae.W_dec.requires_grad_(False)
     sae.train()
@@ -211,7 +211,7 @@ def bootstrap(
     v = torch.as_tensor(values).double().cpu()
     if len(v) < 2:
         return None, None
-    gen = torch.Generator().manual_seed(seed)
+    gen = rng("bootstrap", seed)
     drawn = [stat(v[torch.randint(len(v), (len(v),), generator=gen)]) for _ in range(draws)]
     drawn = torch.tensor(drawn, dtype=torch.float64)
     drawn = drawn[~drawn.isnan()]

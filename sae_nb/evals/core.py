@@ -20,7 +20,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import Batch, InputError, counted, register
-from .base import Context, Evaluator, Measured, metric_values, null_means
+from sae_nb.evals.base import (
+    Context,
+    Evaluator,
+    Measured,
+    any_seed,
+    how_many,
+    metric_values,
+    null_means,
+    sized,
+)
 from .codes import random_sae
 from .running import Running, ratio_se
 from ..lm import next_in_doc
@@ -34,11 +43,11 @@ class CoreConfig:
 
     model_name: str = ""  # Filled in from the model
     llm_dtype: str = "float32"  # For the record; the model comes loaded
-    batch_size_prompts: int = 16  # For the record; batches come made
+    batch_size_prompts: int = how_many(16)  # For the record; batches come made
     n_eval_reconstruction_batches: int = 200  # Batches on which the language model runs
-    n_eval_sparsity_variance_batches: int = 2000  # Batches on which activations are compared
+    n_eval_sparsity_variance_batches: int = how_many(2000)  # Batches on which activations are compared
     dataset: str = ""  # For the record, e.g. "world"
-    context_size: int = 128  # For the record; rows come cut
+    context_size: int = how_many(128)  # For the record; rows come cut
     compute_kl: bool = True  # Each flag that is off leaves its numbers null
     compute_ce_loss: bool = True
     compute_l2_norms: bool = True
@@ -51,9 +60,9 @@ class CoreConfig:
     )
     verbose: bool = False  # Kept for the record
     null_batches: int = 8  # Batches on which the rows beside the SAE are measured; 0: none
-    seed: int = 0  # Seeds the random dictionary
-    calibration_tokens: int = 16384  # At most so many tokens set the mean and the scale of those rows
-    piece: int = 25  # Batches to a piece: what an interruption may cost
+    seed: int = any_seed(0)  # Seeds the random dictionary
+    calibration_tokens: int = how_many(16384)  # Tokens that set mean and scale of those rows, at most
+    piece: int = how_many(25)  # Batches to a piece: what an interruption may cost
 
 # %% ../../nbs/evals/core.ipynb #core-eval-config-core
 @register("evals", "core")
@@ -630,9 +639,25 @@ def seen(sums):
 
 def further(row: Row, stream: dict, how: dict) -> dict:  # name -> number
     "Numbers that SAEBench does not have, or has under a name that our formula took."
-    own = _pick(stream, "explained_variance_saebench", "mse_saebench", "frac_dead")
+    theirs = ("explained_variance_saebench", "mse_saebench", "relative_reconstruction_bias_saebench")
+    own = _pick(stream, *theirs, "frac_dead")
     counts = dict(n_tokens=row.run.n, n_sequences=sum(len(part[0]) for part in row.seq))
     return own | counts | {f"random_{name}": v for name, v in how.items()}
+
+# %% ../../nbs/evals/core.ipynb #core-eval-sizes
+@patch
+def sizes(self: Core, walk: Walk) -> dict:
+    "What was counted, beside what the options ask for at most."
+    c, row = self.config, walk.rows["sae"]
+    calibrated = sum(int((item.mask > 0).sum()) for item in walk.head)
+    return dict(
+        tokens=sized(row.run.n),
+        sequences=sized(sum(len(part[0]) for part in row.seq)),
+        batches_for_the_sae=sized(len(walk.sums.get("seen_x", ())), c.n_eval_sparsity_variance_batches),
+        batches_for_the_model=sized(len(walk.sums.get("seen_lm", ())), c.n_eval_reconstruction_batches),
+        batches_for_the_nulls=sized(len(walk.head), c.null_batches),
+        tokens_for_calibration=sized(min(calibrated, c.calibration_tokens), c.calibration_tokens),
+    )
 
 # %% ../../nbs/evals/core.ipynb #core-eval-report
 @patch
@@ -655,6 +680,7 @@ def report(self: Core, sae, walk: Walk) -> Measured:
         nulls={name: null_row(other, walk.sums) for name, other in beside.items()},
         standard_errors=errors | dict(explained_variance=row.ev_se()),
         extra=further(row, stream, walk.how),
+        sizes=self.sizes(walk),
         data=dict(
             l0_histogram=row.run.l0_histogram,
             density_histogram=density_counts(per["feature_density"]),

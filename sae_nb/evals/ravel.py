@@ -14,7 +14,7 @@ import math
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from ..core import *
 from ..data import why_not
-from .base import Context, Evaluator, Measured
+from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option
 from .codes import bootstrap, latents_of
 from .store import Store, blocks
+from ..sae import declared
 from ..world import sets as W
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config
@@ -38,32 +39,34 @@ from ..world import sets as W
 class RAVELConfig:
     "SAEBench's options; ours follow."
 
-    entity_attribute_selection: dict = field(
-        default_factory=lambda: dict(
+    entity_attribute_selection: dict = option(
+        dict(
             city=["Country", "Continent", "Language"],
             nobel_prize_winner=["Country of Birth", "Field", "Gender"],
-        )
+        ),
+        item=declared(list, ["Country"]),
     )  # Kind of entity -> attributes
-    top_n_entities: int = 500  # Entities kept: those with most prompts answered rightly
-    full_dataset_downsample: int = None  # Prompts asked at most, drawn at random; None: all
-    num_pairs_per_attribute: int = 5000  # Pairs for cause, and as many for isolation
-    train_test_split: float = 0.7  # Share of pairs, entities and templates the mask is trained on
+    top_n_entities: int = how_many(500)  # Entities kept: those with most prompts answered rightly
+    full_dataset_downsample: int = how_many(None)  # Prompts asked at most, drawn at random; None: all
+    num_pairs_per_attribute: int = how_many(5000)  # Pairs for cause, and as many for isolation
+    train_test_split: float = fraction(0.7, inside=True)  # Of pairs, entities and templates, to train on
     model_name: str = ""  # Filled in from the model
     llm_dtype: str = "float32"  # For the record; the model comes loaded
-    llm_batch_size: int = 8  # Pairs per step and attribute
+    llm_batch_size: int = how_many(8)  # Pairs per step and attribute
     learning_rate: float = 1e-3  # Adam, for the mask
-    num_epochs: int = 2  # Passes over the training pairs
-    n_generated_tokens: int = 6  # Tokens of an answer
-    random_seed: int = 42  # Which entities, templates and pairs
+    num_epochs: int = how_many(2)  # Passes over the training pairs
+    n_generated_tokens: int = how_many(6)  # Tokens of an answer
+    random_seed: int = any_seed(42)  # Which entities, templates and pairs
     data_dir: str = ""  # Folder that mirrors the hub; empty: the hub
-    position: str = "entity"  # Where to swap: "entity" (its last token), "last" (of the prompt), "auto"
-    min_moved: float = 0.25  # Least share of answers that a swap of everything must move
+    position: str = option("entity", choices=("entity", "last", "auto"))  # Where to swap: at the entity's
+    # last token, at the prompt's, or wherever of the two it moves enough answers
+    min_moved: float = fraction(0.25)  # Least share of answers that a swap of everything must move
     together: int = 1  # Attributes whose masks are trained in one pass; 0: all. Speed and memory only
     compatible: bool = True  # A second mask, trained and scored in SAEBench's way
     residual: bool = True  # Row beside the SAE: a mask over the coordinates of the activation
     rotation: bool = True  # Row beside the SAE: a rotation learned with the mask (`train_mdas`)
     rotation_lr: float = 1e-2  # Adam, for the rotation and its mask
-    bootstrap_draws: int = 1000  # Resamplings for the intervals
+    bootstrap_draws: int = how_many(1000)  # Resamplings for the intervals
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config-ravel
 @register("evals", "ravel")
@@ -92,18 +95,10 @@ class RAVEL(Evaluator):
         _checked(self.config)
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config-check
-_counts = ("num_pairs_per_attribute", "llm_batch_size", "num_epochs", "n_generated_tokens", "top_n_entities")
-
-
 def _checked(c):
-    "Refuse a config that cannot be measured."
-    one_of("position", c.position, ("entity", "last", "auto"))
-    share = c.train_test_split
-    if not 0 < share < 1:
-        raise InputError(f"train_test_split {share} is not a share; give a number between 0 and 1, e.g. 0.7")
-    for name in _counts:
-        if getattr(c, name) < 1:
-            raise InputError(f"{name} {getattr(c, name)} is too small; give at least 1")
+    "Refuse a choice of attributes that cannot be measured."
+    if not c.entity_attribute_selection:
+        raise InputError("entity_attribute_selection is empty; name a kind of entity and two attributes")
     for kind, attributes in c.entity_attribute_selection.items():
         if len(attributes) < 2:
             raise InputError(f"entity {kind!r} has {len(attributes)} attribute; isolation needs at least two")

@@ -80,6 +80,8 @@ def _errors(
         l2_ratio=l2_ratio(x, x_hat) * n,
         cossim=cossim(x, x_hat) * n,
         legacy=explained_variance_legacy(x, x_hat) * n,
+        square_out=norm_hat.square().sum(),
+        dot=(x * x_hat).sum(),
     )
     bias = relative_reconstruction_bias(x, x_hat)
     of_batch = dict(R=err.mean(), S=norm.square().mean(), mse=err.sum() / n, bias=bias)
@@ -141,7 +143,8 @@ _why = {
     "explained_variance": "the activations do not vary",
     "explained_variance_saebench": "its denominator S - (S/d)^2 is zero",
     "explained_variance_legacy": "a token equals its batch mean, so a ratio divides by zero",
-    "relative_reconstruction_bias": "x . x_hat sums to zero in a batch",
+    "relative_reconstruction_bias": "x . x_hat sums to zero",
+    "relative_reconstruction_bias_saebench": "x . x_hat sums to zero in a batch",
 }
 
 # %% ../../nbs/evals/running.ipynb #running-say
@@ -182,7 +185,8 @@ def _fidelity(self: Running) -> dict:  # name -> number
         l2_ratio=s["l2_ratio"] / n,
         cossim=s["cossim"] / n,
         explained_variance_legacy=s["legacy"] / n,
-        relative_reconstruction_bias=bias,
+        relative_reconstruction_bias=s["square_out"] / s["dot"],
+        relative_reconstruction_bias_saebench=bias,
         explained_variance_saebench=1 - R / (S - (S / len(self.mean)) ** 2),
         mse_saebench=sum(self.batches["mse"]) / n,
     )

@@ -12,7 +12,7 @@ __all__ = ['schema_ks', 'Way', 'SparseProbingConfig', 'SparseProbing', 'one_vs_r
 import functools
 import warnings
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import *
-from .base import Context, Evaluator, Measured, settle
+from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option, settle
 from .codes import latents_of, mean_pool
-from .store import Store, blocks, digest
+from .store import Store, blocks
 from .texts import Texts, saebench_sets, text_set, world_sets
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-config
@@ -37,31 +37,31 @@ schema_ks = (1, 2, 5, 10, 20, 50, 100)  # The ones SAEBench's file has names for
 class SparseProbingConfig:
     "SAEBench's options, and ours."
 
-    random_seed: int = 42  # Which texts, which negatives, which shuffle
-    dataset_names: list = field(
-        default_factory=lambda: list(saebench_sets)
+    random_seed: int = any_seed(42)  # Which texts, which negatives, which shuffle
+    dataset_names: list = option(
+        list(saebench_sets)
     )  # Names that `texts.text_set` knows, or files with columns text and label
-    probe_train_set_size: int = 4000  # Twice the training texts of a class
-    probe_test_set_size: int = 1000  # Twice the test texts of a class
-    context_length: int = 128  # Tokens of a text; the beginning is kept
-    sae_batch_size: int = 125  # Texts encoded at a time
+    probe_train_set_size: int = option(4000, 20)  # Twice the training texts of a class
+    probe_test_set_size: int = option(1000, 4)  # Twice the test texts of a class
+    context_length: int = option(128, 2)  # Tokens of a text; the beginning is kept
+    sae_batch_size: int = how_many(125)  # Texts encoded at a time
     llm_batch_size: int = None  # For the record
     llm_dtype: str = ""  # For the record; the model comes loaded
     model_name: str = ""  # Filled in from the model
-    k_values: list = field(default_factory=lambda: [1, 2, 5])
+    k_values: list = option([1, 2, 5], 1)
     lower_vram_usage: bool = False  # Leave out the probe on all latents
     data_dir: str = ""  # Folder that mirrors the hub; empty: the hub
     text_column: str = ""  # Of a file: column of the text; empty: text, content or document
     label_column: str = ""  # Of a file: column of the class; empty: label
-    strengths: list = field(
-        default_factory=lambda: [1.0, 100.0, 1e4, 1e6]
+    strengths: list = option(
+        [1.0, 100.0, 1e4, 1e6], 0, 1e12, inside=True
     )  # C of the probe on all latents is one of these, on latents brought to length one
-    validation_share: float = 0.2  # Of the training texts, to choose among them
+    validation_share: float = fraction(0.2, inside=True)  # Of the training texts, to choose among them
     scale_free: bool = True  # Also rank latents by a measure their scale does not enter
     max_pool: bool = True  # Also with the largest value in a text in place of the mean
     best_epoch: bool = False  # Also SAEBench's probe on everything, whose epoch is chosen on the test texts
     shuffles: int = 4  # Times the training labels are shuffled, for k up to 10
-    draws: int = 1000  # Resamplings for intervals
+    draws: int = how_many(1000)  # Resamplings for intervals
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-class
 @register("evals", "sparse_probing")
@@ -89,26 +89,13 @@ class SparseProbing(Evaluator):
     def __init__(self, **config):
         Evaluator.__init__(self, **config)
         c = self.config
-        c.k_values = sorted(set(ints("k_values", c.k_values)))
-        if isinstance(c.dataset_names, str):
-            c.dataset_names = c.dataset_names.split(",")
+        c.k_values = sorted(set(c.k_values))
         files = [Path(n).name for n in c.dataset_names]
         if len(set(files)) < len(files):
             raise InputError(
                 f"dataset_names has {max(files, key=files.count)!r} more than once; give each set, or each "
                 "file, a name of its own"
             )
-        if not c.dataset_names:
-            raise InputError("dataset_names is empty; name at least one set of texts")
-        for o, least in dict(
-            probe_train_set_size=20, probe_test_set_size=4, context_length=2, sae_batch_size=1, draws=1
-        ).items():
-            if getattr(c, o) < least:
-                raise InputError(f"{o} = {getattr(c, o)} is too small; give at least {least}")
-        if not c.strengths or min(c.strengths) <= 0:
-            raise InputError(f"strengths = {c.strengths} must be positive numbers, e.g. 1, 100, 10000")
-        if not 0 < c.validation_share < 1:
-            raise InputError(f"validation_share = {c.validation_share} is not between 0 and 1; give e.g. 0.2")
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-one-vs-rest
 def one_vs_rest(
@@ -163,7 +150,7 @@ def task_set(
     "Every class of a set against the others."
 
     def task(c):
-        gen = torch.Generator().manual_seed(int(digest(Path(train.name).name, c, seed)[:12], 16))
+        gen = rng("task", Path(train.name).name, c, seed)
         (i, y), (j, z) = one_vs_rest(train.labels, c, gen), one_vs_rest(test.labels, c, gen)
         return Task(
             c,
@@ -371,7 +358,7 @@ def probe(
         out, ranks["C"] = full_probe(a, y, b, c.strengths, c.validation_share, device)
         return out
     if rule == "best_epoch":
-        return best_epoch(a, y, b, task.y_test, torch.Generator().manual_seed(c.random_seed))
+        return best_epoch(a, y, b, task.y_test, rng("best epoch", c.random_seed))
     if rule == "direction":
         w = mean_difference(a, y)[:, None]
         return predicted(logistic(a @ w, y), b @ w)
@@ -469,7 +456,7 @@ def over_concepts(
     seed: int = 0,  # Any integer
 ) -> tuple:  # (low, high); (None, None) for a single concept
     "Interval of the mean over sets of the mean over classes, had other sets and classes been drawn."
-    n, gen = len(values), torch.Generator().manual_seed(seed)
+    n, gen = len(values), rng("other concepts", seed)
     if n == 1 and len(values[0]) < 3:  # two classes are one question asked twice
         return None, None
     again = torch.stack(
@@ -486,7 +473,7 @@ def over_texts(
     seed: int = 0,
 ) -> tuple:  # (low, high)
     "Interval of the same mean, had other test texts been drawn."
-    gen, total = torch.Generator().manual_seed(seed), 0.0
+    gen, total = rng("other texts", seed), 0.0
     for h, ls in zip(hits, labels):
         w = torch.zeros(draws, len(ls), dtype=torch.float64)
         for c in dict.fromkeys(ls):

@@ -6,14 +6,13 @@
 __all__ = ['chosen', 'evaluators', 'content', 'evaluate', 'scoreboard', 'reasons']
 
 # %% ../../nbs/evals/suite.ipynb #suite-imports
-import hashlib
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..core import *
-from .base import Context, Nulls, metric_values, null_means
-from .store import Store, digest
+from .base import Context, Nulls, envelope_keys, metric_values, null_means, size_in_words
+from .store import Store, contents, digest
 
 # %% ../../nbs/evals/suite.ipynb #suite-needs-def
 def _asked(wanted):
@@ -71,22 +70,9 @@ def evaluators(
     out = {}
     for name, own in _by_evaluator(wanted, options).items():
         cls = find("evals", name)
-        settings = (cls.world if world else {}) | (cls.fast if short else {}) | own
-        out[name] = cls(**settings)
-        for option, value in common.items():
-            if hasattr(out[name].config, option) and option not in own:
-                setattr(out[name].config, option, value)
+        shared = {option: value for option, value in common.items() if hasattr(cls.Config(), option)}
+        out[name] = cls(**(cls.world if world else {}) | (cls.fast if short else {}) | shared | own)
     return out
-
-# %% ../../nbs/evals/suite.ipynb #suite-files
-def _files(options):
-    "Content of the files that options name: path -> hash."
-    paths = set()
-    for value in options.values():
-        for word in value if isinstance(value, list) else [value]:
-            if isinstance(word, str) and word and Path(word).is_file():
-                paths.add(word)
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(paths)}
 
 # %% ../../nbs/evals/suite.ipynb #suite-one-def
 def content(
@@ -97,13 +83,14 @@ def content(
     "Fingerprint of an evaluation, but for whom it asks."
     options = asdict(evaluator.config)
     options = {name: v for name, v in options.items() if name not in ("model_name", "llm_dtype")}
-    batches = [batch.x if ctx.model is None else batch[0] for batch in ctx.batches]
+    batches = [list(batch) for batch in ctx.batches]  # with masks: what counts is part of the question
     nulls = ctx.nulls if isinstance(ctx.nulls, Nulls) else Nulls(names=())
     given = [] if isinstance(ctx.nulls, Nulls) or not ctx.nulls else [ctx.nulls]
     return digest(
         evaluator.registered,
+        evaluator.code(),
         options,
-        _files(options),
+        contents(*evaluator.reads()),
         [*batches[:4], nulls.sample, *given] if evaluator.with_nulls else [],
         sae,
         ctx.model,
@@ -120,12 +107,12 @@ def _kept(path, made_of, asked):
     if path is None or not path.exists():
         return None
     try:
-        env = read_json(path)
-    except Damaged:  # it is made again
-        return None
-    more = env["eval_result_unstructured"] or {}
+        env = read_json(path, mend="it is made again")
+    except Damaged as error:
+        return print(error)
+    more = env.get("eval_result_unstructured") or {}
     there = more.get("content")
-    if not there or more.get("incomplete"):
+    if not there or more.get("incomplete") or tuple(env) != envelope_keys:
         return None
     same = there == " ".join([made_of, *asked]) or (not asked and there.split()[0] == made_of)
     return env if same else None
@@ -145,6 +132,8 @@ def evaluate(
     if env := _kept(path, made_of, asked):
         return env
     parts = path and path.parent / f"parts-{evaluator.registered}"
+    if parts:
+        remove_leftovers(parts)
     env = evaluator(sae, replace(ctx, name=name, parts=Store(parts)))
     env["eval_result_unstructured"]["content"] = " ".join([made_of, *asked])
     if path:
@@ -191,16 +180,27 @@ def scoreboard(
     return table
 
 # %% ../../nbs/evals/suite.ipynb #suite-board-def-reasons
+def _gathered(said):
+    "(line, whom it is about) pairs as lines: each once, with up to three of those it is about."
+    out = {}
+    for line, who in said:
+        out.setdefault(line, []).append(who)
+    return [f"{line} ({', '.join(at[:3])}{' ...' if len(at) > 3 else ''})" for line, at in out.items()]
+
+
 def reasons(
     envs: dict,  # SAE -> {evaluator: envelope}
 ) -> list:  # One line each
-    "Why headline numbers are missing."
-    out = {}
+    "Why headline numbers are missing, and what was not used."
+    missing, unused = [], []
     for sae, results in envs.items():
         for evaluator, env in results.items():
-            why = (env["eval_result_unstructured"] or {}).get("undefined", {})
-            numbers = metric_values(env)
+            more, numbers = env["eval_result_unstructured"] or {}, metric_values(env)
+            why = more.get("undefined", {})
             for metric in find("evals", evaluator).headline:
                 if numbers.get(metric) is None and metric in why:
-                    out.setdefault(f"{evaluator}: {why[metric]}", []).append(f"{metric} of {sae}")
-    return [f"{why} ({', '.join(at[:3])}{' ...' if len(at) > 3 else ''})" for why, at in out.items()]
+                    missing.append((f"{evaluator}: {why[metric]}", f"{metric} of {sae}"))
+            for name, size in more.get("sizes", {}).items():
+                if line := size_in_words(name, size):
+                    unused.append((f"{evaluator}: {line}", sae))
+    return _gathered(missing) + _gathered(unused)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import InputError, register
-from .base import Context, Evaluator, Measured, metric_values
+from .base import Context, Evaluator, Measured, any_seed, how_many, metric_values, sized
 from .codes import random_sae
 from ..metrics import *
 from ..truth.related import absorption, hedging
@@ -25,12 +25,12 @@ from ..truth.related import absorption, hedging
 class ToyTruthConfig:
     "Sizes and seeds."
 
-    n_tokens: int = 20_000  # Held-out tokens
-    batch: int = 2_000  # Tokens at a time
-    length: int = 32  # Length of sequences, for SAEs that look along them
-    random_seeds: int = 5  # Random dictionaries
+    n_tokens: int = how_many(20_000)  # Held-out tokens
+    batch: int = how_many(2_000)  # Tokens at a time
+    length: int = how_many(32)  # Length of sequences, for SAEs that look along them
+    random_seeds: int = how_many(5)  # Random dictionaries
     probe_steps: int = 300  # Updates of the linear probes; 0: no ceiling
-    seed: int = 0  # Seeds the random dictionaries
+    seed: int = any_seed(0)  # Seeds the random dictionaries
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-config-toytruth
 @register("evals", "toy_truth")
@@ -68,7 +68,7 @@ def gather(
     "Held-out tokens through the SAE."
     c, out = self.config, []
     length = c.length if getattr(sae, "sequential", False) else 1
-    n = c.batch // length
+    n = max(1, min(c.batch, c.n_tokens) // length)
     for i in range(max(1, c.n_tokens // (n * length))):
         if length > 1:
             x, f_true = toy.sequences(n, length, part="test", at=i)
@@ -251,7 +251,7 @@ def missing(metrics: dict, control: bool) -> dict:  # name -> reason
 @patch
 def measure(self: ToyTruth, sae, ctx: Context):
     "Score an SAE against the truth."
-    toy, W = ctx.toy, sae.W_dec.detach()
+    c, toy, W = self.config, ctx.toy, sae.W_dec.detach()
     if sae.d_in != toy.d_in:
         raise InputError(
             f"the SAE reads {sae.d_in} dimensions and the toy has {toy.d_in}; "
@@ -270,6 +270,7 @@ def measure(self: ToyTruth, sae, ctx: Context):
         if rows["random"][name] < 1:
             score = float(metrics["recovery"][name])
             extra[f"{name}_above_null"] = above_null(score, float(rows["random"][name]))
+    sizes = dict(tokens=sized(len(held.x), max(c.n_tokens, len(held.x))), directions=sized(len(D)))
     return Measured(
         {category: numbers for category, numbers in metrics.items() if numbers},
         details=each_latent(W, D, held),
@@ -277,6 +278,7 @@ def measure(self: ToyTruth, sae, ctx: Context):
         nulls=rows,
         extra=extra,
         data=dict(found=max_cos(W, D).tolist()),
+        sizes=sizes | dict(random_dictionaries=sized(c.random_seeds, c.random_seeds)),
     )
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-plot

@@ -11,7 +11,7 @@ __all__ = ['control_rows', 'null_lines', 'ConceptConfig', 'checked', 'seed_of', 
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-imports
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
@@ -19,48 +19,50 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ...core import *
-from ..base import Context
+from ..base import Context, any_seed, fraction, how_many, option
 from ..codes import bootstrap, latents_of, mean_pool, pooled
 from ..store import Store, blocks, digest
 from ..texts import Texts, scr_pairs
+from ...sae import Allowed, declared
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-config
 _bios = "LabHC/bias_in_bios_class_set1"
 _amazon = "canrager/amazon_reviews_mcauley_1and5"
+_pair = declared(list, ("one class", "another"))
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-config-conceptconfig
 @dataclass
 class ConceptConfig:
     "SAEBench's options for SCR and TPP, and ours."
 
-    random_seed: int = 42  # Texts, probes, negatives: everything drawn
-    dataset_names: list = field(default_factory=lambda: [_bios, _amazon])
+    random_seed: int = any_seed(42)  # Texts, probes, negatives: everything drawn
+    dataset_names: list = option([_bios, _amazon])
     perform_scr: bool = True  # For the record: True in SCR, False in TPP
-    early_stopping_patience: int = 20  # Epochs without a better accuracy that end the search
-    train_set_size: int = 4000  # Texts a probe is trained on, half of them positive
-    test_set_size: int = 1000  # Texts it is tested on
-    context_length: int = 128  # Tokens per text; the beginning is kept
-    probe_train_batch_size: int = 16
-    probe_test_batch_size: int = 500  # For the record; accuracies do not depend on it
-    probe_epochs: int = 20
+    early_stopping_patience: int = how_many(20)  # Epochs without a better accuracy that end the search
+    train_set_size: int = option(4000, 40)  # Texts a probe is trained on, half of them positive
+    test_set_size: int = option(1000, 40)  # Texts it is tested on
+    context_length: int = option(128, 2)  # Tokens per text; the beginning is kept
+    probe_train_batch_size: int = how_many(16)
+    probe_test_batch_size: int = how_many(500)  # For the record; accuracies do not depend on it
+    probe_epochs: int = how_many(20)
     probe_lr: float = 1e-3
     probe_l1_penalty: float = 1e-3
-    sae_batch_size: int = 125  # For the record
+    sae_batch_size: int = how_many(125)  # For the record
     llm_batch_size: int = None  # For the record
     llm_dtype: str = ""  # For the record; the model comes loaded
     lower_vram_usage: bool = False  # For the record
     model_name: str = ""  # Filled in from the model
-    n_values: list = field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])  # Latents silenced
-    column1_vals_lookup: dict = field(
-        default_factory=lambda: {name: scr_pairs(name)[1] for name in (_bios, _amazon)}
+    n_values: list = option([2, 5, 10, 20, 50, 100, 500], 1)  # Latents silenced
+    column1_vals_lookup: dict = option(
+        {name: scr_pairs(name)[1] for name in (_bios, _amazon)}, item=Allowed(list, item=_pair)
     )  # Pairs of classes, SCR only
-    n_seeds: int = 3  # Probes, splits and negatives drawn anew so many times, on the same texts
-    validation_share: float = 0.1  # Part of the training texts that picks the epoch
+    n_seeds: int = how_many(3)  # Probes, splits and negatives drawn anew so many times, on the same texts
+    validation_share: float = option(0.1, 0, 0.9, inside=True)  # Of the training texts, to pick the epoch
     effect_set_size: int = 0  # Training texts on which latents are read; 0: all
-    min_gap: float = 0.02  # SCR: accuracy to be won back, below which a pair measures nothing
-    min_clean: float = 0.6  # TPP: accuracy below which there is nothing to damage
+    min_gap: float = fraction(0.02)  # SCR: accuracy to be won back, below which a pair measures nothing
+    min_clean: float = fraction(0.6)  # TPP: accuracy below which there is nothing to damage
     baselines: bool = True  # With the controls described below
-    bootstrap_draws: int = 1000  # Resamplings behind an interval
+    bootstrap_draws: int = how_many(1000)  # Resamplings behind an interval
     data_dir: str = ""  # Folder that mirrors the hub
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-checked
@@ -68,28 +70,16 @@ def checked(
     c: ConceptConfig,  # A config
 ) -> ConceptConfig:  # The same, `n_values` sorted
     "Refuse what cannot be run."
-    c.n_values = sorted(set(ints("n_values", c.n_values)))
-    for name in ("n_seeds", "probe_epochs", "probe_train_batch_size", "early_stopping_patience"):
-        usual = getattr(ConceptConfig(), name)
-        if getattr(c, name) < 1:
-            raise InputError(
-                f"{name} = {getattr(c, name)} is not a number of at least 1; the paper's value is {usual}"
-            )
-    for name in ("train_set_size", "test_set_size"):
-        if getattr(c, name) < 40:
-            raise InputError(f"{name} = {getattr(c, name)} is too few for a probe; give at least 40")
-    if not 0 < c.validation_share < 0.9:
-        raise InputError(
-            f"validation_share = {c.validation_share} is not a share; give a number between 0 and 0.9, "
-            "e.g. 0.1"
-        )
+    c.n_values = sorted(set(c.n_values))
     if c.effect_set_size and not 40 <= c.effect_set_size <= c.train_set_size:
         raise InputError(
             f"effect_set_size = {c.effect_set_size}: give 0 for all, or 40 to train_set_size = "
             f"{c.train_set_size}"
         )
-    if not c.dataset_names:
-        raise InputError("dataset_names is empty; name at least one data set")
+    for name, pairs in c.column1_vals_lookup.items():
+        for pair in pairs:
+            if len(set(pair)) != 2:
+                raise InputError(f"column1_vals_lookup[{name!r}] holds {pair}; give pairs of two classes")
     return c
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-seed
@@ -104,7 +94,7 @@ def generator(
     seed: int,  # Any integer
 ) -> torch.Generator:  # On the CPU
     "A source of random numbers that starts at a seed."
-    return torch.Generator().manual_seed(seed)
+    return rng("concept probes", seed)
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-train
 def train_probes(

@@ -256,7 +256,7 @@ def _packed(lm, texts, rows, seq_len, seed, name):
     )
     if not packed:
         raise InputError(f"corpus {name!r} holds no text of more than 50 characters")
-    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
+    order = torch.randperm(len(packed), generator=rng("rows of a corpus", name, seed))[:rows].tolist()
     return tuple(torch.tensor([packed[i][k] for i in order]) for k in (0, 1))
 
 # %% ../../../nbs/evals/unlearning/forget.ipynb #forget-real-corpora-def-real-corpora
@@ -281,7 +281,7 @@ def real_corpora(
         *(("wikitext", "test", "wikitext-2-raw-v1") if retain == "wikitext" else (retain, "train", None)),
         data_dir,
     )
-    bad = random.Random(seed).sample(bad, min(rows, len(bad)))
+    bad = random.Random(f"forget {seed}").sample(bad, min(rows, len(bad)))
     return dict(
         forget=_packed(lm, bad, rows, seq_len, seed, forget),
         retain=_packed(lm, good, rows, seq_len, seed, retain),
@@ -333,7 +333,7 @@ def matched(
     pool: int = 8,  # Drawn from this many nearest in density
 ) -> list:  # As many other latents, as far as there are any that fire
     "Random latents of the same densities."
-    gen = torch.Generator().manual_seed(seed)
+    gen = rng("matched latents", seed)
     free = (density > 0).clone()
     out = []
     free[like] = False
@@ -476,7 +476,7 @@ def halves(
 ) -> Tensor:  # True for validation, [n]
     "Split questions in two, within each subject."
     out = torch.zeros(len(subject), dtype=torch.bool)
-    gen = torch.Generator().manual_seed(seed)
+    gen = rng("halves of the questions", seed)
     for s in dict.fromkeys(subject):
         i = torch.tensor([k for k, o in enumerate(subject) if o == s])
         out[i[torch.randperm(len(i), generator=gen)[: round(share * len(i))]]] = True
@@ -540,7 +540,7 @@ def supervised(
 
 def _labelled(forget, retain, tau, limit, seed):
     "Encoder row w, bias b and decoder row d of the latent, from the activations of both corpora."
-    gen = torch.Generator().manual_seed(seed)
+    gen = rng("labelled activations", seed)
     some = [x[torch.randperm(len(x), generator=gen)[:limit]] for x in (forget, retain)]
     probe = _probe(*some)
     direction = forget.mean(0) - retain.mean(0)

@@ -7,7 +7,7 @@ __all__ = ['relearn_names', 'UnlearningConfig', 'Unlearning', 'Prep', 'Table', '
            'hard_hit']
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-imports
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
@@ -15,21 +15,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...core import *
-from ..base import Context, Evaluator, Measured
+from ..base import Context, Evaluator, Measured, any_seed, fraction, how_many, option
 from ..codes import wilson
 from ..store import Store, digest
 from .forget import *
+from ...sae import declared
 from ...lm import what_counts
 from ...world import sets as W
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-config-def
+_clamp = "clamp_feature_activation"
+
+
 @dataclass
 class UnlearningConfig:
     "SAEBench's options, and ours."
 
-    random_seed: int = 42  # Splits the questions, samples the corpora, draws the random latents
-    dataset_names: list = field(
-        default_factory=lambda: [
+    random_seed: int = any_seed(42)  # Splits the questions, samples the corpora, draws the random latents
+    dataset_names: list = option(
+        [
             "wmdp-bio",
             "high_school_us_history",
             "college_computer_science",
@@ -37,16 +41,16 @@ class UnlearningConfig:
             "human_aging",
         ]
     )
-    intervention_method: str = "clamp_feature_activation"  # There is no other
-    retain_thresholds: list = field(
-        default_factory=lambda: [0.001, 0.01]
+    intervention_method: str = option(_clamp, choices=(_clamp,))  # There is no other
+    retain_thresholds: list = option(
+        [0.001, 0.01], 1e-12, 1
     )  # Latents of this density on the retained corpus are left alone
-    n_features_list: list = field(default_factory=lambda: [10, 20])  # Latents held down
-    multipliers: list = field(default_factory=lambda: [25, 50, 100, 200])  # They are set to minus this
-    dataset_size: int = 1024  # Rows of each corpus
-    seq_len: int = 1024  # Tokens per row
+    n_features_list: list = option([10, 20], 1)  # Latents held down
+    multipliers: list = option([25, 50, 100, 200], item=declared(float, 25, 0))  # They are set to minus this
+    dataset_size: int = how_many(1024)  # Rows of each corpus
+    seq_len: int = option(1024, 2)  # Tokens per row
     n_batch_loss_added: int = 50  # For the record; SAEBench does not use it either
-    target_metric: str = "correct"  # Questions right under all orders of their options; there is no other
+    target_metric: str = option("correct", choices=("correct",))  # Right under all orders of the options
     save_metrics: bool = True  # For the record; every setting is kept
     model_name: str = ""  # Filled in from the model
     llm_batch_size: int = 0  # Prompts at a time; 0: some 8000 tokens, fewer with a large vocabulary
@@ -57,15 +61,15 @@ class UnlearningConfig:
     )
     retain_corpus: str = "wikitext"  # Or a jsonl file; on the world "mixed" or "others"
     prompt_format: str = "gemma"  # One of `forget.templates`, or a template
-    multiplier_unit: str = (
-        "raw"  # "raw", or "mean": multiples of the latent's mean where it fires on the corpus to forget
-    )
-    side_effect_gate: float = 0.99  # Pooled accuracy on the retained subjects that must remain
-    gate_percentile: float = (
-        95.0  # Of the retained rows' share of firing tokens: threshold of the sequence gate
-    )
-    val_share: float = 0.5  # Part of the questions on the subject that the setting is chosen on
-    random_latents: int = 3  # Draws of random latents; 0: none
+    multiplier_unit: str = option(
+        "raw", choices=("raw", "mean")
+    )  # "mean": multiples of the latent's mean where it fires on the corpus to forget
+    side_effect_gate: float = fraction(0.99)  # Pooled accuracy on the retained subjects that must remain
+    gate_percentile: float = option(
+        95.0, 0, 100
+    )  # Of the retained rows' share of firing tokens: threshold of the sequence gate
+    val_share: float = fraction(0.5, inside=True)  # Of the questions on the subject, to choose by
+    random_latents: int = option(3, 0, 1000)  # Draws of random latents; 0: none
     min_questions: int = 20  # Fewer known questions than this, on either side, and nothing is measured
     max_questions: int = 0  # At most so many of each subject; 0: all
     relearn_steps: int = 0  # Updates of the relearning check; 0: left out, it takes four times the memory
@@ -107,29 +111,13 @@ class Unlearning(Evaluator):
     def __init__(self, **config):
         Evaluator.__init__(self, **config)
         c = self.config
-        c.data_dir = str(c.data_dir or "")
-        c.llm_batch_size = c.llm_batch_size or 0
-        one_of("intervention_method", c.intervention_method, ("clamp_feature_activation",))
-        one_of("target_metric", c.target_metric, ("correct",))
-        one_of("multiplier_unit", c.multiplier_unit, ("raw", "mean"))
         if len(c.dataset_names) < 2:
             raise InputError(
                 f"dataset_names = {c.dataset_names} names no subject to retain; give the one to forget "
                 "first and at least one other"
             )
-        for n, ok, say in (
-            ("retain_thresholds", all(0 < t <= 1 for t in c.retain_thresholds), "shares of tokens above 0"),
-            ("n_features_list", all(n >= 1 for n in c.n_features_list), "whole numbers of at least 1"),
-            (
-                "multipliers",
-                all(m >= 0 for m in c.multipliers),
-                "numbers of at least 0 (the clamp makes them negative)",
-            ),
-            ("val_share", 0 < c.val_share < 1, "between 0 and 1"),
-        ):
-            v = getattr(c, n)
-            if not ok or v == []:
-                raise InputError(f"{n} = {v} does not work; give {say}")
+        if "{question}" not in c.prompt_format:
+            one_of("prompt_format", c.prompt_format, templates)
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-prepare-def
 @dataclass
