@@ -56,7 +56,7 @@ class Measured:
     standard_errors: dict = None  # name -> number
     intervals: dict = None  # name -> (low, high)
     data: dict = field(default_factory=dict)  # Anything else that JSON can hold
-    incomplete: bool = False  # Something was out of reach that may be there next time
+    incomplete: str = ""  # What was out of reach and may be there next time; empty: nothing
 
 # %% ../../nbs/evals/base.ipynb #base-settled
 def settled(
@@ -137,7 +137,7 @@ def unstructured(
             out[name] = getattr(measured, name)
     out.update(extra=measured.extra, **measured.data)
     if measured.incomplete:
-        out["incomplete"] = True
+        out["incomplete"] = measured.incomplete
     return out
 
 # %% ../../nbs/evals/base.ipynb #base-envelope

@@ -194,11 +194,14 @@ def scoreboard(
 def reasons(
     envs: dict,  # SAE -> {evaluator: envelope}
 ) -> list:  # One line each
-    "Why headline numbers are missing."
+    "Why headline numbers are missing, or not of everything that was asked for."
     out = {}
     for sae, results in envs.items():
         for evaluator, env in results.items():
-            why = (env["eval_result_unstructured"] or {}).get("undefined", {})
+            more = env["eval_result_unstructured"] or {}
+            why = more.get("undefined", {})
+            if more.get("incomplete"):
+                out.setdefault(f"{evaluator} is incomplete: {more['incomplete']}", []).append(sae)
             numbers = metric_values(env)
             for metric in find("evals", evaluator).headline:
                 if numbers.get(metric) is None and metric in why:
