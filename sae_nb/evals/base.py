@@ -331,6 +331,7 @@ class Evaluator:
     needs = ()  # Of "model", "toy", "batches"
     with_nulls = True  # SAEs that learned nothing stand beside
     with_peers = False  # Looks at the SAEs beside the one under evaluation
+    manner = ()  # Options that say how something is done and change no number
     kind = ""  # SAEBench's name; empty: the registered one
     world = {}  # Options on the embedded world
     fast = {}  # Options in tests
@@ -357,6 +358,12 @@ def measure(
 def who(self: Evaluator):  # Something with a fingerprint, or None
     "Whom the evaluator asks besides the model, e.g. a judge: another one makes another result."
     return None
+
+# %% ../../nbs/evals/base.ipynb #base-greet
+@patch
+def greet(self: Evaluator) -> str:  # A line to be told before anything long begins, or nothing
+    "Look up whoever is asked: an `InputError` if that is set up wrong, a line if it is not there now."
+    return ""
 
 # %% ../../nbs/evals/base.ipynb #base-given
 @patch

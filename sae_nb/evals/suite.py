@@ -95,8 +95,8 @@ def content(
     ctx: Context,  # What it works with
 ) -> str:  # Hexadecimal
     "Fingerprint of an evaluation, but for whom it asks."
-    options = asdict(evaluator.config)
-    options = {name: v for name, v in options.items() if name not in ("model_name", "llm_dtype")}
+    options, unread = asdict(evaluator.config), ("model_name", "llm_dtype", *evaluator.manner)
+    options = {name: v for name, v in options.items() if name not in unread}
     batches = [batch.x if ctx.model is None else batch[0] for batch in ctx.batches]
     nulls = ctx.nulls if isinstance(ctx.nulls, Nulls) else Nulls(names=())
     given = [] if isinstance(ctx.nulls, Nulls) or not ctx.nulls else [ctx.nulls]

@@ -87,6 +87,11 @@ class AutoInterp(Evaluator):
     world = dict(dataset_name="world", total_tokens=65_536)
     fast = dict(total_tokens=12_288, n_latents=64)
     headline = dict(autointerp_score=1, label_f1=1, label_coverage=1)
+    manner = tuple(
+        f"judge_{name}"
+        for name in "key_variable concurrent per_minute timeout retries wait most_wait".split()
+        + "price_in price_out max_cost max_requests".split()
+    )
 
     def __init__(
         self,
