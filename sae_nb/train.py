@@ -201,8 +201,11 @@ def named_trainers(self: Trainee) -> dict:
 
 
 @patch
-def _row_at(self: Trainee, i) -> bool:
-    "Does step `i`, from 0, have a row in the history?"
+def row_at(
+    self: Trainee,
+    i: int,  # Number of the step, from 0
+) -> bool:
+    "Does a step have a row in the history?"
     return (i + 1) % self.cfg.log_every == 0 or i + 1 == self.cfg.steps
 
 # %% ../nbs/04_train.ipynb #train-beside
@@ -255,7 +258,7 @@ def step(
 ) -> Out:  # The pass
     "One batch: the loss, its gradient, and an update of the weights when `accumulate` batches are in."
     sae, cfg = self.sae, self.cfg
-    self.row_due, self.next_row_due = self._row_at(i), self._row_at(i + 1)
+    self.row_due, self.next_row_due = self.row_at(i), self.row_at(i + 1)
     sae.sparsity_scale = cfg.sparsity_factor(i)
     sae.progress = i / cfg.steps
     o = sae.run(batch.x, batch.mask)
