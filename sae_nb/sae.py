@@ -80,6 +80,7 @@ def _add_parts(self: SAE):
     self.skip = 0.0  # share of the input that is added to the reconstruction
     self.sparsity_scale = 1.0
     self.progress = 0.0
+    self.listening = False  # whether a training pass keeps what fronts give, for others to read
 
 
 @patch(as_prop=True)
@@ -103,6 +104,8 @@ def reads(
         extra = front.add(centred * front.units, mask)
         if extra is not None:
             more.append((extra[0] / front.units, extra[1]))
+        if self.listening and self.training and torch.is_grad_enabled():
+            front.notes = {**front.notes, "read": seen, "add": more[-1][0] if extra is not None else None}
     return [(seen, self.W_enc), *more]
 
 # %% ../nbs/03_sae.ipynb #sae-pre

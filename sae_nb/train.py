@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['curves', 'TrainConfig', 'Trainer', 'Trainee', 'weight_hash', 'TrainingError', 'train', 'alive', 'train_sae',
-           'OneLine', 'progress_bar', 'plot_history', 'write_history', 'read_history', 'save_checkpoint',
-           'load_checkpoint', 'LivePlot']
+           'OneLine', 'progress_bar', 'plot_history', 'write_history', 'history_text', 'read_history', 'history_of',
+           'save_checkpoint', 'load_checkpoint', 'LivePlot']
 
 # %% ../nbs/04_train.ipynb #train-imports
 import csv
@@ -13,15 +13,16 @@ import hashlib
 import json
 import math
 import random
+import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open
 from tqdm import tqdm
 
 from .core import *
@@ -158,9 +159,12 @@ class Trainee:
         self.folder = Path(folder) if folder else None
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
+        self.beside = self._files_beside()
         self.opt = find("speed", "adam")(sae.parameters(), lr=cfg.lr, betas=cfg.betas)
         self.clip, self.accumulate, self.lr_scale = cfg.clip, 1, 1.0
         self.norm = 0.0
+        self.stream = None  # where batches come from, while there are any
+        self.row_due = self.next_row_due = False
         self.silent = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.W_dec.device)
         self.history = []
         self.failed = ""
@@ -183,6 +187,48 @@ def _all_trainers(self: Trainee, wanted):
 def dead(self: Trainee) -> torch.Tensor:
     "Which latents have been silent for long, [d_sae], bool."
     return self.silent >= self.cfg.dead_after_tokens
+
+# %% ../nbs/04_train.ipynb #train-trainee-names
+@patch
+def named_trainers(self: Trainee) -> dict:
+    "name -> trainer: the name it is registered under, with a number if there are several of one."
+    out = {}
+    for trainer in self.trainers:
+        name = getattr(trainer, "registered", None) or type(trainer).__name__
+        same = sum(other.partition("+")[0] == name for other in out)
+        out[f"{name}+{same}" if same else name] = trainer
+    return out
+
+
+@patch
+def row_at(
+    self: Trainee,
+    i: int,  # Number of the step, from 0
+) -> bool:
+    "Does a step have a row in the history?"
+    return (i + 1) % self.cfg.log_every == 0 or i + 1 == self.cfg.steps
+
+# %% ../nbs/04_train.ipynb #train-beside
+@patch
+def _files_beside(self: Trainee) -> dict:
+    "name -> content of the small files in the run folder."
+    files = self.folder.iterdir() if self.folder else ()
+    small = [f for f in files if f.suffix in (".json", ".csv") and f.is_file() and f.stat().st_size < 2**20]
+    return {file.name: file.read_text("utf-8", "replace") for file in small if file.name != "history.csv"}
+
+
+@patch
+def _keep_folder(self: Trainee, step):
+    "Make a deleted run folder again, and say so."
+    if self.folder is None or self.folder.is_dir():
+        return
+    for name, text in self.beside.items():
+        write_text(self.folder / name, text)
+    write_history(self.folder / "history.csv", self.history, afresh=True)
+    print(
+        f"{self.name}: the run folder was deleted during training; it is made again at step {step:,}, "
+        "and the next checkpoint will lie in it"
+    )
 
 # %% ../nbs/04_train.ipynb #train-mark
 @patch
@@ -212,6 +258,7 @@ def step(
 ) -> Out:  # The pass
     "One batch: the loss, its gradient, and an update of the weights when `accumulate` batches are in."
     sae, cfg = self.sae, self.cfg
+    self.row_due, self.next_row_due = self.row_at(i), self.row_at(i + 1)
     sae.sparsity_scale = cfg.sparsity_factor(i)
     sae.progress = i / cfg.steps
     o = sae.run(batch.x, batch.mask)
@@ -297,6 +344,7 @@ def log(self: Trainee, o: Out, i: int) -> dict:
     )
     row |= {name: float(value) for name, value in {**o.terms, **o.logs}.items()}
     self.history.append(row)
+    self._keep_folder(i + 1)
     if self.folder is not None:
         write_history(self.folder / "history.csv", self.history)
     return row
@@ -328,6 +376,8 @@ def train(
     cfg = trainees[0].cfg
     if any((t.cfg.steps, t.cfg.batch) != (cfg.steps, cfg.batch) for t in trainees):
         raise InputError("SAEs trained in one pass must agree on tokens and batch")
+    for t in trainees:
+        t.stream = stream
     start = _begin(trainees, stream, resume, quiet)
     bar = progress_bar(cfg.steps, start, quiet)
     done = start
@@ -395,7 +445,7 @@ def _one_step(trainees, stream, i, bar, on_log):
     batch = next(stream)
     passes = [(t, _guarded(t, t.step, batch, i)) for t in alive(trainees)]
     left = alive(trainees)
-    if (i + 1) % cfg.log_every == 0 or i + 1 == cfg.steps:
+    if left[0].row_due:
         rows = [t.log(o, i) for t, o in passes if not t.failed]
         bar.set_postfix_str(_in_words(rows[0]), refresh=False)
         if on_log:
@@ -516,11 +566,22 @@ def write_history(
 ):
     "Append the last row, or write everything if its columns are not those of the file."
     path = Path(path)
-    columns = list(dict.fromkeys(name for row in history for name in row))
-    if history and not afresh and _append(path, columns, history[-1]):
-        return
+    columns = _columns(history)
+    if not (history and not afresh and _append(path, columns, history[-1])):
+        write_text(path, history_text(history))
+
+
+def history_text(
+    history: list,  # All rows
+) -> str:  # As it stands in history.csv
+    "A history as CSV."
+    columns = _columns(history)
     lines = [columns, *(_cells(row, columns) for row in history)]
-    write_text(path, "".join(",".join(map(str, line)) + "\n" for line in lines))
+    return "".join(",".join(map(str, line)) + "\n" for line in lines)
+
+# %% ../nbs/04_train.ipynb #train-csv-cells
+def _columns(history):
+    return list(dict.fromkeys(name for row in history for name in row))
 
 
 def _cells(row, columns):
@@ -548,10 +609,31 @@ def read_history(
     path,  # A history.csv
 ) -> list:  # One dict per row
     "The history of a run; steps and tokens are whole numbers."
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise Damaged(f"{path} is no history of a training ({error})") from None
+    return history_of(text, path)
+
+
+def history_of(
+    text: str,  # As it stands in history.csv
+    path="history.csv",  # Where it comes from, for messages
+) -> list:  # One dict per row
+    "A history from its CSV."
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    rows = [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
     kinds = dict(step=int, tokens=int)
-    return [{k: kinds.get(k, float)(v) for k, v in row.items() if v != ""} for row in rows]
+    try:
+        if lines and "step" not in next(csv.reader(lines)):
+            raise ValueError("it has no column step")
+        return [{k: kinds.get(k, float)(v) for k, v in row.items() if v != ""} for row in rows]
+    except (ValueError, csv.Error) as error:
+        raise Damaged(f"{path} is no history of a training ({error})") from None
 
 # %% ../nbs/04_train.ipynb #train-checkpoint
 @patch
@@ -562,9 +644,10 @@ def tensors(self: Trainee) -> dict:
         ts |= {f"opt.{name}.{key}": t for key, t in self.opt.state.get(p, {}).items()}
         if self.accumulate > 1 and p.grad is not None:
             ts[f"grad.{name}"] = p.grad
-    for i, trainer in enumerate(self.trainers):
-        ts |= {f"trainer.{i}.{name}": t for name, t in trainer.tensors().items()}
+    for name, trainer in self.named_trainers().items():
+        ts |= {f"trainer.{name}.{key}": t for key, t in trainer.tensors().items()}
     ts["silent"] = self.silent
+    ts["history"] = torch.tensor(list(history_text(self.history).encode()), dtype=torch.uint8)
     ts["lr_scale"] = torch.tensor(self.lr_scale, dtype=torch.float64)
     ts["sae_gen"] = self.sae.gen.get_state()
     ts["torch_rng"] = torch.get_rng_state()
@@ -586,13 +669,48 @@ def load_tensors(self: Trainee, ts: dict):
         self.opt.state[p] = {key: t.to(device) for key, t in state.items()}
         if f"grad.{name}" in ts:
             p.grad = torch.empty_like(p).copy_(ts[f"grad.{name}"])
-    for i, trainer in enumerate(self.trainers):
-        earlier = _under(ts, f"recipe.{i}.")  # the name of trainers in older checkpoints
-        trainer.load_tensors(_under(ts, f"trainer.{i}.") | earlier)
+    for i, (name, trainer) in enumerate(self.named_trainers().items()):
+        earlier = _under(ts, f"recipe.{i}.") | _under(ts, f"trainer.{i}.")  # in older checkpoints
+        trainer.load_tensors(_under(ts, f"trainer.{name}.") or earlier)
     self.lr_scale = ts["lr_scale"].item()
     self.silent = ts["silent"].to(device)
     self.sae.gen.set_state(ts["sae_gen"])
     torch.set_rng_state(ts["torch_rng"])
+
+# %% ../nbs/04_train.ipynb #train-fits
+_start_over = "move it away, or start over with -p resume False"
+
+
+@patch
+def _check_fit(self: Trainee, ts: dict, path):
+    "Refuse the tensors of another SAE."
+    mine = {f"sae.{name}": t for name, t in self.sae.state_dict().items()} | dict(silent=self.silent)
+    named = {name for name in ts if name.startswith("sae.")} | set(mine)
+    for name in sorted(named):
+        here, there = [list(own[name].shape) if name in own else "nothing" for own in (mine, ts)]
+        if here != there:
+            what = name.removeprefix("sae.")
+            raise InputError(
+                f"{path} is a checkpoint of another SAE: {what} is {there} there and {here} in {self.name}; "
+                f"{_start_over}"
+            )
+
+
+@patch
+def restore(
+    self: Trainee,
+    path,  # A checkpoint
+    step: int,  # The step it was taken at
+):
+    "Take up a checkpoint, history included."
+    ts = read_tensors(path, mend=_start_over)
+    self._check_fit(ts, path)
+    try:
+        self.load_tensors(ts)
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        said = " ".join(f"{type(error).__name__} {error}".split())[:120]
+        raise InputError(f"{path} is no checkpoint of this training ({said}); {_start_over}") from None
+    self._restore_history(ts, path, step)
 
 # %% ../nbs/04_train.ipynb #train-rng
 def _chance() -> dict:
@@ -612,7 +730,8 @@ def _set_chance(state: dict):
 def _checkpoints(t) -> dict:
     "step -> file."
     files = (t.folder / "checkpoint").glob("step-*.safetensors") if t.folder else ()
-    return {int(file.stem.split("-")[1]): file for file in files}
+    found = {re.fullmatch(r"step-(\d{8,12})", file.stem): file for file in files if file.is_file()}
+    return {int(name[1]): file for name, file in found.items() if name}
 
 
 def save_checkpoint(
@@ -623,11 +742,13 @@ def save_checkpoint(
     "Write one checkpoint for every SAE, then delete the older ones."
     meta = dict(step=step, stream=json.dumps(stream.state()), rng=json.dumps(_chance()))
     for t in trainees:
+        t._keep_folder(step)
         write_tensors(t.folder / "checkpoint" / f"step-{step:08d}.safetensors", t.tensors(), meta)
     for t in trainees:
         for other, file in _checkpoints(t).items():
             if other != step:
-                file.unlink()
+                with suppress(OSError):  # what cannot be deleted does no harm: the newest counts
+                    file.unlink()
 
 # %% ../nbs/04_train.ipynb #train-failed
 def _failure_file(t):
@@ -646,8 +767,16 @@ def _not_marked(trainees):
     if len(marked) == len(trainees):
         return trainees
     for t in marked:
-        t.failed = read_json(_failure_file(t))["why"]
+        t.failed = _why(_failure_file(t))
     return alive(trainees)
+
+
+def _why(file):
+    "What a mark says."
+    try:
+        return str(read_json(file).get("why", "it failed"))
+    except Damaged as error:
+        return f"it failed, and why cannot be read: {error}"
 
 # %% ../nbs/04_train.ipynb #train-load-checkpoint
 def load_checkpoint(
@@ -661,21 +790,36 @@ def load_checkpoint(
         return 0
     step = max(common)
     for t in left:
-        t.load_tensors(read_tensors(_checkpoints(t)[step]))
-        _cut_history(t, step)
-    with safe_open(str(_checkpoints(left[-1])[step]), "pt") as file:
-        meta = file.metadata()
-    stream.load_state(json.loads(meta["stream"]))
-    _set_chance(json.loads(meta["rng"]))
+        t.restore(_checkpoints(t)[step], step)
+    path = _checkpoints(left[-1])[step]
+    meta = read_meta(path, mend=_start_over)
+    try:
+        stream.load_state(json.loads(meta["stream"]))
+        _set_chance(json.loads(meta["rng"]))
+    except (LookupError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        said = f"{type(error).__name__} {error}"
+        raise InputError(f"{path} does not say where the data stood ({said}); {_start_over}") from None
+    for t in left:
+        write_history(t.folder / "history.csv", t.history, afresh=True)
     return step
 
-
-def _cut_history(t, step):
-    "Forget rows after `step`."
-    path = t.folder / "history.csv"
-    t.history = [row for row in read_history(path) if row["step"] <= step] if path.exists() else []
-    if path.exists():
-        write_history(path, t.history, afresh=True)
+# %% ../nbs/04_train.ipynb #train-restore-history
+@patch
+def _restore_history(self: Trainee, ts, path, step):
+    "The history up to `step`."
+    kept = self.folder / "history.csv"
+    if "history" in ts:
+        self.history = history_of(bytes(ts["history"].tolist()).decode("utf-8"), path)
+    else:
+        self.history = [row for row in read_history(kept) if row["step"] <= step]
+        reached = self.history[-1]["step"] if self.history else 0
+        if reached < step // self.cfg.log_every * self.cfg.log_every:
+            raise InputError(
+                f"{kept} ends at step {reached:,} and the checkpoint at {step:,} knows no history; "
+                f"restore the file from a copy, or {_start_over}"
+            )
 
 # %% ../nbs/04_train.ipynb #train-live
 class LivePlot:

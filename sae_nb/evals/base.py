@@ -58,7 +58,7 @@ class Measured:
     intervals: dict = None  # name -> (low, high)
     data: dict = field(default_factory=dict)  # Anything else that JSON can hold
     sizes: dict = field(default_factory=dict)  # What was counted -> from `sized`
-    incomplete: bool = False  # Something was out of reach that may be there next time
+    incomplete: str = ""  # What was out of reach and may be there next time; empty: nothing
 
 # %% ../../nbs/evals/base.ipynb #base-settled
 def settled(
@@ -165,7 +165,7 @@ def unstructured(
     out.update(extra=measured.extra, **measured.data)
     out["sizes"] = measured.sizes
     if measured.incomplete:
-        out["incomplete"] = True
+        out["incomplete"] = measured.incomplete
     return out
 
 # %% ../../nbs/evals/base.ipynb #base-envelope
@@ -425,6 +425,7 @@ class Evaluator:
     needs = ()  # Of "model", "toy", "batches"
     with_nulls = True  # SAEs that learned nothing stand beside
     with_peers = False  # Looks at the SAEs beside the one under evaluation
+    manner = ()  # Options that say how something is done and change no number
     kind = ""  # SAEBench's name; empty: the registered one
     world = {}  # Options on the embedded world
     fast = {}  # Options in tests
@@ -451,6 +452,12 @@ def measure(
 def who(self: Evaluator):  # Something with a fingerprint, or None
     "Whom the evaluator asks besides the model, e.g. a judge: another one makes another result."
     return None
+
+# %% ../../nbs/evals/base.ipynb #base-greet
+@patch
+def greet(self: Evaluator) -> str:  # A line to be told before anything long begins, or nothing
+    "Look up whoever is asked: an `InputError` if that is set up wrong, a line if it is not there now."
+    return ""
 
 # %% ../../nbs/evals/base.ipynb #base-code
 @patch

@@ -81,8 +81,8 @@ def content(
     ctx: Context,  # What it works with
 ) -> str:  # Hexadecimal
     "Fingerprint of an evaluation, but for whom it asks."
-    options = asdict(evaluator.config)
-    options = {name: v for name, v in options.items() if name not in ("model_name", "llm_dtype")}
+    options, unread = asdict(evaluator.config), ("model_name", "llm_dtype", *evaluator.manner)
+    options = {name: v for name, v in options.items() if name not in unread}
     batches = [list(batch) for batch in ctx.batches]  # with masks: what counts is part of the question
     nulls = ctx.nulls if isinstance(ctx.nulls, Nulls) else Nulls(names=())
     given = [] if isinstance(ctx.nulls, Nulls) or not ctx.nulls else [ctx.nulls]
@@ -191,12 +191,14 @@ def _gathered(said):
 def reasons(
     envs: dict,  # SAE -> {evaluator: envelope}
 ) -> list:  # One line each
-    "Why headline numbers are missing, and what was not used."
+    "Why headline numbers are missing or incomplete, and what was not used."
     missing, unused = [], []
     for sae, results in envs.items():
         for evaluator, env in results.items():
             more, numbers = env["eval_result_unstructured"] or {}, metric_values(env)
             why = more.get("undefined", {})
+            if more.get("incomplete"):
+                missing.append((f"{evaluator} is incomplete: {more['incomplete']}", sae))
             for metric in find("evals", evaluator).headline:
                 if numbers.get(metric) is None and metric in why:
                     missing.append((f"{evaluator}: {why[metric]}", f"{metric} of {sae}"))
