@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
 
-from ...core import InputError, counted, register, rng
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ...core import InputError, counted, register, rng
 from ...data import pack, records
 from .judge import Judge, LocalJudge, judge_from_env
 from ..base import Context, Evaluator, Measured, settle
