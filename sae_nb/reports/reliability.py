@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['kinds', 'toy_run', 'world_run', 'wrong_kinds', 'never', 'meaning', 'others', 'wrong', 'good', 'odd_texts',
-           'odd_files', 'odd_names', 'file_events', 'apart', 'warm', 'Trial', 'judged', 'faults', 'results', 'again',
-           'interrupted', 'Unharmed', 'flip', 'damages', 'json_damages', 'table_damages', 'tensor_damages',
-           'corrupted_runs', 'corrupted_cache', 'header_damages', 'loaded', 'embedded', 'permissions', 'deletions',
-           'Thing', 'said', 'parameters', 'repeated', 'evaluator_options', 'variant_options', 'texts', 'odd_pages',
+           'odd_files', 'odd_names', 'file_events', 'apart', 'warm', 'Trial', 'difference', 'said', 'judged', 'faults',
+           'results', 'again', 'interrupted', 'Later', 'Unharmed', 'flip', 'damages', 'json_damages', 'table_damages',
+           'tensor_damages', 'corrupted_runs', 'corrupted_cache', 'header_damages', 'loaded', 'embedded', 'permissions',
+           'deletions', 'Thing', 'parameters', 'repeated', 'evaluator_options', 'variant_options', 'texts', 'odd_pages',
            'links', 'kills', 'full_disks', 'run_trial', 'campaign', 'counts']
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-imports
@@ -143,6 +143,30 @@ class Trial:
     seconds: float = 30.0  # Time it has
 
 
+def difference(
+    came,  # JSON
+    wanted,  # JSON
+    where: str = "",  # Place within both
+) -> str:  # The first place where they differ; empty: they are the same
+    "What something is, and what it should have been."
+    parts = None
+    if isinstance(came, dict) and isinstance(wanted, dict):
+        parts = [(key, came.get(key), wanted.get(key)) for key in [*wanted, *(came.keys() - wanted.keys())]]
+    elif isinstance(came, list) and isinstance(wanted, list) and len(came) == len(wanted):
+        parts = [(i, a, b) for i, (a, b) in enumerate(zip(came, wanted))]
+    if parts is None:
+        return "" if came == wanted else f"{where} is {said(came)} instead of {said(wanted)}"
+    return next(filter(None, (difference(a, b, f"{where}/{key}") for key, a, b in parts)), "")
+
+
+def said(
+    value,  # Anything
+) -> str:
+    "A value, short enough for a table."
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:50]}... ({len(text):,} letters)"
+
+
 def judged(
     trial: Trial,
     ending: str,  # From `apart`
@@ -155,8 +179,12 @@ def judged(
         return ("line" if trial.lines else "raw"), came
     if ending != "done":
         return ending, came
-    right = trial.wanted(came) if callable(trial.wanted) else trial.wanted is not None and came == trial.wanted
-    return ("recovered", "") if right else ("silent", f"accepted: {json.dumps(came)}"[:300])
+    wanted = trial.wanted.find() if hasattr(trial.wanted, "find") else trial.wanted
+    if wanted is None:
+        return "silent", f"accepted: {json.dumps(came)}"[:300]
+    if callable(wanted):
+        return ("recovered", "") if wanted(came) else ("silent", f"came to {json.dumps(came)}"[:300])
+    return ("recovered", "") if came == wanted else ("silent", difference(came, wanted)[:300])
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-kinds
 kinds = {}  # class of faults -> function of `Unharmed` that yields trials
@@ -233,6 +261,13 @@ def _interrupted(given, folder):
     interrupted(given)
 
 
+@dataclass
+class Later:
+    "Something wanted that is not known yet."
+
+    find: object  # Function without arguments
+
+
 class Unharmed:
     "Folders to copy from, and what came of the runs in them."
 
@@ -240,7 +275,7 @@ class Unharmed:
         self.folder = Path(folder)
         self.results = {}
         self.operations = {}  # on files
-        self.known = {}
+        self.known = {}  # what comes of other acts
         warm()
         for name, given in dict(toy=toy_run, world=world_run).items():
             self._make(f"{name} finished", partial(self._finish, given), name)
@@ -259,17 +294,17 @@ class Unharmed:
         if name:
             self.results[name], self.operations[name] = came
 
+    def came_of(self, what, act):
+        "What comes of `act` without a fault; found out once."
+        if what not in self.known:
+            (self.folder / what).mkdir()
+            ending, self.known[what] = apart(act, self.folder / what, 120)
+            assert ending == "done", (what, self.known[what])
+        return self.known[what]
+
     def like(self, what, act):
-        "Whether something is what comes of `act` without a fault; that is found out when it is asked for."
-
-        def same(came):
-            if what not in self.known:
-                (self.folder / what).mkdir()
-                self.known[what] = apart(act, self.folder / what, 120)
-            assert self.known[what][0] == "done", (what, self.known[what])
-            return came == self.known[what][1]
-
-        return same
+        "What comes of `act` without a fault, to be found out when it is asked for."
+        return Later(partial(self.came_of, what, act))
 
     def copy(self, what, folder):
         "Copy the folder of a run, e.g. 'toy finished'."
@@ -465,21 +500,24 @@ def tensor_damages(
     return {**found, **({"two tensors swapped": _swapped} if n == 2 else {})}
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-repeat
+def _remove(path):
+    path = Path(path)
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def _following(act, path):
-    "Do what a refusal advises, if it is to delete the file."
+    "Do what a refusal advises, if it is to delete the file or the folder of the run: then it must go on."
     try:
         return act()
     except InputError as error:
-        if "delete" not in str(error) or "+" in str(error):
-            raise
         line = error
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    if "delete" not in str(line):
+        raise line
+    _remove(Path("runs/small") if "that folder" in str(line) else path)
     try:
         act()
     except InputError as error:
-        raise RuntimeError(f"advice does not help: {line} -- then: {error}") from None
+        raise RuntimeError(f"the advice does not help: {line} -- then: {error}") from None
     raise line
 
 
@@ -583,7 +621,7 @@ def loaded(
 ):  # Yields trials
     "Header and data of an SAE's file, damaged in every way."
     right = unharmed.like("an SAE", _saved)
-    right(None)
+    right.find()
     path = unharmed.folder / "an SAE" / "sae.safetensors"
     for said, damage in {**damages(path, flips=16), **header_damages(path)}.items():
         unread = said.startswith("meta.") and "scale" not in said
@@ -675,20 +713,18 @@ def permissions(
         for path in ("runs", *sorted(str(p.relative_to(place)) for p in place.rglob("runs/*/**/*")), "runs/small"):
             for said, change in wrong_kinds.items():
                 act = partial(_permitted, unharmed, what, toy_run, path, change)
-                says = tuple(part for part in Path(path).parts)
-                yield Trial(f"{what}: {path}: {said}", act, unharmed.results["toy"], says)
+                name, says = f"{what}: {path}: {said}", Path(path).parts
+                yield Trial(name, act, unharmed.results["toy"], says, seconds=8 if said == "a pipe" else 30)
     for name in ("cache", "text.txt"):
         given = world_run | (dict(text="text.txt") if name == "text.txt" else {})
         for said, change in wrong_kinds.items():
             act = partial(_permitted, unharmed, "world interrupted", given | dict(name="other"), name, change)
-            yield Trial(f"world: {name}: {said}", act, bool if said == "not writable" else None, (name,))
+            right = None if said in ("not readable", "a file") else unharmed.results["world"]
+            if name == "text.txt":
+                right = dict if said == "not writable" else None
+            yield Trial(f"world: {name}: {said}", act, right, (name,), seconds=8 if said == "a pipe" else 30)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-deleted
-def _remove(path):
-    path = Path(path)
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def _tidied(unharmed, given, name, folder):
     "Remove something at the first row of the history; if that ends the run, repeat the command."
     plan = make_plan(given)
@@ -766,12 +802,6 @@ meaning = {
     bool: (np.bool_, int, str),
     str: (np.str_, Path),
 }
-
-
-def said(value) -> str:
-    "A value, short enough for a table."
-    text = repr(value)
-    return text if len(text) < 30 else f"{text[:20]}... ({len(text):,} letters)"
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-parameters
 def _planned(given, name, folder):
@@ -1047,22 +1077,23 @@ def _hidden(name, raw, folder):
 # %% ../../nbs/reports/reliability.ipynb #reliability-page
 odd_names = (
     "<img src=x onerror=alert(1)>",
-    "<script>alert(1)<script>",
-    "a&amp;b",
     "$\\foo$",
-    "$x$",
-    "*a*",
-    "_a_",
-    "`a`",
-    "[a](javascript:alert(1))",
-    "a|b",
-    "# a",
-    "%s{x}",
-    "a b",
-    "\u00fc\U0001f642",
-    "'\"",
-    "\u202eabc",
-    "\x1b[31m",
+    "*zq*",
+    "`zq`",
+    "[zq](javascript:alert(1))",
+    "zq&amp;",
+    "_zq_",
+    "<script>zq<script>",
+    "$zq$",
+    "zq|zq",
+    "# zq",
+    "%s{zq}",
+    "zq zq",
+    "z\u00fc\U0001f642",
+    "zq'\"",
+    "\u202ezq",
+    "\x1b[31mzq",
+    "https://zq.zq",
 )
 
 
@@ -1142,7 +1173,7 @@ def odd_pages(
     acts = dict(name=_toy_page, model=partial(_world_page, "model"), text=partial(_world_page, "text"))
     for what, act in acts.items():
         right = unharmed.like(f"page {what}", partial(act, "plain"))
-        for name in odd_names:
+        for name in odd_names if what == "name" else odd_names[:7]:
             yield Trial(f"{what} {name!r}", partial(act, name), right, ("name", "model", "text", name), seconds=60)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-links
@@ -1284,7 +1315,7 @@ def _again(given, folder):
 def _one_owner(right, other, came):
     "One process made the run, or the second found it finished."
     endings, found = came
-    return (found == right or other(found)) and endings in (["done", "line"], ["done", "done"])
+    return found in (right, other.find()) and endings in (["done", "line"], ["done", "done"])
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-kill-trials
 @faults("kills")
