@@ -90,7 +90,7 @@ def as_html(
     *parts,  # Elements of fastcore.xml, and texts
 ) -> str:  # HTML, without white space between elements
     "Elements as HTML. Every text in them is escaped."
-    return "".join(to_xml(part, indent=False) for part in parts)
+    return to_xml(parts, indent=False)
 
 # %% ../nbs/08_look.ipynb #look-shaded
 def _shaded(word, strength, bold):

@@ -201,7 +201,7 @@ def show_contexts(
     parts = []
     for name, (sae, found) in scans.found.items():
         contexts = contexts_html(found, sae, scans.data.lm, scans.data.hook, pick_latents(found))
-        parts += [H4(name), Safe(contexts)]
+        parts += [H4(name), contexts]
     return _html(*parts)
 
 # %% ../nbs/11_page.ipynb #page-files

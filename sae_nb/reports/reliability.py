@@ -371,7 +371,9 @@ def json_damages(
 ) -> dict:
     "Another shape, and what happens to single keys."
     whole = json.loads(path.read_text())
-    found = {f"{text} in it": lambda path, text=text: path.write_text(text) for text in ("[]", "{}", "null", "3")}
+    found = {
+        f"{text} in it": lambda path, text=text: path.write_text(text) for text in ("[]", "{}", "null", "3")
+    }
     keys = sorted(whole) if isinstance(whole, dict) else []
     for key in random.Random(f"keys {path.name}").sample(keys, min(most, len(keys))):
         found[f"{key} missing"] = partial(_rewrite, change=partial(_without, key))
@@ -657,7 +659,9 @@ def embedded(
     for path in sorted(place.iterdir()):
         for said, damage in damages(path).items():
             must = path.name == "config.json" and said == "deleted"
-            yield Trial(f"{path.name}: {said}", partial(_embedded, path.name, damage), None if must else right)
+            yield Trial(
+                f"{path.name}: {said}", partial(_embedded, path.name, damage), None if must else right
+            )
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-ordinary
 def _ordinary():
@@ -710,7 +714,11 @@ def permissions(
     "Every file and folder of a run, and what a run is given, of another kind."
     for what in ("toy finished", "toy interrupted"):
         place = unharmed.folder / what
-        for path in ("runs", *sorted(str(p.relative_to(place)) for p in place.rglob("runs/*/**/*")), "runs/small"):
+        for path in (
+            "runs",
+            *sorted(str(p.relative_to(place)) for p in place.rglob("runs/*/**/*")),
+            "runs/small",
+        ):
             for said, change in wrong_kinds.items():
                 act = partial(_permitted, unharmed, what, toy_run, path, change)
                 name, says = f"{what}: {path}: {said}", Path(path).parts
@@ -777,7 +785,9 @@ def deletions(
     cached = {str(Path(name).parent) for name in unharmed.files("world finished", "cache")} | {"cache"}
     for when, act in dict(training=_tidied, evaluation=_tidied_later).items():
         for name in sorted(during | folders):
-            yield Trial(f"toy, {when}: {name}", partial(act, unharmed, toy_run, name), unharmed.results["toy"])
+            yield Trial(
+                f"toy, {when}: {name}", partial(act, unharmed, toy_run, name), unharmed.results["toy"]
+            )
         for name in sorted(cached):
             run = partial(act, unharmed, world_run, name)
             yield Trial(f"world, {when}: {name}", run, unharmed.results["world"])
@@ -792,7 +802,22 @@ class Thing:
 
 never = {
     int: ("x", "", None, 1.5, math.nan, math.inf, True, b"5", [5], {}, Thing(), "5 5", "\u0665", 10**400, -2),
-    float: ("x", "", None, math.nan, math.inf, -1.0, True, b"5", [5.0], {}, Thing(), "\u0665", 10**400, "nan"),
+    float: (
+        "x",
+        "",
+        None,
+        math.nan,
+        math.inf,
+        -1.0,
+        True,
+        b"5",
+        [5.0],
+        {},
+        Thing(),
+        "\u0665",
+        10**400,
+        "nan",
+    ),
     bool: ("maybe", "", None, 2, [], {}, b"1", Thing(), math.nan),
     str: (None, b"x", Thing(), [None], {1: Thing()}, math.nan, "\0", "a\nb", "\ud800", "x" * 5000),
 }
@@ -853,16 +878,49 @@ def _meaningless():
         yield {"name": name}
     for hook in ("blocks.2", "blocks.\u0662.hook_resid_post", "blocks.-1.hook_resid_post", "x", " "):
         yield {"model": "world", "hook": hook}
-    for text in ("/", "/proc", "/dev/zero", "/dev/null", "/etc/shadow", "nowhere.txt", "hf:", "hf:a/b/c/d", "x:y"):
+    for text in (
+        "/",
+        "/proc",
+        "/dev/zero",
+        "/dev/null",
+        "/etc/shadow",
+        "nowhere.txt",
+        "hf:",
+        "hf:a/b/c/d",
+        "x:y",
+    ):
         yield {"model": "world", "text": text}
     for name, value in (("hook", "blocks.2.hook_resid_post"), ("text", "x.txt"), ("text_column", "text")):
         yield {name: value}  # a toy has neither
     for name in ("variant", "seed", "trainers", "evals", "eval_nulls", "preset", "device", "dtype", "model"):
         for value in (",,", "nonsense", "a,,b", "../..", "topk/topk/topk", "-1", "1e3", "01x"):
             yield {name: value}
-    for options in ("k", "k=", "=3", "k=3 k=4", "{", '{"k": {}}', "k=nan", "base=5", "tau=NaN", "[]", "3", "k=-1"):
+    for options in (
+        "k",
+        "k=",
+        "=3",
+        "k=3 k=4",
+        "{",
+        '{"k": {}}',
+        "k=nan",
+        "base=5",
+        "tau=NaN",
+        "[]",
+        "3",
+        "k=-1",
+    ):
         yield {"options": options}
-    for options in ("core", "core.x=1", "x.y=1", "core=3", "core.seed=x", "seed=1", "{", "core.seed=NaN", '{"core": 3}'):
+    for options in (
+        "core",
+        "core.x=1",
+        "x.y=1",
+        "core=3",
+        "core.seed=x",
+        "seed=1",
+        "{",
+        "core.seed=NaN",
+        '{"core": 3}',
+    ):
         yield {"eval_options": options}
     for value in ("nowhere.csv", "/", "a/b"):
         yield {"probe_data": value, "evals": "core"}
@@ -870,9 +928,13 @@ def _meaningless():
         yield {"model": "world", "data_dir": value, "evals": "sparse_probing"}
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-mistyped
-others = dict(variant="batchtopk", d_sae=48, k=5, l1=0.5, options="k=3", preset="x", tokens=60 * 128, batch=64)
+others = dict(
+    variant="batchtopk", d_sae=48, k=5, l1=0.5, options="k=3", preset="x", tokens=60 * 128, batch=64
+)
 others |= dict(lr=1e-3, warmup_steps=3, ctx=16, buffer=64, seed="1", trainers="", evals="", eval_rows=16)
-others |= dict(eval_options="core.seed=1", eval_nulls="", dtype="bfloat16", checkpoint=7, cache="cache", cache_gb=1.0)
+others |= dict(
+    eval_options="core.seed=1", eval_nulls="", dtype="bfloat16", checkpoint=7, cache="cache", cache_gb=1.0
+)
 others |= dict(device="cpu")
 
 
@@ -976,8 +1038,27 @@ def variant_options(
                 yield Trial(f"{variant} {option} = {said(value)}", act, good, (option,))
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-texts
-good = ["the king went to the market and bought an apple. " * 40, "a small dog ran over the hill at night. " * 40]
-odd_texts = (None, 5, 1.5, True, [], ["a"], {}, {"a": 1}, "", "   ", "\ud800", "\0", "\u200b", "\ufeff", "<|endoftext|>")
+good = [
+    "the king went to the market and bought an apple. " * 40,
+    "a small dog ran over the hill at night. " * 40,
+]
+odd_texts = (
+    None,
+    5,
+    1.5,
+    True,
+    [],
+    ["a"],
+    {},
+    {"a": 1},
+    "",
+    "   ",
+    "\ud800",
+    "\0",
+    "\u200b",
+    "\ufeff",
+    "<|endoftext|>",
+)
 
 
 def _rows_of(path, column=""):
@@ -1140,10 +1221,17 @@ def _page(given, name):
     trainees = train_runs(plan, data, quiet=True)
     found = evaluate_runs(plan, data, quiet=True)
     scans = page.scan_runs(plan, data)
-    things = [page.show_plan(plan, data), page.show_table(plan), page.show_scoreboard(found), page.show_contexts(scans)]
+    things = [
+        page.show_plan(plan, data),
+        page.show_table(plan),
+        page.show_scoreboard(found),
+        page.show_contexts(scans),
+    ]
     parts = [_skeleton(_shown(thing)) for thing in things if thing is not None]
     figures = [plot_history({t.name: t.history for t in trainees})]
-    figures += [e.plot({run: envs[n] for run, envs in found.envelopes.items()}) for n, e in plan.evaluators.items()]
+    figures += [
+        e.plot({run: envs[n] for run, envs in found.envelopes.items()}) for n, e in plan.evaluators.items()
+    ]
     if scans.found:
         figures.append(page.plot_scan({run: scan for run, (_, scan) in scans.found.items()}))
     parts.append([_figure(fig, name) for fig in figures])
@@ -1174,7 +1262,9 @@ def odd_pages(
     for what, act in acts.items():
         right = unharmed.like(f"page {what}", partial(act, "plain"))
         for name in odd_names if what == "name" else odd_names[:7]:
-            yield Trial(f"{what} {name!r}", partial(act, name), right, ("name", "model", "text", name), seconds=60)
+            yield Trial(
+                f"{what} {name!r}", partial(act, name), right, ("name", "model", "text", name), seconds=60
+            )
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-links
 def _planted(given, folder):
@@ -1183,7 +1273,14 @@ def _planted(given, folder):
     target.write_text("mine")
     target.chmod(0o600)
     pids = (os.getpid(), 0, 1)
-    for name in ("config.json", "status.json", "history.csv", "sae.safetensors", "metrics.json", "evals/core.json"):
+    for name in (
+        "config.json",
+        "status.json",
+        "history.csv",
+        "sae.safetensors",
+        "metrics.json",
+        "evals/core.json",
+    ):
         path = Path("runs") / given["name"] / name
         path.parent.mkdir(parents=True, exist_ok=True)
         for guess in [f".{path.name}.{pid}.tmp" for pid in pids] + [f"{path.name}.tmp", f".{path.name}.tmp"]:
@@ -1241,7 +1338,9 @@ def links(
     "Planted links, files that are links, umasks, and identical bytes."
     for model, given in dict(toy=toy_run, world=world_run).items():
         right = unharmed.results[model]
-        yield Trial(f"{model}: planted links", partial(_planted, given), [right, "mine", "0o600"], lines=False)
+        yield Trial(
+            f"{model}: planted links", partial(_planted, given), [right, "mine", "0o600"], lines=False
+        )
         yield Trial(f"{model}: runs is a link", partial(_linked_folder, given), right, lines=False)
         for umask in (0o077, 0o027, 0o022):
             yield Trial(f"{model}: umask {umask:03o}", partial(_private, umask, given), [], lines=False)
@@ -1397,7 +1496,9 @@ def full_disks(
             wanted = [unharmed.results[model], []]
             act = partial(_full, given, size)
             yield Trial(f"{model}: no file beyond {size:,} bytes", act, wanted, lines=False)
-    yield Trial("a full cache", partial(_full_cache, world_run, 0), [unharmed.results["world"], []], lines=False)
+    yield Trial(
+        "a full cache", partial(_full_cache, world_run, 0), [unharmed.results["world"], []], lines=False
+    )
     for gb in (0.0, 1e-6, 1e-4, 1e-3):
         yield Trial(f"cache_gb = {gb}", partial(_small_cache, world_run, gb), 0, ("cache_gb",))
 
