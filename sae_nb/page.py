@@ -10,7 +10,7 @@ __all__ = ['show_plan', 'show_row', 'train_live', 'glance', 'show_table', 'show_
 from dataclasses import dataclass
 
 import torch
-from fastcore.xml import H3, H4, Code, Li, Safe, P, Ul
+from fastcore.xml import H3, H4, Code, Li, P, Safe, Ul
 
 from .core import *
 from .evals.suite import reasons, scoreboard

@@ -1204,8 +1204,8 @@ def _figure(fig, name):
 # %% ../../nbs/reports/reliability.ipynb #reliability-page-parts
 def _shown(thing):
     "A displayed object as HTML."
-    from nbconvert.filters.markdown import markdown2html
     from IPython.display import HTML, Markdown
+    from nbconvert.filters.markdown import markdown2html
 
     if isinstance(thing, Markdown):
         return markdown2html(thing.data)
