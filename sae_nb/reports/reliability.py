@@ -8,7 +8,7 @@ __all__ = ['kinds', 'toy_run', 'world_run', 'wrong_kinds', 'never', 'meaning', '
            'results', 'again', 'interrupted', 'Later', 'Unharmed', 'flip', 'damages', 'json_damages', 'table_damages',
            'tensor_damages', 'corrupted_runs', 'corrupted_cache', 'header_damages', 'loaded', 'embedded', 'permissions',
            'deletions', 'Thing', 'parameters', 'repeated', 'evaluator_options', 'variant_options', 'texts', 'odd_pages',
-           'links', 'kills', 'full_disks', 'run_trial', 'campaign', 'counts']
+           'code', 'links', 'kills', 'full_disks', 'run_trial', 'campaign', 'counts']
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-imports
 import csv
@@ -137,7 +137,7 @@ class Trial:
 
     name: str  # The fault, fit for a table
     act: object  # Function of an empty folder: sets the fault and acts; returns what came of it, as JSON
-    wanted: object = None  # What should come of it, or a function that says whether it did; None: a refusal
+    wanted: object = None  # What should come of it, or a function that says what is wrong; None: a refusal
     says: tuple = ()  # One of these words stands in the refusal; empty: any refusal will do
     lines: bool = True  # Whether a refusal is right at all
     seconds: float = 30.0  # Time it has
@@ -183,7 +183,12 @@ def judged(
     if wanted is None:
         return "silent", f"accepted: {json.dumps(came)}"[:300]
     if callable(wanted):
-        return ("recovered", "") if wanted(came) else ("silent", f"came to {json.dumps(came)}"[:300])
+        wrong = wanted(came)
+        return (
+            ("recovered", "")
+            if wrong in (True, "")
+            else ("silent", (wrong or f"came to {json.dumps(came)}")[:300])
+        )
     return ("recovered", "") if came == wanted else ("silent", difference(came, wanted)[:300])
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-kinds
@@ -221,9 +226,10 @@ def results(
     if (folder / "sae.safetensors").is_file():
         weights = load_file(folder / "sae.safetensors")
         came["weights"] = {name: _sha(t.numpy().tobytes()) for name, t in sorted(weights.items())}
-    for name in ("history.csv", "metrics.json"):
-        if (folder / name).is_file():
-            came[name] = (folder / name).read_text()
+    if (folder / "history.csv").is_file():
+        came["history.csv"] = (folder / "history.csv").read_text(errors="replace")
+    if (folder / "metrics.json").is_file():
+        came["metrics.json"] = json.loads((folder / "metrics.json").read_text())
     for path in sorted(folder.glob("evals/*.json")):
         came[path.name] = json.loads(path.read_text())["eval_result_metrics"]
     return came
@@ -313,7 +319,8 @@ class Unharmed:
     def files(self, what, under="runs"):
         "Names of its files."
         place = self.folder / what
-        return sorted(str(p.relative_to(place)) for p in place.glob(f"{under}/**/*") if p.is_file())
+        files = [p.relative_to(place) for p in place.glob(f"{under}/**/*") if p.is_file()]
+        return sorted(str(p) for p in files if ".locks" not in p.parts)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-damage
 def flip(
@@ -527,7 +534,17 @@ def _repeated(unharmed, what, given, name, damage, folder):
     "Damage one file of a run and repeat its command."
     unharmed.copy(what, folder)
     damage(folder / name)
-    return _following(partial(again, given), folder / name)
+    came = _following(partial(again, given), folder / name)
+    told = Path(name).name in sys.stdout.getvalue() or "weights are not here" in sys.stdout.getvalue()
+    return [came, told]
+
+
+def _same_or_told(right, name, came):
+    "Nothing is another, except for the damaged file if that was said."
+    found, told = came
+    own = {"sae.safetensors": "weights"}.get(Path(name).name, Path(name).name)
+    more = {own: None} if told else {}
+    return difference({**found, **more}, {**right, **more})
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-corruption
 @faults("corrupted files of runs")
@@ -543,7 +560,8 @@ def corrupted_runs(
                 continue  # as on a toy
             for said, damage in damages(unharmed.folder / what / name).items():
                 act = partial(_repeated, unharmed, what, given, name, damage)
-                yield Trial(f"{what}: {name}: {said}", act, unharmed.results[model], (Path(name).name,))
+                good = partial(_same_or_told, unharmed.results[model], name)
+                yield Trial(f"{what}: {name}: {said}", act, good, (Path(name).name,))
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-cache
 def _cached(unharmed, name, damage, folder):
@@ -727,9 +745,9 @@ def permissions(
         given = world_run | (dict(text="text.txt") if name == "text.txt" else {})
         for said, change in wrong_kinds.items():
             act = partial(_permitted, unharmed, "world interrupted", given | dict(name="other"), name, change)
-            right = None if said in ("not readable", "a file") else unharmed.results["world"]
+            right = unharmed.results["world"]
             if name == "text.txt":
-                right = dict if said == "not writable" else None
+                right = bool if said == "not writable" else None
             yield Trial(f"world: {name}: {said}", act, right, (name,), seconds=8 if said == "a pipe" else 30)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-deleted
@@ -836,6 +854,16 @@ def _planned(given, name, folder):
     return getattr(plan.params, name)
 
 
+def _told_early(given, folder):
+    "Run; a refusal comes before anything is trained."
+    try:
+        return again(given)
+    except InputError as error:
+        if list(folder.glob("runs/*/*.csv")):
+            raise RuntimeError(f"told only after training: {error}") from None
+        raise
+
+
 def _types_of(parameter):
     "(value, what it must arrive as or None) for a parameter."
     usual = toy_run.get(parameter.name, parameter.default)
@@ -859,7 +887,7 @@ def parameters(
     for given in _meaningless():
         base = world_run if given.get("model") == "world" else toy_run
         words = tuple(name for name in given if name != "model")
-        act = partial(_again, base | given)
+        act = partial(_told_early, base | given)
         yield Trial(", ".join(f"{name} = {said(value)}" for name, value in given.items()), act, None, words)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-meaningless
@@ -1265,6 +1293,94 @@ def odd_pages(
             yield Trial(
                 f"{what} {name!r}", partial(act, name), right, ("name", "model", "text", name), seconds=60
             )
+
+# %% ../../nbs/reports/reliability.ipynb #reliability-code
+_mark = "import pathlib; pathlib.Path('ran').touch()\n"
+
+
+class _Payload:
+    "Something whose unpickling runs code."
+
+    def __reduce__(self):
+        return exec, (_mark,)
+
+
+def _yes():
+    "Say yes to whatever is asked at the keyboard."
+    read, write = os.pipe()
+    os.write(write, b"y\n" * 20)
+    os.dup2(read, 0)
+    sys.stdin = os.fdopen(0)
+
+
+def _model_with(change, folder):
+    "Load a model whose folder brings code along."
+    from sae_nb.lm import load_lm
+
+    place = folder / "model"
+    shutil.copytree(Path(sae_nb.__file__).parent / "world" / "lm", place)
+    (place / "code.py").write_text(_mark)
+    change(place)
+    return _unless_ran(partial(load_lm, str(place)))
+
+
+def _unless_ran(act):
+    _yes()
+    try:
+        act()
+    except InputError:
+        pass
+    return Path("ran").exists()
+
+# %% ../../nbs/reports/reliability.ipynb #reliability-code-kinds
+def _auto_map(name, place):
+    change = {
+        "auto_map": {
+            "AutoConfig": "code.A",
+            "AutoModelForCausalLM": "code.A",
+            "AutoTokenizer": ["code.A", None],
+        }
+    }
+    _rewrite(place / name, lambda whole: {**whole, **change, "model_type": "another"})
+
+
+def _generation(place):
+    (place / "custom_generate").mkdir()
+    (place / "custom_generate" / "generate.py").write_text(_mark)
+
+
+def _pickled(place):
+    (place / "model.safetensors").unlink()
+    torch.save(_Payload(), place / "pytorch_model.bin")
+
+
+def _sae_pickled(ending, folder):
+    torch.save(_Payload(), folder / f"sae{ending}")
+    return _unless_ran(partial(load, folder / f"sae{ending}"))
+
+
+def _script(text, folder):
+    (folder / "data").mkdir()
+    (folder / "data" / "data.py").write_text(_mark)
+    (folder / "data" / "conftest.py").write_text(_mark)
+    return _unless_ran(partial(again, world_run | dict(text=text)))
+
+# %% ../../nbs/reports/reliability.ipynb #reliability-code-trials
+@faults("code from elsewhere")
+def code(
+    unharmed: Unharmed,
+):  # Yields trials
+    "Folders and files that bring code along."
+    changes = {
+        f"auto_map in {name}": partial(_auto_map, name) for name in ("config.json", "tokenizer_config.json")
+    }
+    changes |= {"custom_generate": _generation, "pickled weights": _pickled}
+    for said, change in changes.items():
+        yield Trial(f"model: {said}", partial(_model_with, change), False, lines=False)
+    for ending in (".safetensors", ".pt", ".bin", ".npz"):
+        yield Trial(f"a pickle as sae{ending}", partial(_sae_pickled, ending), False, lines=False)
+    for text in ("data", "data/data.py", "hf:data", "hf:./data/data.py"):
+        yield Trial(f"text = {text}, a data set script", partial(_script, text), False, lines=False)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-links
 def _planted(given, folder):
