@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['found', 'dtypes', 'InputError', 'Damaged', 'one_of', 'ints', 'register', 'names', 'find', 'root', 'remove_leftovers',
-           'write_text', 'write_json', 'read_json', 'checksum', 'write_tensors', 'read_meta', 'read_tensors',
-           'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch', 'counted']
+           'figure_text', 'write_text', 'write_json', 'read_json', 'checksum', 'write_tensors', 'read_meta',
+           'read_tensors', 'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch', 'counted']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import hashlib
@@ -178,6 +178,14 @@ def remove_leftovers(
     for path in left:
         path.unlink(missing_ok=True)
     return len(left)
+
+# %% ../nbs/00_core.ipynb #core-figure-text
+def figure_text(
+    text: str,  # A name, or anything else that is not ours
+) -> str:  # The same to the eye
+    "Text for matplotlib: a dollar sign begins no formula, and a leading underscore hides nothing."
+    text = str(text).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
 
 # %% ../nbs/00_core.ipynb #core-write
 def write_text(

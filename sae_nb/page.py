@@ -8,9 +8,9 @@ __all__ = ['show_plan', 'show_row', 'train_live', 'glance', 'show_table', 'show_
 
 # %% ../nbs/11_page.ipynb #page-imports
 from dataclasses import dataclass
-from html import escape
 
 import torch
+from fastcore.xml import H3, H4, Code, Li, P, Safe, Ul
 
 from .core import *
 from .evals.suite import reasons, scoreboard
@@ -21,10 +21,18 @@ from .sae import load
 from .train import LivePlot
 
 # %% ../nbs/11_page.ipynb #page-plan
+def _html(*parts):
+    "Elements as something to display."
+    from IPython.display import HTML
+
+    return HTML(as_html(*parts))
+
+
 def _runs_in_words(plan):
-    "Names of the runs; those finished earlier are marked."
+    "Names of the runs and what stands between them; those finished earlier are marked."
     marks = {True: " (finished earlier)", False: ""}
-    return ", ".join(f"`{run.name}`{marks[run.finished]}" for run in plan.runs)
+    named = [(Code(run.name), marks[run.finished], ", ") for run in plan.runs]
+    return [part for parts in named for part in parts][:-1]
 
 
 def _training_in_words(cfg):
@@ -38,16 +46,14 @@ def _training_in_words(cfg):
 def show_plan(
     plan: Plan,  # From `make_plan`
     data: Data,  # From `open_data`
-):  # Markdown
+):  # HTML
     "What will be trained on what."
-    from IPython.display import Markdown
-
-    model = public(plan.params)["model"]
-    return Markdown(
-        f"Training {_runs_in_words(plan)} on `{model}` at `{data.hook}` (d_in {data.stream.d_in}): "
+    where = Code(public(plan.params)["model"]), " at ", Code(data.hook), f" (d_in {data.stream.d_in}): "
+    how = (
         f"{plan.params.d_sae:,} latents, {_training_in_words(plan.training)}. Data: {data.about}. "
         f"A latent silent for {plan.training.dead_after_tokens:,} tokens counts as dead."
     )
+    return _html(P("Training ", *_runs_in_words(plan), " on ", *where, how))
 
 # %% ../nbs/11_page.ipynb #page-show-row
 def show_row(
@@ -121,11 +127,9 @@ def show_scoreboard(
     results: Results,  # From `evaluate_runs`
 ):  # HTML
     "Headline numbers of every evaluator beside their nulls."
-    from IPython.display import HTML
-
-    html = scoreboard(results.envelopes).to_html(border=0)
-    missing = "".join(f"<li>{escape(reason)}</li>" for reason in reasons(results.envelopes))
-    return HTML(html + (f"<p>– not measurable:</p><ul>{missing}</ul>" if missing else ""))
+    table = Safe(scoreboard(results.envelopes).to_html(border=0))  # pandas escapes
+    missing = [Li(reason) for reason in reasons(results.envelopes)]
+    return _html(table, *([P("– not measurable:"), Ul(*missing)] if missing else []))
 
 # %% ../nbs/11_page.ipynb #page-figures
 def show_figures(
@@ -133,12 +137,12 @@ def show_figures(
 ):
     "Display one figure per evaluator."
     import matplotlib.pyplot as plt
-    from IPython.display import Markdown, display
+    from IPython.display import display
 
     for name, evaluator in results.plan.evaluators.items():
         envelopes = {run: found[name] for run, found in results.envelopes.items() if name in found}
         if envelopes and hasattr(evaluator, "plot"):
-            display(Markdown(f"### {name}"))
+            display(_html(H3(name)))
             figure = evaluator.plot(envelopes)
             display(figure)
             plt.close(figure)
@@ -192,15 +196,13 @@ def show_contexts(
     scans: Scans,  # From `scan_runs`
 ):  # HTML; None on a toy
     "Strongest contexts of active and of random latents."
-    from IPython.display import HTML
-
     if not scans.found:
         return None
     parts = []
     for name, (sae, found) in scans.found.items():
         contexts = contexts_html(found, sae, scans.data.lm, scans.data.hook, pick_latents(found))
-        parts.append(f"<h4>{name}</h4>{contexts}")
-    return HTML("".join(parts))
+        parts += [H4(name), contexts]
+    return _html(*parts)
 
 # %% ../nbs/11_page.ipynb #page-files
 def _show_folder(run):

@@ -560,7 +560,7 @@ def _reasons(envs, headline):
     fig, ax = plt.subplots(figsize=(8, 0.4 + 0.5 * len(why)))
     ax.axis("off")
     lines = [f"{', '.join(names)}: {reason}" for reason, names in why.items()]
-    ax.text(0, 0.5, "\n".join(lines), fontsize=8, va="center", wrap=True)
+    ax.text(0, 0.5, figure_text("\n".join(lines)), fontsize=8, va="center", wrap=True)
     return fig
 
 # %% ../../nbs/evals/base.ipynb #base-plot
@@ -572,6 +572,7 @@ def plot(
     "The evaluation at a glance, for any number of SAEs."
     shown = {}
     for name, env in envs.items():
+        name = figure_text(name)
         numbers = metric_values(env)
         if any(numbers.get(m) is not None for m in self.headline):
             shown[name] = env
