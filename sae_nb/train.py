@@ -540,7 +540,12 @@ def plot_history(
         _, axes = plt.subplots(1, 4, figsize=(13, 2.6), layout="constrained")
     for ax, (column, title) in zip(axes, curves.items()):
         for name, history in histories.items():
-            ax.plot([row["tokens"] for row in history], [row[column] for row in history], label=figure_text(name), lw=1.2)
+            ax.plot(
+                [row["tokens"] for row in history],
+                [row[column] for row in history],
+                label=figure_text(name),
+                lw=1.2,
+            )
         _dress(ax, title)
     for ax in (axes[0], axes[2]):
         ax.set_yscale("log")
