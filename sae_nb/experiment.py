@@ -9,6 +9,7 @@ __all__ = ['parse_options', 'variant_args', 'listed', 'presets_of', 'Choice', 'c
 
 # %% ../nbs/10_experiment.ipynb #experiment-imports
 import json
+import math
 import os
 import re
 from contextlib import nullcontext, redirect_stderr
@@ -24,7 +25,7 @@ from .core import *
 from .data import open_text, read_labelled
 from .evals.base import Context, Nulls, flat
 from .evals.store import Store
-from .evals.suite import chosen, evaluate, evaluators
+from .evals.suite import chosen, evaluate, evaluators, read_result
 from .runs import *
 from .sae import *
 from .train import *
@@ -416,7 +417,11 @@ def open_data(
 ) -> Data:
     "Load the model, open the text, start the runs."
     with guarding(plan.runs):
+        for evaluator in plan.evaluators.values():
+            print(evaluator.greet(), end="")
         data = _toy_data(plan) if plan.params.model == "toy" else _lm_data(plan)
+        for evaluator in plan.evaluators.values():
+            evaluator.ready(data.lm)
         found = dict(hook=data.hook, d_in=data.stream.d_in, data=data.about)
         for run in plan.runs:
             run.config.update(found, content=data.content, scale=data.stream.scale)
@@ -473,7 +478,8 @@ def _keep(run, trainee, plan, data):
     hashed = weight_hash(folded)
     run.mark("running", weights=hashed)
     about = dict(model=public(plan.params)["model"], hook=data.hook, scale=scale, weight_hash=hashed)
-    about["train"] = {name: trainee.history[-1][name] for name in _last_columns}
+    last = trainee.history[-1]
+    about["train"] = {name: last[name] for name in _last_columns if math.isfinite(last[name])}
     save(folded, run.folder, config=run.config, **about)
 
 # %% ../nbs/10_experiment.ipynb #experiment-train-runs
@@ -541,8 +547,15 @@ def evaluation_context(
 
 # %% ../nbs/10_experiment.ipynb #experiment-todo
 def _metrics_of(run):
-    "The metrics of a finished run, else none."
-    return read_json(run.folder / "metrics.json") if run.finished else {}
+    "What was reported of a run: its metrics or, if these are lost, those of the results that lie there."
+    if run.finished:
+        return read_metrics(run.folder)
+    return {
+        f"{path.stem}/{name}": value
+        for path in sorted((run.folder / "evals").glob("*.json"))
+        if (envelope := read_result(path))
+        for name, value in flat(envelope).items()
+    }
 
 
 def _say_missing(run, evaluators):
@@ -574,7 +587,7 @@ def _trained(run, sae):
     if "train" in sae.meta:
         return sae.meta["train"]
     last = read_history(run.folder / "history.csv")[-1]
-    return {name: last[name] for name in _last_columns}
+    return {name: last[name] for name in _last_columns if math.isfinite(last[name])}
 
 # %% ../nbs/10_experiment.ipynb #experiment-measure
 def _load_saes(plan, data, todo):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['notes', 'Params', 'renamed', 'read_comment', 'noted', 'params_from', 'fast', 'is_there', 'public', 'differences',
-           'run_name', 'Run', 'read_if_whole', 'read_config', 'run_status', 'guarding', 'provenance', 'gather',
-           'same_weights', 'launch']
+           'run_name', 'Run', 'read_if_whole', 'read_metrics', 'read_config', 'run_status', 'guarding', 'provenance',
+           'gather', 'same_weights', 'launch']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import hashlib
@@ -261,6 +261,7 @@ class Run:
         self.folder = Path(folder)
         self.name = self.folder.name
         self.config = config
+        self.begun = False  # whether this process has started it
         self._look()
 
     @property
@@ -269,7 +270,7 @@ class Run:
 
     def _look(self):
         "Is the run finished, and with these parameters?"
-        self.finished = read_if_whole(self.folder / "metrics.json") is not None
+        self.finished = read_metrics(self.folder) is not None
         if self.finished:
             self._compare()
 
@@ -282,6 +283,22 @@ def read_if_whole(
         return read_json(path) if is_there(path) else None
     except Damaged:
         return None
+
+
+def _seal(metrics):
+    "A digest of metrics, which stands in status.json."
+    return hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_metrics(
+    folder,  # A run folder
+) -> dict:  # None if the run is not finished, or the file does not hold what was written
+    "The metrics of a run, if they are whole."
+    metrics = read_if_whole(Path(folder) / "metrics.json")
+    status = read_if_whole(Path(folder) / "status.json") or {}
+    if metrics is None or status.get("metrics", _seal(metrics)) != _seal(metrics):
+        return None
+    return metrics
 
 # %% ../nbs/09_runs.ipynb #runs-read-config
 _mend_config = "restore it from a copy, or move the folder away and run again"
@@ -376,7 +393,7 @@ def run_status(
     "How a run ended, or that it has not."
     folder = Path(folder)
     said = read_if_whole(folder / "status.json") or {}
-    whole = read_if_whole(folder / "metrics.json") is not None
+    whole = read_metrics(folder) is not None
     if said.get("status", "finished") == "finished":
         return ("finished" if whole else "running"), ""
     return str(said["status"]), str(said.get("reason", ""))
@@ -463,6 +480,7 @@ def start(
         self.finished = False
     write_json(self.folder / "config.json", self.config)
     self.mark("running")
+    self.begun = True
 
 
 @patch
@@ -472,12 +490,25 @@ def _check_beginning(self: Run, resume):
     if not there or (not resume and not self.trained):
         return
     different = self._not_the_same()
-    if not different:
+    if not different or self._only_shorter():
         return
     way_out = "repeat that command, or choose another name (-p name ...)"
     if not self.trained:
         way_out += "; -p resume False deletes it and begins anew"
     raise InputError(f"runs/{self.name} holds {there} of other parameters ({different}); {way_out}")
+
+
+@patch
+def _only_shorter(self: Run):
+    "Did training fail, for want of text, and is it to go on to fewer tokens?"
+    config = read_config(self.folder)
+    old, new = _of_weights(config).pop("tokens"), _of_weights(self.config)["tokens"]
+    same = len(self.differs()) == 1 and config.get("content") == self.config.get("content")
+    if self.trained or not same or not new < old or run_status(self.folder)[0] != "failed":
+        return False
+    print(f"runs/{self.name}: goes on as a run of {new:,} tokens; it was begun as one of {old:,}")
+    self.config["begun_as"] = dict(tokens=old)
+    return True
 
 # %% ../nbs/09_runs.ipynb #runs-finish
 @patch
@@ -487,14 +518,15 @@ def finish(
 ):
     "Write metrics.json, last of all."
     shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-    self.mark("finished")
+    metrics = json.loads(json.dumps(metrics))  # as they will be read
+    self.mark("finished", metrics=_seal(metrics))
     write_json(self.folder / "metrics.json", metrics)
     self.finished = True
 
 # %% ../nbs/09_runs.ipynb #runs-guarding
 def _note_failure(run, error):
     "Write into an unfinished run of ours why it stopped."
-    if run.finished or getattr(run, "_lock", None) is None or not (run.folder / "config.json").exists():
+    if run.finished or not run.begun or not (run.folder / "config.json").exists():
         return
     try:
         if isinstance(error, Exception):
@@ -547,7 +579,9 @@ def provenance() -> dict:  # commit, python, versions
 # %% ../nbs/09_runs.ipynb #runs-row
 def _row(folder):
     "One finished run as a row of the table."
-    config = read_config(folder)
+    config, metrics = read_config(folder), read_metrics(folder)
+    if metrics is None:
+        raise Damaged("metrics.json does not hold what was written; run the same command again")
     own = {name: config.get(name) for name in ("variant", "preset", "seed", "hook", "commit")}
     return {
         **config["params"],
@@ -555,7 +589,7 @@ def _row(folder):
         "model_content": (config.get("content") or {}).get("model"),
         "name": folder.name,
         "weights": (read_if_whole(folder / "status.json") or {}).get("weights"),
-        **read_json(folder / "metrics.json"),
+        **metrics,
     }
 
 # %% ../nbs/09_runs.ipynb #runs-gather

@@ -338,7 +338,7 @@ def log(self: Trainee, o: Out, i: int) -> dict:
         tokens=(i + 1) * self.cfg.batch,
         loss=o.loss.item(),
         l0=o.l0.item(),
-        explained_variance=1 - (error / variance).item(),
+        explained_variance=1 - (error / variance).item() if variance > 0 else math.nan,
         frac_dead=self.dead.float().mean().item(),
         lr=self.opt.param_groups[0]["lr"],
     )
@@ -442,7 +442,7 @@ def alive(
 def _one_step(trainees, stream, i, bar, on_log):
     "One batch for every SAE, with history and checkpoint where due."
     cfg = trainees[0].cfg
-    batch = next(stream)
+    batch = _next_batch(stream, i, cfg)
     passes = [(t, _guarded(t, t.step, batch, i)) for t in alive(trainees)]
     left = alive(trainees)
     if left[0].row_due:
@@ -462,6 +462,16 @@ def _in_words(row):
         f"loss {row['loss']:.3g}, L0 {row['l0']:.1f}, "
         f"EV {row['explained_variance']:.3f}, dead {row['frac_dead']:.1%}"
     )
+
+
+def _next_batch(stream, i, cfg):
+    "The next batch; trouble with the data says at which step it was met."
+    try:
+        return next(stream)
+    except InputError as error:
+        last = i // cfg.checkpoint_every * cfg.checkpoint_every if cfg.checkpoint_every else 0
+        kept = f"the checkpoint after step {last:,} is kept" if last else "there is no checkpoint yet"
+        raise InputError(f"step {i + 1:,} of {cfg.steps:,}: {error} ({kept})") from None
 
 # %% ../nbs/04_train.ipynb #train-sae
 def train_sae(
