@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['found', 'dtypes', 'InputError', 'Damaged', 'one_of', 'ints', 'register', 'names', 'find', 'root', 'remove_leftovers',
-           'figure_text', 'write_text', 'write_json', 'read_json', 'checksum', 'write_tensors', 'read_meta',
+           'figure_text', 'write_text', 'write_json', 'is_there', 'read_json', 'checksum', 'write_tensors', 'read_meta',
            'read_tensors', 'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch', 'counted']
 
 # %% ../nbs/00_core.ipynb #core-imports
@@ -16,6 +16,7 @@ import pkgutil
 import random
 import re
 import secrets
+import stat
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -214,9 +215,21 @@ def write_json(
     return write_text(path, text + "\n")
 
 # %% ../nbs/00_core.ipynb #core-read
+def is_there(
+    path,  # Anything
+) -> bool:  # False for what cannot be a path, or may not be looked at
+    "Does a file or folder of this name exist?"
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def _opened(path, read):
     "`read(path)`; trouble with the file, its folder or its permissions in one line."
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not Path(path).is_dir():  # a pipe would wait for ever
+            raise InputError(f"{path} cannot be read: it is no ordinary file")
         return read(Path(path))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None

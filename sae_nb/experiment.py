@@ -467,7 +467,7 @@ _last_columns = ("step", "tokens", "loss", "l0", "explained_variance", "frac_dea
 
 def _keep(run, trainee, plan, data):
     "Write what training made, or why it failed."
-    if not (run.folder / "config.json").exists():
+    if not is_there(run.folder / "config.json"):
         write_json(run.folder / "config.json", run.config)
         write_history(run.folder / "history.csv", trainee.history, afresh=True)
     if trainee.failed:

@@ -115,7 +115,7 @@ def read_result(
     path,  # evals/<name>.json of a run
 ) -> dict:  # The envelope; None if it is not there, or not what was written
     "A result that was kept."
-    if path is None or not Path(path).exists():
+    if path is None or not is_there(path):
         return None
     try:
         env = read_json(path, mend="it is made again")
