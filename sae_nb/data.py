@@ -1079,8 +1079,8 @@ def text_source(
     column: str = "",  # Column of the text; empty: the first of `text_columns` that is there
 ) -> RowSource:  # Rows in memory
     "Text on disk."
-    name = local_path(path).resolve().name or str(path)
-    return row_source(read_documents(path, column), lm, ctx, seed, name)
+    texts = read_documents(path, column)
+    return row_source(texts, lm, ctx, seed, local_path(path).resolve().name or str(path))
 
 # %% ../nbs/05_data.ipynb #data-hf-source
 class HFSource(TokenSource):
