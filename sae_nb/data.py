@@ -646,6 +646,18 @@ def stream(self: Records):  # A `datasets.IterableDataset`
     parts = parts or [(str(file), None)]
     return IterableDataset(iterable_dataset.ExamplesIterable(_part_records, dict(parts=parts)))
 
+# %% ../nbs/05_data.ipynb #data-records-texts
+@patch
+def texts(
+    self: Records,
+    column: str = "",  # Column of the text; empty: the first of `text_columns` that is there
+):  # Yields texts, none empty
+    "The texts of the records."
+    for number, record in enumerate(self, 1):
+        where = f"record {number} of {self.name!r}"
+        if text := as_text(record[column_of(record, where, column)], where):
+            yield text
+
 # %% ../nbs/05_data.ipynb #data-records
 def records(
     name: str,  # "owner/name" on the hub, a file of a known kind, or a folder of such files
