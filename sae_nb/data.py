@@ -582,6 +582,20 @@ def _split_files(folder, split):
     files = [Path(f) for f in splits[one_of(f"split of {folder.name}:", split, splits)]]
     return files if all(f.suffix.lower() in registered("files") for f in files) else []
 
+# %% ../nbs/05_data.ipynb #data-streamed
+def _streamed(name, config, split):
+    "A data set as `datasets` reads it, tables as they were written."
+    import datasets
+    from datasets.packaged_modules.csv.csv import Csv
+
+    builder = datasets.load_dataset_builder(name, config)
+    if isinstance(builder, Csv):
+        columns = next(iter(builder.as_streaming_dataset(split=split)), {})
+        features = datasets.Features({column: datasets.Value("string") for column in columns})
+        as_written = dict(features=features, keep_default_na=False) if columns else {}
+        builder = datasets.load_dataset_builder(name, config, **as_written)
+    return builder.as_streaming_dataset(split=split)
+
 # %% ../nbs/05_data.ipynb #data-configuration
 def _configuration(folder, name, config):
     "The sub-folder of a configuration, if the folder has sub-folders at all."
@@ -673,10 +687,8 @@ def records(
             files = [where] if where.is_file() else _split_files(where, split)
             if files:
                 return Records(name, files)
-            name, config = str(where), None
-        import datasets
-
-        return Records(name, stream=datasets.load_dataset(name, config, split=split, streaming=True))
+            return Records(name, stream=_streamed(str(where), None, split))
+        return Records(name, stream=_streamed(name, config, split))
 
 # %% ../nbs/05_data.ipynb #data-pack
 def pack(
