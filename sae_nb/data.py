@@ -384,8 +384,13 @@ def _refuse_large(path, n, size):
         )
 
 # %% ../nbs/05_data.ipynb #data-walk
+def _is_copy(name):
+    "Whether a file is hidden, or a copy that Jupyter made."
+    return name.startswith(".") or Path(name).stem.endswith("-checkpoint")
+
+
 def _entries(folder, left):
-    "Every file of a folder that is not hidden, and its size; counts what is met a second time."
+    "Paths of the files of a folder, and names of its folders, none hidden; counts what is met again."
     met = set()
 
     def first_time(path):
@@ -404,13 +409,7 @@ def _entries(folder, left):
     for where, folders, files in os.walk(folder, followlinks=True, onerror=complain):
         folders[:] = [f for f in sorted(folders) if f[0] != "." and first_time(Path(where) / f)]
         yield from folders
-        for name in sorted(files):
-            if (
-                name[0] != "."
-                and not Path(name).stem.endswith("-checkpoint")
-                and first_time(Path(where) / name)
-            ):
-                yield Path(where) / name
+        yield from (Path(where) / f for f in sorted(files) if not _is_copy(f) and first_time(Path(where) / f))
 
 # %% ../nbs/05_data.ipynb #data-files-in
 def files_in(
@@ -575,12 +574,23 @@ def local_copy(
 
 # %% ../nbs/05_data.ipynb #data-records-folder
 def _split_files(folder, split):
-    "The files of one split of a local folder; none if `datasets` has to read them."
+    "The files of one split of a local folder; none if `datasets` has to read them. Counts those of no split."
     import datasets
 
     splits = datasets.load_dataset_builder(str(folder)).config.data_files
-    files = [Path(f) for f in splits[one_of(f"split of {folder.name}:", split, splits)]]
-    return files if all(f.suffix.lower() in registered("files") for f in files) else []
+    chosen = [Path(f) for f in splits[one_of(f"split of {folder.name}:", split, splits)]]
+    files = Kept(f for f in chosen if not _is_copy(f.name))
+    in_splits = {Path(f).resolve() for of_split in splits.values() for f in of_split}
+    for other in sorted({file.resolve() for file in _known_files(folder)} - in_splits):
+        files.left.add("files in no split", other.name)
+    return files if all(f.suffix.lower() in registered("files") for f in files) else Kept()
+
+
+def _known_files(folder):
+    "The files of a known kind in a folder, without a data set's card."
+    known = registered("files")
+    entries = [e for e in _entries(folder, LeftOut()) if isinstance(e, Path) and e.name != "README.md"]
+    return [e for e in entries if e.suffix.lower() in known]
 
 # %% ../nbs/05_data.ipynb #data-streamed
 def _streamed(name, config, split):
@@ -629,6 +639,7 @@ class Records:
     ):
         self.name = name
         self.files = list(files)
+        self.left = getattr(files, "left", LeftOut())
         self.streamed = stream
 
     def __iter__(self):
@@ -1155,6 +1166,7 @@ def _open(self: HFSource, column):
     "Find the data set and the column of its text."
     repo, _, config = self.name.partition(":")
     self.records = records(repo, config=config or None)
+    self.left.update(self.records.left)
     if self.records.files:
         self.name = ":".join(filter(None, [local_path(repo).resolve().name, config]))
     first = next(iter(self.records), None)
