@@ -169,11 +169,9 @@ def _packed(c, lm, n):
     "`n` rows of a data set."
 
     def docs():
-        for r in records(c.dataset_name, "train", data_dir=c.data_dir):
-            if "text" not in r:
-                raise InputError(f"data set {c.dataset_name!r} has no column 'text'; it has: {', '.join(r)}")
-            if len(r["text"]) > 100:
-                yield lm.tokenizer(r["text"], add_special_tokens=False)["input_ids"]
+        for text in records(c.dataset_name, "train", data_dir=c.data_dir).texts("text"):
+            if len(text) > 100:
+                yield lm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     rows = list(islice(pack(docs(), c.llm_context_size, lm.bos, lm.pad or 0), n))
     if len(rows) < n:

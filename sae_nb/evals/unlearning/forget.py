@@ -234,13 +234,7 @@ _gated = (
 
 def _long(name, split, config, data_dir):
     "The texts of more than 50 characters."
-    out = []
-    for r in records(name, split, config, data_dir):
-        if "text" not in r:
-            raise InputError(f"data set {name!r} has no column 'text'; it has: {', '.join(r)}")
-        if len(r["text"]) > 50:
-            out.append(r["text"])
-    return out
+    return [text for text in records(name, split, config, data_dir).texts("text") if len(text) > 50]
 
 # %% ../../../nbs/evals/unlearning/forget.ipynb #forget-real-corpora-def-packed
 def _packed(lm, texts, rows, seq_len, seed, name):
