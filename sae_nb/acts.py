@@ -276,8 +276,7 @@ def deal_order(
 ) -> Tensor:  # Numbers of rows, or positions in the flattened mask
     "The order in which a buffer is dealt."
     keep = torch.arange(len(mask)) if rows else (mask.flatten() > 0).nonzero()[:, 0]
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    return keep[torch.randperm(len(keep), generator=generator)]
+    return keep[torch.randperm(len(keep), generator=rng("order of a buffer", seed, index))]
 
 # %% ../nbs/07_acts.ipynb #acts-measure
 def norm_and_mean(

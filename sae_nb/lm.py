@@ -647,7 +647,7 @@ def _without_bars():
 def load_lm(
     name: str = "world",  # "world", a folder in Hugging Face layout, or a Hugging Face name
     device: str = "cpu",  # "cpu", "cuda", ...; empty: the GPU if there is one
-    dtype: str = "float32",  # "float32" or "bfloat16"
+    dtype: str = "float32",  # "float32", "bfloat16" or "float16"
 ) -> LM:  # The model, frozen, ready to be read and edited
     "Load a language model with its tokenizer."
     device = pick_device(device)
