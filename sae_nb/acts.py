@@ -197,7 +197,7 @@ def keep(
         self.used += size
     except InputError as e:
         self.full = True
-        print(f"{e}. Work goes on; what is not in the cache is computed each time")
+        print(f"{e}. Work goes on; what is not in the cache is made each time")
     return not self.full
 
 # %% ../nbs/07_acts.ipynb #acts-shards
