@@ -13,7 +13,7 @@ import json
 import re
 import threading
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -631,15 +631,18 @@ def _fits(kind, model, tokenizer, info):
 
 # %% ../nbs/06_lm.ipynb #lm-open-quietly
 @contextmanager
-def _without_bars():
-    "No progress bars of transformers: a folder is read in a moment."
+def _quietly(bars):
+    "No reports of transformers on what does not fit, and no progress bars but for a download."
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 
@@ -654,7 +657,7 @@ def load_lm(
     dtype = pick_dtype(dtype)
     folder = _find(name)
     try:
-        with _without_bars() if folder else nullcontext():
+        with _quietly(bars=folder is None):
             model, tokenizer = _open(str(folder or name), dtype)
     except torch.OutOfMemoryError:
         raise
