@@ -463,7 +463,7 @@ def _load(self: Stream, index, mark, stop=None):
     tokens, docs = self.source.take(self.n_rows)
     after = self.source.state()
     x, ours = self._activations(index, tokens, docs, stop)
-    dealt = self._deal(index, count_mask(tokens, docs, self.lm.special_ids), x)
+    dealt = self._deal(index, what_counts(self.lm, None, tokens, docs), x)
     return Buffer(index, mark, after, x, tokens=tokens.to(x.device), ours=ours, **dealt)
 
 # %% ../nbs/07_acts.ipynb #acts-buffer

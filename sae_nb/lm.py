@@ -57,6 +57,8 @@ def _supported(kind):
 class LM:
     "A causal language model to be read and edited at named hook points. Weights are frozen, dropout is off."
 
+    first_counts = False  # The first token of a piece is like any other: only in models made by hand
+
     def __init__(
         self,
         model,  # A transformers causal language model of a `model_type` in `layouts`
@@ -384,17 +386,17 @@ def next_in_doc(
 # %% ../nbs/06_lm.ipynb #lm-count
 def what_counts(
     lm,  # Language model
-    hook: str,  # Hook point
+    hook: str,  # Hook point; None: leave lengths out of it
     tokens: Tensor,  # Token ids, [B, T]
     docs: Tensor,  # Document numbers, 0 for padding, [B, T]
     x: Tensor = None,  # Activations at `hook`, [B, T, d], if they are at hand
 ) -> Tensor:  # `docs` with 0 wherever a token does not count
     "Which tokens count at a hook point, and of which document they are."
     limit = getattr(lm, "limits", {}).get(hook)
-    if limit is None or x is not None:
-        return count_mask(tokens, docs, lm.special_ids, x, limit)
-    parts = zip(tokens.split(16), docs.split(16))
-    return torch.cat([count_mask(t, d, lm.special_ids, lm.acts(t, hook, docs=d), limit) for t, d in parts])
+    if limit is not None and x is None:
+        parts = zip(tokens.split(16), docs.split(16))
+        return torch.cat([what_counts(lm, hook, t, d, lm.acts(t, hook, docs=d)) for t, d in parts])
+    return count_mask(tokens, docs, lm.special_ids, x, limit, getattr(lm, "first_counts", False))
 
 # %% ../nbs/06_lm.ipynb #lm-encode
 def _ids(lm, text):
