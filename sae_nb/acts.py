@@ -197,7 +197,7 @@ def keep(
         self.used += size
     except InputError as e:
         self.full = True
-        print(f"{e}. Work goes on; what is not in the cache is computed each time")
+        print(f"{e}. Work goes on; what is not in the cache is made each time")
     return not self.full
 
 # %% ../nbs/07_acts.ipynb #acts-shards
@@ -276,8 +276,7 @@ def deal_order(
 ) -> Tensor:  # Numbers of rows, or positions in the flattened mask
     "The order in which a buffer is dealt."
     keep = torch.arange(len(mask)) if rows else (mask.flatten() > 0).nonzero()[:, 0]
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    return keep[torch.randperm(len(keep), generator=generator)]
+    return keep[torch.randperm(len(keep), generator=rng("order of a buffer", seed, index))]
 
 # %% ../nbs/07_acts.ipynb #acts-measure
 def norm_and_mean(
@@ -464,7 +463,7 @@ def _load(self: Stream, index, mark, stop=None):
     tokens, docs = self.source.take(self.n_rows)
     after = self.source.state()
     x, ours = self._activations(index, tokens, docs, stop)
-    dealt = self._deal(index, count_mask(tokens, docs, self.lm.special_ids), x)
+    dealt = self._deal(index, what_counts(self.lm, None, tokens, docs), x)
     return Buffer(index, mark, after, x, tokens=tokens.to(x.device), ours=ours, **dealt)
 
 # %% ../nbs/07_acts.ipynb #acts-buffer

@@ -749,9 +749,11 @@ def count_mask(
     special=(),  # Token ids that never count (BOS, EOS, padding, ...)
     x: Tensor = None,  # Activations, [B, T, d], where their norm decides as well
     limit: float = None,  # Longest activation that counts; None: any
+    first: bool = False,  # The first token of a piece counts like any other: only in models made by hand
 ) -> Tensor:  # `docs` with 0 wherever a token does not count
     "Which tokens enter a loss, and of which document they are."
-    counts = torch.nn.functional.pad(docs[..., 1:] == docs[..., :-1], (1, 0))  # not the first of its piece
+    within_piece = torch.nn.functional.pad(docs[..., 1:] == docs[..., :-1], (1, 0))
+    counts = within_piece | first
     if len(special):
         counts &= ~torch.isin(tokens, torch.tensor(sorted(special), device=tokens.device))
     if limit is not None:

@@ -13,7 +13,7 @@ import json
 import re
 import threading
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,6 +56,8 @@ def _supported(kind):
 
 class LM:
     "A causal language model to be read and edited at named hook points. Weights are frozen, dropout is off."
+
+    first_counts = False  # The first token of a piece is like any other: only in models made by hand
 
     def __init__(
         self,
@@ -384,17 +386,17 @@ def next_in_doc(
 # %% ../nbs/06_lm.ipynb #lm-count
 def what_counts(
     lm,  # Language model
-    hook: str,  # Hook point
+    hook: str,  # Hook point; None: leave lengths out of it
     tokens: Tensor,  # Token ids, [B, T]
     docs: Tensor,  # Document numbers, 0 for padding, [B, T]
     x: Tensor = None,  # Activations at `hook`, [B, T, d], if they are at hand
 ) -> Tensor:  # `docs` with 0 wherever a token does not count
     "Which tokens count at a hook point, and of which document they are."
     limit = getattr(lm, "limits", {}).get(hook)
-    if limit is None or x is not None:
-        return count_mask(tokens, docs, lm.special_ids, x, limit)
-    parts = zip(tokens.split(16), docs.split(16))
-    return torch.cat([count_mask(t, d, lm.special_ids, lm.acts(t, hook, docs=d), limit) for t, d in parts])
+    if limit is not None and x is None:
+        parts = zip(tokens.split(16), docs.split(16))
+        return torch.cat([what_counts(lm, hook, t, d, lm.acts(t, hook, docs=d)) for t, d in parts])
+    return count_mask(tokens, docs, lm.special_ids, x, limit, getattr(lm, "first_counts", False))
 
 # %% ../nbs/06_lm.ipynb #lm-encode
 def _ids(lm, text):
@@ -631,15 +633,18 @@ def _fits(kind, model, tokenizer, info):
 
 # %% ../nbs/06_lm.ipynb #lm-open-quietly
 @contextmanager
-def _without_bars():
-    "No progress bars of transformers: a folder is read in a moment."
+def _quietly(bars):
+    "No reports of transformers on what does not fit, and no progress bars but for a download."
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 
@@ -647,14 +652,14 @@ def _without_bars():
 def load_lm(
     name: str = "world",  # "world", a folder in Hugging Face layout, or a Hugging Face name
     device: str = "cpu",  # "cpu", "cuda", ...; empty: the GPU if there is one
-    dtype: str = "float32",  # "float32" or "bfloat16"
+    dtype: str = "float32",  # "float32", "bfloat16" or "float16"
 ) -> LM:  # The model, frozen, ready to be read and edited
     "Load a language model with its tokenizer."
     device = pick_device(device)
     dtype = pick_dtype(dtype)
     folder = _find(name)
     try:
-        with _without_bars() if folder else nullcontext():
+        with _quietly(bars=folder is None):
             model, tokenizer = _open(str(folder or name), dtype)
     except torch.OutOfMemoryError:
         raise

@@ -229,14 +229,14 @@ class Store:
         self,
         folder=None,  # Where values outlive the process; None: nowhere
         limit_mb: float = 1500,  # Memory for values; least recently used go first
-        folder_gb: float = 100.0,  # Size the folder may reach; what does not fit is made each time
+        room=None,  # The `CacheFolder` it lies in; None: only the disk sets a limit
     ):
         self.folder = Path(folder) if folder else None
         self.limit = limit_mb * 2**20
-        self.folder_limit = folder_gb * 1e9
+        self.room = room
         self.values = OrderedDict()
         self.made_by = ""  # whose values these are, see `under`
-        self.now = SimpleNamespace(size=0, used=None, full=False)  # bytes in memory and in the folder
+        self.now = SimpleNamespace(size=0, full=False)  # bytes in memory; the disk
 
 # %% ../../nbs/evals/store.ipynb #store-class-def-bytes
 def _is_tensors(value):
@@ -281,28 +281,18 @@ def _save(self: Store, name, value):
     "Write a value into the folder, if there is one and room in it."
     if self.folder is None or self.now.full:
         return
-    try:
-        self._make_room(_bytes(value))
+
+    def write():
         if _is_tensors(value):
             write_tensors(self.folder / (name + ".safetensors"), value)
         else:
             write_json(self.folder / (name + ".json"), value)
+
+    try:
+        self.room.keep(_bytes(value), write) if self.room else write()
     except InputError as error:
         self.now.full = True
         print(f"{error}. The evaluation goes on; what is not kept in {self.folder.name}/ is made each time")
-
-
-@patch
-def _make_room(self: Store, size):
-    "Count the folder, and refuse what would make it too large."
-    if self.now.used is None:
-        self.now.used = sum(p.stat().st_size for p in self.folder.glob("*.*") if p.is_file())
-    self.now.used += size
-    if self.now.used > self.folder_limit:
-        raise InputError(
-            f"{self.folder.name}/ holds {self.now.used / 1e9:.1f} GB of evaluation and may not grow beyond "
-            f"{self.folder_limit / 1e9:g}"
-        )
 
 # %% ../../nbs/evals/store.ipynb #store-under
 nobodys = ("acts", "judge")  # What is kept whoever made it

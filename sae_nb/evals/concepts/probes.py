@@ -258,6 +258,8 @@ def acts_means(
 class TableLM:
     "A language model that looks its activations up."
 
+    first_counts = True  # it has no attention, so no sink
+
     def __init__(
         self,
         table: Tensor,  # Activations of every token id, [vocab, d]; id 0 is padding
