@@ -528,13 +528,13 @@ def evaluation_context(
     with_nulls = plan.nulls and any(evaluator.with_nulls for evaluator in plan.evaluators.values())
     drawn = first_activations(data) if with_nulls else None
     steps = 10 if os.environ.get("SAE_NB_FAST") else 100
-    cache = plan.params.cache
+    room = getattr(data.stream, "cache", None)
     return Context(
         model=data.lm,
         hook=data.hook if data.lm else None,
         batches=data.held,
         toy=data.toy,
-        store=Store(Path(cache) / "evals" if cache else None),
+        store=Store(room.folder / "evals" if room else None, room=room),
         nulls=Nulls(plan.nulls, sample=drawn, steps=steps),
         quiet=quiet,
     )

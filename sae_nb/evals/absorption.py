@@ -16,8 +16,6 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..core import InputError, register, rng
-from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option
 import matplotlib.pyplot as plt
 import torch
 from fastcore.basics import patch
@@ -25,7 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..core import InputError, register, rng
 from ..data import WorldSource
+from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option
 from .codes import bootstrap, dictionary_sae, latents_of, wilson
 from .store import Store
 from ..lm import LM, what_counts

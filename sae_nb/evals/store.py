@@ -229,11 +229,13 @@ class Store:
         self,
         folder=None,  # Where values outlive the process; None: nowhere
         limit_mb: float = 1500,  # Memory for values; least recently used go first
-        folder_gb: float = 100.0,  # Size the folder may reach; what does not fit is made each time
+        room=None,  # Who owns the folder and its size, `acts.CacheFolder`; None: the store itself
+        folder_gb: float = 100.0,  # Size that the store lets it reach; what does not fit is made each time
     ):
         self.folder = Path(folder) if folder else None
         self.limit = limit_mb * 2**20
         self.folder_limit = folder_gb * 1e9
+        self.room = room
         self.values = OrderedDict()
         self.made_by = ""  # whose values these are, see `under`
         self.now = SimpleNamespace(size=0, used=None, full=False)  # bytes in memory and in the folder
@@ -279,30 +281,33 @@ def _read_any(path, mend):
 @patch
 def _save(self: Store, name, value):
     "Write a value into the folder, if there is one and room in it."
-    if self.folder is None or self.now.full:
+    if self.folder is None:
         return
-    try:
-        self._make_room(_bytes(value))
-        if _is_tensors(value):
-            write_tensors(self.folder / (name + ".safetensors"), value)
-        else:
-            write_json(self.folder / (name + ".json"), value)
-    except InputError as error:
-        self.now.full = True
-        print(f"{error}. The evaluation goes on; what is not kept in {self.folder.name}/ is made each time")
+    tensors = _is_tensors(value)
+    path = self.folder / (name + (".safetensors" if tensors else ".json"))
+
+    def write():
+        write_tensors(path, value) if tensors else write_json(path, value)
+
+    if self.room:
+        self.room.keep(_bytes(value), write)
+    elif not self.now.full:
+        self._keep(_bytes(value), write)
 
 
 @patch
-def _make_room(self: Store, size):
-    "Count the folder, and refuse what would make it too large."
+def _keep(self: Store, size, write):
+    "Write unless the folder becomes too large, and say once that it cannot be done."
     if self.now.used is None:
         self.now.used = sum(p.stat().st_size for p in self.folder.glob("*.*") if p.is_file())
-    self.now.used += size
-    if self.now.used > self.folder_limit:
-        raise InputError(
-            f"{self.folder.name}/ holds {self.now.used / 1e9:.1f} GB of evaluation and may not grow beyond "
-            f"{self.folder_limit / 1e9:g}"
-        )
+    try:
+        self.now.used += size
+        if self.now.used > self.folder_limit:
+            raise InputError(f"{self.folder.name}/ may not grow beyond {self.folder_limit / 1e9:g} GB")
+        write()
+    except InputError as error:
+        self.now.full = True
+        print(f"{error}. The evaluation goes on; what is not kept in {self.folder.name}/ is made each time")
 
 # %% ../../nbs/evals/store.ipynb #store-under
 nobodys = ("acts", "judge")  # What is kept whoever made it

@@ -19,8 +19,8 @@ from ..base import Context, Evaluator, Measured, any_seed, fraction, how_many, o
 from ..codes import wilson
 from ..store import Store, digest
 from .forget import *
-from ...sae import declared
 from ...lm import what_counts
+from ...sae import declared
 from ...world import sets as W
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-config-def
