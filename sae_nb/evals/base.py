@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['saebench_commit', 'envelope_keys', 'lacking', 'contract', 'settle', 'Measured', 'settled', 'sized', 'size_in_words',
-           'describe', 'unstructured', 'envelope', 'metric_values', 'flat', 'Context', 'Nulls', 'NoOptions', 'option',
-           'how_many', 'fraction', 'any_seed', 'allowed_options', 'configure', 'Evaluator', 'null_means', 'Trial',
-           'check_evaluator']
+           'total', 'describe', 'unstructured', 'envelope', 'metric_values', 'flat', 'Context', 'Nulls', 'NoOptions',
+           'option', 'how_many', 'fraction', 'any_seed', 'allowed_options', 'configure', 'Evaluator', 'null_means',
+           'Trial', 'check_evaluator']
 
 # %% ../../nbs/evals/base.ipynb #base-imports
 import copy
@@ -15,6 +15,7 @@ import math
 import os
 import time
 import uuid
+from collections import Counter
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -83,10 +84,13 @@ def settled(
 def sized(
     used: int,  # How many there were in the end
     asked: int = None,  # How many were asked for; None: as many as there are
-    why: str = "",  # Why they are fewer, for a line under the table; empty: nothing is said there
+    why: str = "",  # Why they are fewer, if they are; empty: no line under the table
+    note: str = "",  # What to say in any case
     **left_out,  # reason -> how many; those of zero are not mentioned
 ) -> dict:  # JSON
     "How much was used of what was asked for."
+    fewer = asked is not None and used < asked
+    why = "; ".join(filter(None, [why if fewer else "", note]))
     left_out = {reason.replace("_", " "): int(n) for reason, n in left_out.items() if n}
     asked = None if asked is None else int(asked)
     return dict(asked=asked, used=int(used), left_out=left_out, why=why)
@@ -99,10 +103,26 @@ def size_in_words(
     "What is worth a line: what was left out, and fewer than asked for where there is a reason."
     said = [f"{n} {reason}" for reason, n in size["left_out"].items()]
     used = f"{size['used']} {name}"
-    if size["why"] and size["asked"] is not None and size["used"] < size["asked"]:
+    if size["asked"] is not None and size["used"] < size["asked"]:
         used = f"{size['used']} of {size['asked']} {name}"
-        said = [size["why"], *said]
+    said = [size["why"], *said] if size["why"] else said
     return "; ".join([used, *said]) if said else ""
+
+# %% ../../nbs/evals/base.ipynb #base-total
+def total(
+    sizes: list,  # From `sized`
+) -> dict:  # JSON
+    "Several sizes as one."
+    left_out = Counter()
+    for size in sizes:
+        left_out.update(size["left_out"])
+    asked = [size["asked"] for size in sizes]
+    return dict(
+        asked=None if None in asked else sum(asked),
+        used=sum(size["used"] for size in sizes),
+        left_out=dict(left_out),
+        why="; ".join(dict.fromkeys(size["why"] for size in sizes if size["why"])),
+    )
 
 # %% ../../nbs/evals/base.ipynb #base-keys
 saebench_commit = "8042bb3828c6340da8d12062324e92b2077c571c"  # SAEBench 0.6.0

@@ -12,7 +12,7 @@ __all__ = ['schema_ks', 'Way', 'SparseProbingConfig', 'SparseProbing', 'one_vs_r
 import functools
 import warnings
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,8 +24,20 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core import *
-from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option, settle
+from sae_nb.evals.base import (
+    Context,
+    Evaluator,
+    Measured,
+    any_seed,
+    fraction,
+    how_many,
+    option,
+    settle,
+    sized,
+    total,
+)
 from .codes import latents_of, mean_pool
+from .split import apart
 from .store import Store, blocks
 from .texts import Texts, saebench_sets, text_set, world_sets
 
@@ -139,6 +151,7 @@ class TaskSet:
     train: Texts
     test: Texts
     tasks: list  # One per class
+    sizes: dict = field(default_factory=dict)  # How many texts were used
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-task-task-set
 def task_set(
@@ -526,8 +539,35 @@ def sets(
     for name in c.dataset_names:
         short = Path(name).name if Path(name).is_file() else name
         train, test = (self._cut(texts, short) for texts in self._read(name, lm, store))
+        test, trained_on = apart(train, test)
+        _refuse_empty(train, test, trained_on)
         found.append(task_set(train, test, c.random_seed, c.shuffles))
+        found[-1].sizes = self._sizes(train, test, trained_on)
     return found
+
+
+def _refuse_empty(train, test, trained_on):
+    "Every class has texts that are new."
+    if gone := sorted(set(train.classes) - set(test.classes)):
+        raise InputError(
+            f"{train.name}: every test text of {', '.join(map(repr, gone))} is among the training texts as "
+            f"well ({trained_on} are, cut to what is read); give more texts that differ"
+        )
+
+
+@patch
+def _sizes(self: SparseProbing, train, test, trained_on):
+    "How many texts there are of those that were asked for."
+    c, n = self.config, len(train.classes)
+    notes = getattr(train, "notes", {})
+    asked = [size // 2 * n for size in (c.probe_train_set_size, c.probe_test_set_size)]
+    why, left = f"{train.name} has no more of its rarest class", notes.get("left_out", "")
+    note = f"left out: {left}" if left else ""
+    return {
+        "training texts": sized(len(train), max(asked[0], len(train)), why, note),
+        "test texts": sized(len(test), max(asked[1], len(test)), why, equal_to_a_training_text=trained_on),
+        "classes": sized(n),
+    }
 
 
 @patch
@@ -826,6 +866,7 @@ def report(self: SparseProbing, result, sae, ctx: Context) -> Measured:
         intervals=result.schema_intervals(c) | over_intervals,
         extra=further | over | counts,
         data=by_class | dict(latents=latents, notes=self._notes(), hook=ctx.hook),
+        sizes={what: total([s.sizes[what] for s in result.sets]) for what in result.sets[0].sizes},
     )
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-compare

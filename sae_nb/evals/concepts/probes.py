@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['control_rows', 'null_lines', 'ConceptConfig', 'checked', 'seed_of', 'generator', 'train_probes', 'pick_epoch', 'hits',
-           'fit_probes', 'kept_probes', 'probe_logits', 'texts_at', 'code_means', 'acts_means', 'TableLM', 'contrasts',
-           'node_effects', 'ranked', 'logit_shifts', 'matched', 'concept_codes', 'residual_channels', 'one_each',
-           'shuffled_labels', 'plans_of', 'ablate', 'after_silencing', 'threshold', 'mean_by_name', 'with_reasons',
-           'intervals_of', 'n_silenced', 'in_saebenchs_way', 'rows_beside', 'null_curves', 'ConceptToy']
+           'fit_probes', 'kept_probes', 'probe_logits', 'texts_at', 'text_sizes', 'total_sizes', 'code_means',
+           'acts_means', 'TableLM', 'contrasts', 'node_effects', 'ranked', 'logit_shifts', 'matched', 'concept_codes',
+           'residual_channels', 'one_each', 'shuffled_labels', 'plans_of', 'ablate', 'after_silencing', 'threshold',
+           'mean_by_name', 'with_reasons', 'intervals_of', 'n_silenced', 'in_saebenchs_way', 'rows_beside',
+           'null_curves', 'ConceptToy']
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-imports
 import hashlib
@@ -19,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ...core import *
-from ..base import Context, any_seed, fraction, how_many, option
+from ..base import Context, any_seed, fraction, how_many, option, sized, total
 from ..codes import bootstrap, latents_of, mean_pool, pooled
 from ..store import Store, blocks, digest
 from ..texts import Texts, scr_pairs
@@ -219,6 +220,29 @@ def texts_at(
 ) -> tuple:  # Tokens and document numbers, each [len(rows), at most length]
     "Some of the texts, cut to length."
     return texts.tokens[rows][:, :length], texts.docs[rows][:, :length]
+
+# %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-sizes
+def text_sizes(
+    train: int,  # Training texts used
+    test: int,  # Test texts used
+    asked: tuple,  # Training and test texts asked for
+    trained_on: int = 0,  # Test texts left out because they are among the training texts
+) -> dict:  # See `base.sized`
+    "How many texts a run has."
+    why = "there are no more of the rarest class"
+    return {
+        "training texts": sized(train, max(asked[0], train), why),
+        "test texts": sized(test, max(asked[1], test), why, equal_to_a_training_text=trained_on),
+    }
+
+
+def total_sizes(
+    done: list,  # Records, those of real runs with `sizes`
+) -> dict:  # See `base.total`
+    "The texts of all runs."
+    parts = [run["sizes"] for run in done if "sizes" in run]
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: total([part[name] for part in parts]) for name in names}
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-read
 def code_means(

@@ -16,8 +16,9 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ...core import *
-from ..base import Context, Evaluator, Measured
+from ..base import Context, Evaluator, Measured, sized
 from .probes import *
+from ..split import apart
 from ..store import Store, digest
 from ..texts import pair_set, scr_pairs
 
@@ -102,6 +103,7 @@ class Task:
     y: tuple  # Their labels, [2, n]: attribute, class
     probes: dict  # From `fit_probes`; probes in the order seed by seed, each attribute, class, confounded
     key: str  # Fingerprint of all this
+    sizes: dict  # From `text_sizes`
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-task-quarters
 def quarters(
@@ -154,8 +156,8 @@ def prepare(
 ) -> Task:
     "Mean activations, probes and labels of one run."
     c = self.config
-    train, test = texts
-    n = c.train_set_size // 4
+    train, n = texts[0], c.train_set_size // 4
+    test, copies = apart(*texts, c.context_length)
     n_effect = (c.effect_set_size or 4 * n) // 4
     effect, others, y = training_rows(train, pair, values, n, n_effect)
     rows_test, y_test = quarters(test, pair, values, c.test_set_size // 4)
@@ -165,7 +167,8 @@ def prepare(
     X_others = acts_means(lm, hook, *texts_at(train, others, c.context_length), store, again=False)
     probes = self.fit(pair, torch.cat([X, X_others]), y, 4 * n, X_test, y_test, store)
     key = digest(ranking, tested, probes["w"], probes["b"])
-    return Task(ranking, tested, (X, X_test), (y[:, : 4 * n_effect], y_test), probes, key)
+    sizes = text_sizes(len(y[0]), len(rows_test), (6 * n, c.test_set_size // 4 * 4), copies)
+    return Task(ranking, tested, (X, X_test), (y[:, : 4 * n_effect], y_test), probes, key, sizes)
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-fit
 @patch
@@ -322,7 +325,7 @@ def measure(self: SCR, sae, ctx: Context):
     runs = list(self.runs(ctx.model))
     for run, name, pair, values, texts in tqdm(runs, desc="scr", disable=ctx.quiet, leave=False, ncols=80):
         task = self.prepare(texts(), pair, values, ctx.model, ctx.hook, ctx.store)
-        record = dict(run=run, dataset=name, pair=list(pair))
+        record = dict(run=run, dataset=name, pair=list(pair), sizes=task.sizes)
         record.update(clean=scr_clean(task), clean_test=scr_clean(task, 1))
         done.append(dict(record, after=after_silencing(self, task, sae, ctx)))
     return self.report(done, sae, ctx.nulls)
@@ -371,7 +374,14 @@ def report(
         intervals=intervals_of(units, c),
         extra=self.further(done, pairs, means),
         data=dict(runs=[_of_run(run, pair) for run, pair in zip(done, pairs)]),
+        sizes=total_sizes(done) | dict(pairs=_pairs_used(pairs, otherwise)),
     )
+
+
+def _pairs_used(pairs, why):
+    "Pairs that have something to win back, of those asked for."
+    won = [pair for pair in pairs if any(v is not None for v in pair["scores"].values())]
+    return sized(len(won), len(pairs), why)
 
 
 def _of_run(run, pair):

@@ -17,8 +17,9 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ...core import *
-from ..base import Context, Evaluator, Measured
+from ..base import Context, Evaluator, Measured, sized
 from .probes import *
+from ..split import apart
 from ..store import Store, digest
 from ..texts import text_set
 
@@ -110,6 +111,7 @@ class Task:
     test_rows: list  # Rows of each class among the test texts
     probes: dict  # From `fit_probes`, in the order seed by seed, class by class
     key: str  # Fingerprint of all this
+    sizes: dict  # From `text_sizes`
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-task-rows
 def rows_of_each(
@@ -159,9 +161,10 @@ def prepare(
 ) -> Task:
     "Mean activations, probes and labels of one data set."
     c = self.config
-    train, test = texts
+    train = texts[0]
+    test, copies = apart(*texts, c.context_length)
     classes, C = train.classes, len(train.classes)
-    n, n_test = (min(len(part.rows(label)) for label in classes) for part in texts)
+    n, n_test = (min(len(part.rows(label)) for label in classes) for part in (train, test))
     n_effect = min(n, (c.effect_set_size or c.train_set_size) // 2)
     ranking = texts_at(train, rows_of_each(train, classes, 0, n_effect), c.context_length)
     tested = texts_at(test, rows_of_each(test, classes, 0, n_test), c.context_length)
@@ -176,7 +179,9 @@ def prepare(
     probes = kept_probes("tpp", c, store, X_all, *lessons, seeds, X_test, *exam)
     at = tuple(part.view(c.n_seeds, C, -1) for part in exam)
     key = digest(ranking, tested, probes["w"], probes["b"], exam[0])
-    return Task(classes, ranking, tested, (X, X_test), first, at, test_rows, probes, key)
+    asked = c.train_set_size // 2 * C, c.test_set_size // 2 * C
+    sizes = text_sizes(C * n, C * n_test, asked, copies)
+    return Task(classes, ranking, tested, (X, X_test), first, at, test_rows, probes, key, sizes)
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-accuracy
 def on_sets(
@@ -326,7 +331,7 @@ def measure(self: TPP, sae, ctx: Context):
         task = self.prepare(texts, ctx.model, ctx.hook, ctx.store)
         seed = seed_of("before", self.config.random_seed)
         drawn = redrawn(probe_logits(task, C, 1), task.test_rows, seed)
-        record = dict(dataset=name, classes=task.classes)
+        record = dict(dataset=name, classes=task.classes, sizes=task.sizes)
         record.update(clean=on_sets(probe_logits(task, C), task.at).tolist(), clean_test=drawn.tolist())
         done.append(dict(record, after=after_silencing(self, task, sae, ctx)))
     return self.report(done, left_out, sae, ctx.nulls)
@@ -379,6 +384,7 @@ def report(
         intervals=intervals_of({name: units[name] for name in names if means[name] is not None}, c),
         extra=self.further(done, sets, means),
         data=dict(per_class=per_class, **(dict(left_out=left_out) if left_out else {})),
+        sizes=total_sizes(done) | dict(classes=self.classes_used(done, left_out, rows)),
     )
 
 
@@ -388,6 +394,20 @@ def _over_seeds(scores):
         label: {name: None if by_seed is None else fmean(by_seed) for name, by_seed in row.items()}
         for label, row in scores.items()
     }
+
+# %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-classes-used
+@patch
+def classes_used(
+    self: TPP,
+    done: list,  # Records of `measure`
+    left_out: dict,  # Data set -> why
+    rows: list,  # Scores of every class, by name
+) -> dict:  # See `base.sized`
+    "Classes with something to damage, of all; data sets that were left out are told by their reasons."
+    asked = sum(len(one["classes"]) for one in done)
+    some = sum(any(v is not None for v in row.values()) for row in rows)
+    why = f"the probes of others are right on fewer than {self.config.min_clean:.0%} of their texts"
+    return sized(some, asked, why, "; ".join(left_out.values()))
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-further
 @patch
