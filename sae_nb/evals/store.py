@@ -279,7 +279,7 @@ def _read_any(path, mend):
 @patch
 def _save(self: Store, name, value):
     "Write a value into the folder, if there is one and room in it."
-    if self.folder is None:
+    if self.folder is None or self.now.full:
         return
 
     def write():
@@ -293,7 +293,6 @@ def _save(self: Store, name, value):
     except InputError as error:
         self.now.full = True
         print(f"{error}. The evaluation goes on; what is not kept in {self.folder.name}/ is made each time")
-
 
 # %% ../../nbs/evals/store.ipynb #store-under
 nobodys = ("acts", "judge")  # What is kept whoever made it
