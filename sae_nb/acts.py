@@ -578,6 +578,19 @@ def close(self: Stream):
     "Stop preparing the next buffer. The stream can be used on."
     _halt(self._ahead)
 
+# %% ../nbs/07_acts.ipynb #acts-standing
+@patch
+def standing(self: Stream) -> dict:  # rows_held, refreshes, rows_read, share_dealt
+    "Where the stream stands, in numbers."
+    held = self._held
+    here = held is not None and held.index == self.index
+    return dict(
+        rows_held=0 if held is None else len(held.x),
+        refreshes=self.index,
+        rows_read=(self.index + (self.offset > 0)) * self.n_rows,
+        share_dealt=self.offset / len(held.order) if here else 0.0,
+    )
+
 # %% ../nbs/07_acts.ipynb #acts-heldout
 def heldout(
     lm,  # Language model

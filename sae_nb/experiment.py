@@ -8,6 +8,7 @@ __all__ = ['parse_options', 'variant_args', 'listed', 'presets_of', 'Choice', 'c
            'train_runs', 'first_activations', 'evaluation_context', 'Results', 'evaluate_runs', 'experiment']
 
 # %% ../nbs/10_experiment.ipynb #experiment-imports
+import copy
 import json
 import math
 import os
@@ -302,6 +303,24 @@ def _check_l1(p, variants):
     if p.l1 and all(aims(variant, p.l1) == aims(variant, 0.0) for variant in variants):
         raise InputError(f"l1 = {p.l1:g} means nothing to {', '.join(variants)}; leave it out, or set k")
 
+# %% ../nbs/10_experiment.ipynb #experiment-trainers
+def _trainers(p):
+    "Names of what is added to the loop."
+    wanted = listed(p.trainers) + ["diagnostics"] * p.diagnostics
+    for name in wanted:
+        find("trainers", name)
+    return list(dict.fromkeys(wanted))
+
+
+def _greet(evaluators, runs):
+    "Are those there whom evaluators ask?"
+    if all(run.finished for run in runs):
+        return
+    for name, evaluator in evaluators.items():
+        said = evaluator.greet()
+        if said:
+            print(f"{name}: {said}")
+
 # %% ../nbs/10_experiment.ipynb #experiment-make-plan
 def make_plan(
     given: dict,  # Parameters by name, e.g. the globals of run.ipynb
@@ -309,9 +328,7 @@ def make_plan(
     "Everything that was asked for, checked."
     p = params_from(given)
     variants, seeds = _variants_and_seeds(p)
-    trainers = listed(p.trainers)
-    for name in trainers:
-        find("trainers", name)
+    trainers = _trainers(p)
     evaluators, nulls, training = chosen_evaluators(p), chosen_nulls(p), _training(p)
     pick_device(p.device)
     pick_dtype(p.dtype)
@@ -319,7 +336,10 @@ def make_plan(
     wanted = choices(p, variants)
     check_size(p, len(wanted) * len(seeds), 1, pick_device(p.device))
     small = [try_small(choice, p.d_sae) for choice in wanted]
+    for choice, sae in zip(wanted, small):
+        Trainee(copy.deepcopy(sae), training, trainers, choice.label)  # an error if a trainer cannot join it
     runs = _runs(p, wanted, seeds, small, training=asdict(training), trainers=trainers)
+    _greet(evaluators, runs)
     return Plan(p, training, trainers, evaluators, nulls, runs, rows=any(sae.sequential for sae in small))
 
 # %% ../nbs/10_experiment.ipynb #experiment-data
