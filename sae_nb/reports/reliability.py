@@ -179,7 +179,7 @@ def judged(
         return ("line" if trial.lines else "raw"), came
     if ending != "done":
         return ending, came
-    wanted = trial.wanted.find() if hasattr(trial.wanted, "find") else trial.wanted
+    wanted = trial.wanted.find() if isinstance(trial.wanted, Later) else trial.wanted
     if wanted is None:
         return "silent", f"accepted: {json.dumps(came)}"[:300]
     if callable(wanted):
@@ -238,8 +238,12 @@ def results(
 def again(
     given: dict,  # Parameters
 ):  # Results
-    "Repeat the command of a run."
+    "Repeat the command of a run, and open every file of it as others will."
     experiment(given)
+    folder = root() / "runs" / given["name"]
+    load(folder)
+    read_config(folder)
+    read_history(folder / "history.csv")
     return results(given["name"])
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-interrupt
@@ -534,17 +538,7 @@ def _repeated(unharmed, what, given, name, damage, folder):
     "Damage one file of a run and repeat its command."
     unharmed.copy(what, folder)
     damage(folder / name)
-    came = _following(partial(again, given), folder / name)
-    told = Path(name).name in sys.stdout.getvalue() or "weights are not here" in sys.stdout.getvalue()
-    return [came, told]
-
-
-def _same_or_told(right, name, came):
-    "Nothing is another, except for the damaged file if that was said."
-    found, told = came
-    own = {"sae.safetensors": "weights"}.get(Path(name).name, Path(name).name)
-    more = {own: None} if told else {}
-    return difference({**found, **more}, {**right, **more})
+    return _following(partial(again, given), folder / name)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-corruption
 @faults("corrupted files of runs")
@@ -560,8 +554,7 @@ def corrupted_runs(
                 continue  # as on a toy
             for said, damage in damages(unharmed.folder / what / name).items():
                 act = partial(_repeated, unharmed, what, given, name, damage)
-                good = partial(_same_or_told, unharmed.results[model], name)
-                yield Trial(f"{what}: {name}: {said}", act, good, (Path(name).name,))
+                yield Trial(f"{what}: {name}: {said}", act, unharmed.results[model], (Path(name).name,))
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-cache
 def _cached(unharmed, name, damage, folder):
@@ -886,7 +879,13 @@ def parameters(
             yield Trial(f"{parameter.name} = {type(value).__name__} {said(value)}", act, wanted, words)
     for given in _meaningless():
         base = world_run if given.get("model") == "world" else toy_run
-        words = tuple(name for name in given if name != "model")
+        words = [
+            word
+            for name, value in given.items()
+            if value != "world"
+            for word in (name, *str(value).split(","))
+        ]
+        words = tuple(filter(str.strip, words))
         act = partial(_told_early, base | given)
         yield Trial(", ".join(f"{name} = {said(value)}" for name, value in given.items()), act, None, words)
 
@@ -922,7 +921,8 @@ def _meaningless():
         yield {name: value}  # a toy has neither
     for name in ("variant", "seed", "trainers", "evals", "eval_nulls", "preset", "device", "dtype", "model"):
         for value in (",,", "nonsense", "a,,b", "../..", "topk/topk/topk", "-1", "1e3", "01x"):
-            yield {name: value}
+            if value != ",," or name in ("variant", "seed", "preset", "device", "dtype", "model"):
+                yield {name: value}
     for options in (
         "k",
         "k=",
@@ -1019,8 +1019,10 @@ def _configured(name, option, value, folder):
 
 def _means(kind, value, came):
     "Did a value arrive as what it plainly means, if it means something?"
-    same = came == value or kind is str and came == str(value) or kind is list and came == [value]
-    return _is_of(kind, came) and same and kind not in (list, dict)
+    if kind is list:
+        return came == [value] and isinstance(value, (int, float, str)) and value not in ("", True)
+    same = came == value or kind is str and came == str(value)
+    return _is_of(kind, came) and same and kind is not dict
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-options-evals
 @faults("options of evaluators")
@@ -1070,23 +1072,7 @@ good = [
     "the king went to the market and bought an apple. " * 40,
     "a small dog ran over the hill at night. " * 40,
 ]
-odd_texts = (
-    None,
-    5,
-    1.5,
-    True,
-    [],
-    ["a"],
-    {},
-    {"a": 1},
-    "",
-    "   ",
-    "\ud800",
-    "\0",
-    "\u200b",
-    "\ufeff",
-    "<|endoftext|>",
-)
+odd_texts = (None, 5, 1.5, True, [], ["a"], {}, {"a": 1}, "", "   ", "\ud800", "\0")
 
 
 def _rows_of(path, column=""):
