@@ -71,11 +71,10 @@ def save_figure(
     fig,  # A matplotlib figure
     name: str,  # File name without ending
     data,  # The DataFrame it was drawn from
-    folder=None,  # None: figures/ of the project
+    folder=None,  # None: figures/ of the project; in tests, see `output_folder`
 ):  # The figure
     "Write PDF, PNG and CSV; the same figure gives the same bytes."
-    folder = Path(folder or root() / "figures")
-    folder.mkdir(exist_ok=True)
+    folder = Path(folder or output_folder("figures"))
     no_dates = {"CreationDate": None, "Producer": None, "Creator": None}
     fig.savefig(folder / f"{name}.pdf", metadata=no_dates, bbox_inches="tight")
     fig.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight", metadata={"Software": None})
