@@ -283,9 +283,10 @@ def check_size(
         ("buffer" if p.buffer == rows else "batch", 4 * d_in * rows * p.ctx),
         ("eval_rows", 3 * 8 * p.eval_rows * p.ctx),
     ]:
+        of = f" of ctx = {p.ctx:,}" if name in ("buffer", "eval_rows") else ""
         if needs > there:
             raise InputError(
-                f"{name} = {getattr(p, name):,} needs {needs / 1e9:,.0f} GB where there are "
+                f"{name} = {getattr(p, name):,}{of} needs {needs / 1e9:,.0f} GB where there are "
                 f"{there / 1e9:,.0f} (width {d_in}, {n_saes} SAEs); take less"
             )
 
@@ -673,6 +674,7 @@ def evaluate_runs(
         saes = _load_saes(plan, data, todo)
         envelopes = _measure_all(plan, data, todo, saes, quiet)
         for run in todo:
+            _keep_weights(run, saes[run.name])
             _write_metrics(run, envelopes[run.name], _trained(run, saes[run.name]))
     for run in plan.runs:
         run.let_go()
@@ -681,6 +683,14 @@ def evaluate_runs(
     if failed:
         raise TrainingError("; ".join(failed))
     return Results(plan, envelopes)
+
+
+def _keep_weights(run, sae):
+    "Write weights again that were deleted while they were evaluated."
+    if not run.trained:
+        print(f"runs/{run.name}: its weights were deleted meanwhile; they are written again")
+        write_json(run.folder / "config.json", run.config)
+        save(sae, run.folder, **sae.meta)
 
 # %% ../nbs/10_experiment.ipynb #experiment-whole
 def experiment(

@@ -94,7 +94,9 @@ def _word(value):
     if not isinstance(value, (str, int, float, Path)):
         raise TypeError
     word = str(value)
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in word):
+    if word in ("nan", "inf", "-inf") and not isinstance(value, str):
+        raise ValueError
+    if len(word) > 4000 or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in word):
         raise ValueError
     return word
 
@@ -103,7 +105,10 @@ _readers = {
     int: (_whole, "a whole number (below 10**15)"),
     float: (_finite, "a number"),
     bool: (_truth, "True or False"),
-    str: (_word, "a word (without line breaks); leave it out, or give '' for nothing"),
+    str: (
+        _word,
+        "a word (of at most 4,000 letters, without line breaks); leave it out, or give '' for nothing",
+    ),
 }
 
 

@@ -57,7 +57,7 @@ def _by_evaluator(wanted, options):
                 f'write it as core.{key} or {{"core": {{"{key}": ...}}}}'
             )
         own = mine[one_of("evaluator with options", name, mine)]
-        own.update(value if isinstance(value, dict) else {option: value})
+        own.update({option: value} if option else value)
     return mine
 
 # %% ../../nbs/evals/suite.ipynb #suite-settings-def

@@ -15,7 +15,7 @@ spins = "1000"  # looks before a thread sleeps
 def wait_briefly(
     environment=os.environ,  # Names and values; those that are there stay
 ):
-    "Let OpenMP's threads sleep when they have waited in vain for a moment, unless the user said how they wait."
+    "Let OpenMP's threads sleep soon when they wait in vain, unless the user said how they wait."
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(environment):
         environment["GOMP_SPINCOUNT"] = spins
 
