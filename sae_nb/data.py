@@ -903,6 +903,7 @@ class WorldSource(TokenSource):
         seed: int = 0,  # Which documents, and in which order
         lm=None,  # Language model that will read them; None: checked by the stream
     ):
+        self.check(lm)
         if ctx < 128:
             raise InputError(
                 f"ctx = {ctx} is too short for the embedded world, whose documents have up to 128 tokens; "
@@ -910,7 +911,6 @@ class WorldSource(TokenSource):
             )
         self.ctx = ctx
         self.seed = seed
-        self.check(lm)
 
 # %% ../nbs/05_data.ipynb #data-world-reads
 @patch(as_prop=True)
