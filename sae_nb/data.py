@@ -787,6 +787,7 @@ class TokenSource:
     pos = 0  # Rows dealt so far
     reads = ""  # Fingerprint of the tokenizer these tokens belong to; empty: not known
     repeat = True  # Whether a text that ends begins again, in another order
+    instead = "open the text with the model that reads it"  # What to do when another model asks
     n_tokens = 0  # Tokens to train on before the text begins again; 0: without end, or not known
 
     def take(self, n: int) -> tuple:  # tokens and docs, each [n, ctx]
@@ -848,9 +849,6 @@ def check(
             f"text {self.name!r} is in the tokens of another model, which mean nothing to "
             f"{getattr(lm, 'name', '') or 'this one'}; {self.instead}"
         )
-
-
-TokenSource.instead = "open the text with the model that reads it"
 
 # %% ../nbs/05_data.ipynb #data-ended
 class TextEnded(InputError):
@@ -1141,7 +1139,6 @@ class HFSource(TokenSource):
 
     repeat = False
     block = (1000, 20_000_000)  # Documents, and characters, that are shuffled at a time
-    instead = "open the data set with the model that reads it"
 
     def __init__(
         self,
