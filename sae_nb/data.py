@@ -787,6 +787,7 @@ class TokenSource:
     pos = 0  # Rows dealt so far
     reads = ""  # Fingerprint of the tokenizer these tokens belong to; empty: not known
     repeat = True  # Whether a text that ends begins again, in another order
+    instead = "open the text with the model that reads it"  # What to do when another model asks
     n_tokens = 0  # Tokens to train on before the text begins again; 0: without end, or not known
 
     def take(self, n: int) -> tuple:  # tokens and docs, each [n, ctx]
@@ -849,9 +850,6 @@ def check(
             f"{getattr(lm, 'name', '') or 'this one'}; {self.instead}"
         )
 
-
-TokenSource.instead = "open the text with the model that reads it"
-
 # %% ../nbs/05_data.ipynb #data-ended
 class TextEnded(InputError):
     "There are no more rows."
@@ -903,6 +901,7 @@ class WorldSource(TokenSource):
         seed: int = 0,  # Which documents, and in which order
         lm=None,  # Language model that will read them; None: checked by the stream
     ):
+        self.check(lm)
         if ctx < 128:
             raise InputError(
                 f"ctx = {ctx} is too short for the embedded world, whose documents have up to 128 tokens; "
@@ -910,7 +909,6 @@ class WorldSource(TokenSource):
             )
         self.ctx = ctx
         self.seed = seed
-        self.check(lm)
 
 # %% ../nbs/05_data.ipynb #data-world-reads
 @patch(as_prop=True)
@@ -1141,7 +1139,6 @@ class HFSource(TokenSource):
 
     repeat = False
     block = (1000, 20_000_000)  # Documents, and characters, that are shuffled at a time
-    instead = "open the data set with the model that reads it"
 
     def __init__(
         self,
@@ -1157,10 +1154,11 @@ class HFSource(TokenSource):
         self.seed = seed
         self.name = name
         self.left = LeftOut()
+        self.trouble = None  # the first record that is no text
         self.reads = tokenizer_fingerprint(lm)
         self._open(column)
         self._hold_out(n_held)
-        self.load_state(self.start)
+        self.load_state({**self.start, "left": self.records.left})
 
 # %% ../nbs/05_data.ipynb #data-hf-open
 @patch
@@ -1168,7 +1166,6 @@ def _open(self: HFSource, column):
     "Find the data set and the column of its text."
     repo, _, config = self.name.partition(":")
     self.records = records(repo, config=config or None)
-    self.left.update(self.records.left)
     if self.records.files:
         self.name = ":".join(filter(None, [local_path(repo).resolve().name, config]))
     first = next(iter(self.records), None)
@@ -1180,33 +1177,35 @@ def _open(self: HFSource, column):
 
 # %% ../nbs/05_data.ipynb #data-hf-texts
 @patch
-def _texts(self: HFSource, stream, strict=False):
-    "The texts of a stream; what is none is left out, or refused."
+def _texts(self: HFSource, stream):
+    "The texts of a stream; what is none is left out and counted."
     with telling(self.name):
         for number, record in enumerate(stream, 1):
             where = f"record {number} read from {self.name!r}"
             try:
                 text = as_text(record[column_of(record, where, self.column)], where)
-            except InputError:
-                if strict:
-                    raise
-                self.left.add("records that are no text", where)
-                continue
+                reason = "records without text"
+            except InputError as e:
+                text, reason = "", "records that are no text"
+                self.trouble = self.trouble or e
             if text:
                 yield text
             else:
-                self.left.add("records without text", where)
+                self.left.add(reason, where)
 
 # %% ../nbs/05_data.ipynb #data-hf-held
 @patch
 def _hold_out(self: HFSource, n):
     "Set the documents for evaluation aside, and look at how they are tokenised."
-    texts = list(islice(self._texts(self.whole.shuffle(seed=0, buffer_size=1), strict=True), 2 * n))
-    texts = list(dict.fromkeys(texts))
-    if len(texts) < 2:
-        raise InputError(f"data set {self.name!r} has {len(texts)} documents with text; choose another")
-    chosen = one_of_each(len(texts), min(n, max(1, len(texts) // 20)) if len(texts) < 2 * n else n)
-    self.held = dict.fromkeys(texts[i] for i in chosen)
+    texts = list(islice(self._texts(self.whole.shuffle(seed=0, buffer_size=1)), 2 * n))
+    if 10 * self.left.get("records that are no text", [0])[0] > len(texts):
+        raise self.trouble
+    different = list(dict.fromkeys(texts))
+    if len(different) < 2:
+        raise InputError(f"data set {self.name!r} has {len(different)} documents with text; choose another")
+    few = len(texts) < 2 * n
+    chosen = one_of_each(len(different), max(1, len(different) // 20 if few else len(different) // 2))
+    self.held = dict.fromkeys(different[i] for i in chosen)
     ids = [_ids(self.lm, text) for text in self.held]
     self.unknown = unknown_share(self.lm, ids, self.name)
     self.held_rows = _tensors(pack(ids, self.ctx, self.lm.bos, self.lm.pad or 0))
@@ -1222,6 +1221,93 @@ def heldout(self: HFSource, n: int):
 def details(self: HFSource):
     said = [f"streamed, {len(self.held):,} documents held out", self.unknown, str(self.left)]
     return ", ".join(filter(None, said))
+
+# %% ../nbs/05_data.ipynb #data-hf-state
+HFSource.start = dict(rows=0, tokens=0, epoch=0, block=0, inside=0, at=None, left={})
+
+
+@patch
+def state(self: HFSource):
+    "The position."
+    return dict(self.now)
+
+
+@patch
+def load_state(self: HFSource, state):
+    "Go to a position; the block there is read when its next row is asked for."
+    if set(state) != set(self.start):
+        raise InputError(
+            f"the position kept in text {self.name!r} is of another version; begin again: -p resume False"
+        )
+    self.now = dict(state)
+    self.pos = state["rows"]
+    self.dealt = None
+
+# %% ../nbs/05_data.ipynb #data-hf-warning
+@contextmanager
+def _unwarned():
+    "Without the library's warning about its buffer."
+
+    def other(record):
+        return "shuffle buffer" not in record.getMessage()
+
+    logger = logging.getLogger("datasets.iterable_dataset")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+# %% ../nbs/05_data.ipynb #data-hf-epoch
+@patch
+def _enter(self: HFSource):
+    "Begin to read where the current block begins."
+    seed = rng("order of files", self.seed, self.now["epoch"]).initial_seed() % 2**32
+    self.reading = self.whole.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
+    if self.now["at"] is not None:
+        self.reading.load_state_dict(self.now["at"])
+    self.left = LeftOut({reason: list(counted) for reason, counted in self.now["left"].items()})
+    self.texts = (text for text in self._texts(self.reading) if text not in self.held)
+
+# %% ../nbs/05_data.ipynb #data-hf-block
+@patch
+def _read_block(self: HFSource):
+    "Read, shuffle and pack the current block; whether there is one."
+    most, size = self.block
+    texts = []
+    with _unwarned():
+        while len(texts) < most and size > 0 and (text := next(self.texts, None)) is not None:
+            texts.append(text)
+            size -= len(text)
+    at = (self.seed, self.now["epoch"], self.now["block"])
+    order = torch.randperm(len(texts), generator=rng("documents", *at))
+    ids = (_ids(self.lm, texts[i]) for i in order.tolist())
+    self.dealt = pack(ids, self.ctx, self.lm.bos, self.lm.pad or 0)
+    return len(texts) > 0
+
+# %% ../nbs/05_data.ipynb #data-hf-row
+@patch
+def _next_row(self: HFSource):
+    "The next row, or None at the end."
+    if self.dealt is None:
+        self._enter()
+        self._read_block()
+        for _ in islice(self.dealt, self.now["inside"]):
+            pass
+    while (row := next(self.dealt, None)) is None:
+        if self.now["block"] == self.now["inside"] == 0:
+            return None  # nothing in it at all
+        left = {reason: list(counted) for reason, counted in self.left.items()}
+        self.now.update(block=self.now["block"] + 1, inside=0, at=self.reading.state_dict(), left=left)
+        if self._read_block():
+            continue
+        if not self.repeat:
+            return None
+        self.now.update(epoch=self.now["epoch"] + 1, block=0, at=None)
+        self._enter()
+        self._read_block()
+    self.now["inside"] += 1
+    return row
 
 # %% ../nbs/05_data.ipynb #data-hf-take
 @patch
@@ -1248,91 +1334,6 @@ def fingerprint(self: HFSource):
         with open(file, "rb") as content:
             h.update(hashlib.file_digest(content, "sha256").digest())
     return h.hexdigest()[:16]
-
-# %% ../nbs/05_data.ipynb #data-hf-state
-HFSource.start = dict(rows=0, tokens=0, epoch=0, block=0, inside=0, at=None)
-
-
-@patch
-def state(self: HFSource):
-    "The position."
-    return dict(self.now)
-
-
-@patch
-def load_state(self: HFSource, state):
-    "Go to a position; the block there is read when its next row is asked for."
-    if set(state) != set(self.start):
-        raise InputError(
-            f"the position kept in text {self.name!r} is of another version; begin again: -p resume False"
-        )
-    self.now = dict(state)
-    self.pos = state["rows"]
-    self.dealt = None
-
-# %% ../nbs/05_data.ipynb #data-hf-epoch
-@patch
-def _enter(self: HFSource):
-    "Begin to read where the current block begins."
-    seed = rng("order of files", self.seed, self.now["epoch"]).initial_seed() % 2**32
-    self.reading = self.whole.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
-    if self.now["at"] is not None:
-        self.reading.load_state_dict(self.now["at"])
-    self.texts = (text for text in self._texts(self.reading) if text not in self.held)
-
-
-@patch
-def _read_block(self: HFSource):
-    "Read, shuffle and pack the current block; whether there is one."
-    most, size = self.block
-    texts = []
-    with _unwarned():
-        while len(texts) < most and size > 0 and (text := next(self.texts, None)) is not None:
-            texts.append(text)
-            size -= len(text)
-    at = (self.seed, self.now["epoch"], self.now["block"])
-    order = torch.randperm(len(texts), generator=rng("documents", *at))
-    ids = (_ids(self.lm, texts[i]) for i in order.tolist())
-    self.dealt = pack(ids, self.ctx, self.lm.bos, self.lm.pad or 0)
-    return len(texts) > 0
-
-# %% ../nbs/05_data.ipynb #data-hf-warning
-@contextmanager
-def _unwarned():
-    "Without the library's warning about its buffer."
-
-    def other(record):
-        return "shuffle buffer" not in record.getMessage()
-
-    logger = logging.getLogger("datasets.iterable_dataset")
-    logger.addFilter(other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(other)
-
-# %% ../nbs/05_data.ipynb #data-hf-row
-@patch
-def _next_row(self: HFSource):
-    "The next row, or None at the end."
-    if self.dealt is None:
-        self._enter()
-        self._read_block()
-        for _ in islice(self.dealt, self.now["inside"]):
-            pass
-    while (row := next(self.dealt, None)) is None:
-        if self.now["block"] == self.now["inside"] == 0:
-            return None  # nothing in it at all
-        self.now.update(block=self.now["block"] + 1, inside=0, at=self.reading.state_dict())
-        if self._read_block():
-            continue
-        if not self.repeat:
-            return None
-        self.now.update(epoch=self.now["epoch"] + 1, block=0, at=None)
-        self._enter()
-        self._read_block()
-    self.now["inside"] += 1
-    return row
 
 # %% ../nbs/05_data.ipynb #data-door-sources
 @register("sources", "world")
