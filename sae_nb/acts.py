@@ -441,11 +441,14 @@ def _limit(self: Stream, limit):
 def counts(
     self: Stream,
 ) -> dict:  # words: for a reader; limit: None where any length counts; too_long: a share
-    "Which tokens do not count."
-    words = "special tokens and the first token of each piece do not count"
+    "What does not count, besides special tokens."
+    words = []
+    if getattr(self.lm, "bos", None) is None:
+        words.append("the first token of each piece does not count")
     if self.limit is not None:
-        words += f", nor do sinks, longer than {self.limit:.4g} ({self.too_long:.2%} of the first buffer)"
-    return dict(words=words, limit=self.limit, too_long=self.too_long)
+        share = f"{self.too_long:.2%} of the first buffer"
+        words.append(f"attention sinks, longer than {self.limit:.4g} ({share}), do not count")
+    return dict(words="; ".join(words), limit=self.limit, too_long=self.too_long)
 
 # %% ../nbs/07_acts.ipynb #acts-fill
 @patch
