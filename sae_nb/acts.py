@@ -10,6 +10,8 @@ __all__ = ['cut_lengths', 'Halted', 'harvest', 'Ahead', 'CacheFolder', 'Shards',
 import hashlib
 import json
 import math
+import os
+import re
 import threading
 import time
 import weakref
@@ -143,6 +145,11 @@ def _halt(box):
     box.clear()
 
 # %% ../nbs/07_acts.ipynb #acts-cache-folder
+_aside = re.compile(
+    r"\..+\.(safetensors|json)\.[0-9a-f]+\.tmp"
+)  # what `write_tensors` writes before it renames
+
+
 class CacheFolder:
     "A folder for what can be had again, of limited size; training and evaluation share one."
 
@@ -165,13 +172,13 @@ class CacheFolder:
     def _measure(self):
         "Bytes in the folder; leftovers go."
         self.used, self.measured = 0, time.time()
-        for path in self.folder.rglob("*"):
+        for path in (Path(where, name) for where, _, names in os.walk(self.folder) for name in names):
             try:
                 stat = path.lstat()
-                if path.name[0] == "." and path.suffix == ".tmp" and stat.st_mtime < self.measured - 3600:
+                if _aside.fullmatch(path.name) and stat.st_mtime < self.measured - 3600:
                     path.unlink()
                 else:
-                    self.used += stat.st_size * path.is_file()
+                    self.used += stat.st_size
             except OSError:  # another process was faster
                 pass
 
@@ -434,11 +441,14 @@ def _limit(self: Stream, limit):
 def counts(
     self: Stream,
 ) -> dict:  # words: for a reader; limit: None where any length counts; too_long: a share
-    "Which tokens do not count."
-    words = "special tokens and the first token of each piece do not count"
+    "What does not count, besides special tokens."
+    words = []
+    if getattr(self.lm, "bos", None) is None:
+        words.append("the first token of each piece does not count")
     if self.limit is not None:
-        words += f", nor do sinks, longer than {self.limit:.4g} ({self.too_long:.2%} of the first buffer)"
-    return dict(words=words, limit=self.limit, too_long=self.too_long)
+        share = f"{self.too_long:.2%} of the first buffer"
+        words.append(f"attention sinks, longer than {self.limit:.4g} ({share}), do not count")
+    return dict(words="; ".join(words), limit=self.limit, too_long=self.too_long)
 
 # %% ../nbs/07_acts.ipynb #acts-fill
 @patch

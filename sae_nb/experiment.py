@@ -422,7 +422,7 @@ def _lm_data(plan):
     model = lm.fingerprint()[:16] if local else p.model
     n_held = sum(len(tokens) for tokens, _, _ in held)
     of = f" of the {p.eval_rows} asked for" if n_held < p.eval_rows else ""
-    counted = f"; {stream.counts['words']}" if stream.limit is not None else ""
+    counted = f"; {stream.counts['words']}" if stream.counts["words"] else ""
     return Data(
         stream=stream,
         held=held,
@@ -444,6 +444,7 @@ def open_data(
         for evaluator in plan.evaluators.values():
             evaluator.ready(data.lm)
         found = dict(hook=data.hook, d_in=data.stream.d_in, data=data.about)
+        found["counts"] = getattr(data.stream, "counts", None)
         for run in plan.runs:
             run.config.update(found, content=data.content, scale=data.stream.scale)
             run.check_content()

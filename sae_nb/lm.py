@@ -445,13 +445,15 @@ def _raw(self: LM, ids):
     words = self.tokenizer.convert_ids_to_tokens(ids)
     if b"ByteLevel" in kind:
         letters, added = _letters(), set(self.tokenizer.get_added_vocab())
-        return [bytes(letters[c] for c in w) if w not in added else w.encode() for w in map(str, words)]
+        known = [w or "" for w in words]  # a table may have rows for which there is no word
+        return [w.encode() if w in added else bytes(letters[c] for c in w) for w in known]
 
     def decode(*ids):
         return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     raw = [decode(*ids[:1])] + [decode(a, b)[len(decode(a)) :] for a, b in zip(ids, ids[1:])]
-    one = [re.fullmatch("<0x([0-9A-F]{2})>", str(w)) if b"ByteFallback" in kind else None for w in words]
+    falls = b"ByteFallback" in kind or not hasattr(self.tokenizer, "backend_tokenizer")
+    one = [re.fullmatch("<0x([0-9A-F]{2})>", str(w)) if falls else None for w in words]
     return [bytes.fromhex(m[1]) if m else piece.encode() for m, piece in zip(one, raw)]
 
 # %% ../nbs/06_lm.ipynb #lm-words-class
