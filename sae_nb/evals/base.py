@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..core import *
 from .codes import latents_of, null_saes
-from .store import Store, code_digest, digest, live_code
+from .store import Store, code_digest, digest, live_code, source_of
 from ..sae import build, check_option, declared
 
 # %% ../../nbs/evals/base.ipynb #base-settle
@@ -484,7 +484,7 @@ def greet(self: Evaluator) -> str:  # A line to be told before anything long beg
 def code(self: Evaluator) -> str:  # 24 hexadecimal digits
     "Fingerprint of the code that it is written in, and of what that uses; see `store.code_digest`."
     classes = [cls for cls in type(self).__mro__ if cls is not object]
-    live = [live_code(cls) for cls in classes if cls.__module__ == "__main__"]
+    live = [live_code(cls) for cls in classes if not source_of(cls.__module__)]
     return digest(code_digest(*{cls.__module__ for cls in classes}), live)
 
 
