@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['saebench_commit', 'envelope_keys', 'lacking', 'contract', 'settle', 'Measured', 'settled', 'sized', 'size_in_words',
            'total', 'describe', 'unstructured', 'envelope', 'metric_values', 'flat', 'Context', 'Nulls', 'NoOptions',
-           'option', 'how_many', 'fraction', 'any_seed', 'allowed_options', 'configure', 'Evaluator', 'null_means',
-           'Trial', 'check_evaluator']
+           'option', 'how_many', 'fraction', 'any_seed', 'allowed_options', 'configure', 'Evaluator', 'mirrored',
+           'null_means', 'Trial', 'check_evaluator']
 
 # %% ../../nbs/evals/base.ipynb #base-imports
 import copy
@@ -495,6 +495,14 @@ def reads(self: Evaluator) -> list:  # Of paths; those that do not exist do not 
     for value in asdict(self.config).values():
         words += value if isinstance(value, list) else [value]
     return [word for word in words if isinstance(word, str) and word and Path(word).expanduser().exists()]
+
+# %% ../../nbs/evals/base.ipynb #base-mirrored
+def mirrored(
+    data_dir: str,  # Folder that mirrors the hub; empty: none
+    *names,  # Data sets on the hub, or files
+) -> list:  # Of paths
+    "Where data sets lie in a mirror of the hub."
+    return [str(Path(data_dir) / name) for name in names] if data_dir else []
 
 # %% ../../nbs/evals/base.ipynb #base-ready
 @patch

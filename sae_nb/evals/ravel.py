@@ -28,7 +28,17 @@ from tqdm import tqdm
 
 from ..core import *
 from ..data import why_not
-from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option, sized
+from sae_nb.evals.base import (
+    Context,
+    Evaluator,
+    Measured,
+    any_seed,
+    fraction,
+    how_many,
+    mirrored,
+    option,
+    sized,
+)
 from .codes import bootstrap, latents_of
 from .split import distinct, plain
 from .store import Store, blocks
@@ -802,6 +812,20 @@ def prepare(
         if task is not None:
             out.append(task)
     return out, why, self.placed(out, lm, hook, store) if out else {}
+
+# %% ../../nbs/evals/ravel.ipynb #ravel-ready
+@patch
+def reads(self: RAVEL):
+    "The files of a mirror of the hub."
+    return mirrored(self.config.data_dir, ravel_repo)
+
+
+@patch
+def ready(self: RAVEL, model=None):
+    "The prompts and facts of every kind of entity can be read."
+    world = getattr(model, "name", "") == "world"
+    for kind, attributes in self.config.entity_attribute_selection.items() if model else ():
+        ravel_rows(kind, attributes, self.config.data_dir, world)
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-masks-group
 @patch

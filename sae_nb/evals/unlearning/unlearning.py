@@ -15,7 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...core import *
-from ..base import Context, Evaluator, Measured, any_seed, fraction, how_many, option, sized
+from sae_nb.evals.base import (
+    Context,
+    Evaluator,
+    Measured,
+    any_seed,
+    fraction,
+    how_many,
+    mirrored,
+    option,
+    sized,
+)
 from ..codes import wilson
 from ..split import distinct, plain
 from ..store import Store, digest
@@ -204,6 +214,22 @@ def new_questions(
     new, _ = distinct([q for q in questions if same(q) not in met], same)
     met.update(map(same, new))
     return new[: self.config.max_questions or len(new)], len(questions) - len(new)
+
+# %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-ready
+@patch
+def reads(self: Unlearning):
+    "Questions and corpora in a mirror of the hub, or in files."
+    c = self.config
+    repos = [f"cais/{repo}/{name}" for name in c.dataset_names for repo in ("wmdp", "mmlu")]
+    corpora = [c.forget_corpus, c.retain_corpus]
+    return [*corpora, *mirrored(c.data_dir, *repos, *corpora)]
+
+
+@patch
+def ready(self: Unlearning, model=None):
+    "The questions of every subject can be read."
+    for subject in self.config.dataset_names if model else ():
+        mcqs(subject, model, self.config.data_dir)
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-prepare-def-unfit
 @patch
