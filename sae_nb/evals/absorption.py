@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from ..core import InputError, register, rng
 from ..data import WorldSource
-from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option
+from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option, sized
 from .codes import bootstrap, dictionary_sae, latents_of, wilson
+from .split import families, plain_word
 from .store import Store
 from ..lm import LM, what_counts
 from ..metrics import unit
@@ -371,10 +372,14 @@ def halves(
     self: Absorption,
     words: list,  # All words
 ) -> tuple:  # Words to train on and to test on
-    "The split of the words."
+    "The split of the words; those that differ in a space or in capitals go to one side."
     c = self.config
-    words = random.Random(f"absorption {c.random_seed}").sample(words, len(words))[: c.n_words or None]
+    drawn = families(words)
+    drawn = random.Random(f"absorption {c.random_seed}").sample(drawn, len(drawn))
+    words = [word for family in drawn for word in family][: c.n_words or None]
     n = int(c.train_share * len(words))
+    while 0 < n < len(words) and plain_word(words[n]) == plain_word(words[n - 1]):
+        n += 1
     if min(n, len(words) - n) <= max(c.examples, 1):
         raise NoScore(
             f"{len(words)} single-token words of ASCII letters are too few to split and draw {c.examples} "
@@ -976,6 +981,7 @@ def measure(
             nulls={},
             intervals={},
             extra=e.known,
+            sizes=dict(words=sized(e.known.get("n_words", 0)), letters=sized(0, 26)),
             data=dict(warnings=self.warned(sae, lm)),
         )
     made = {}
@@ -1030,12 +1036,29 @@ def report(
         nulls={name: self.null_row(letters, guard) for name, (letters, guard) in beside.items()},
         intervals={name: bootstrap(v, seed=c.random_seed) for name, v in per.items() if len(v) > 1},
         extra=D.known | extra,
+        sizes=self.sizes(D, len(used)),
         data=dict(
             warnings=self.warned(sae, lm, len(D.train), extra["share_with_main"]),
             letters=[_table_row(row) for row in used],
             main_latents={row["letter"]: row["main"] for row in rows},
             null_letters=null_letters,
         ),
+    )
+
+# %% ../../nbs/evals/absorption.ipynb #abs-sizes
+@patch
+def sizes(
+    self: Absorption,
+    D: Letters,  # Words and probes
+    n_letters: int,  # Letters that were judged
+) -> dict:  # See `base.sized`
+    "Words and letters that were used."
+    c, words = self.config, len(D.train) + len(D.test)
+    gone = D.known.get("n_words_left_out", 0)
+    return dict(
+        words=sized(words, c.n_words or None, "the vocabulary has no more", not_one_token_in_the_prompt=gone),
+        letters=sized(n_letters, 26, "no test word, or a probe that is not above min_GT_probe_f1"),
+        spelling_prompts=sized(min(c.spelling_prompts, len(D.test)), c.spelling_prompts),
     )
 
 # %% ../../nbs/evals/absorption.ipynb #abs-beside-null-row

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['saebench_commit', 'envelope_keys', 'lacking', 'contract', 'settle', 'Measured', 'settled', 'sized', 'size_in_words',
            'total', 'describe', 'unstructured', 'envelope', 'metric_values', 'flat', 'Context', 'Nulls', 'NoOptions',
-           'option', 'how_many', 'fraction', 'any_seed', 'allowed_options', 'configure', 'Evaluator', 'null_means',
-           'Trial', 'check_evaluator']
+           'option', 'how_many', 'fraction', 'any_seed', 'allowed_options', 'configure', 'Evaluator', 'mirrored',
+           'null_means', 'Trial', 'check_evaluator']
 
 # %% ../../nbs/evals/base.ipynb #base-imports
 import copy
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..core import *
 from .codes import latents_of, null_saes
-from .store import Store, code_digest, digest, live_code
+from .store import Store, code_digest, digest, live_code, source_of
 from ..sae import build, check_option, declared
 
 # %% ../../nbs/evals/base.ipynb #base-settle
@@ -484,7 +484,7 @@ def greet(self: Evaluator) -> str:  # A line to be told before anything long beg
 def code(self: Evaluator) -> str:  # 24 hexadecimal digits
     "Fingerprint of the code that it is written in, and of what that uses; see `store.code_digest`."
     classes = [cls for cls in type(self).__mro__ if cls is not object]
-    live = [live_code(cls) for cls in classes if cls.__module__ == "__main__"]
+    live = [live_code(cls) for cls in classes if not source_of(cls.__module__)]
     return digest(code_digest(*{cls.__module__ for cls in classes}), live)
 
 
@@ -495,6 +495,14 @@ def reads(self: Evaluator) -> list:  # Of paths; those that do not exist do not 
     for value in asdict(self.config).values():
         words += value if isinstance(value, list) else [value]
     return [word for word in words if isinstance(word, str) and word and Path(word).expanduser().exists()]
+
+# %% ../../nbs/evals/base.ipynb #base-mirrored
+def mirrored(
+    data_dir: str,  # Folder that mirrors the hub; empty: none
+    *names,  # Data sets on the hub, or files
+) -> list:  # Of paths
+    "Where data sets lie in a mirror of the hub."
+    return [str(Path(data_dir) / name) for name in names] if data_dir else []
 
 # %% ../../nbs/evals/base.ipynb #base-ready
 @patch

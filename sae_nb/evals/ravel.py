@@ -28,8 +28,19 @@ from tqdm import tqdm
 
 from ..core import *
 from ..data import why_not
-from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option
+from sae_nb.evals.base import (
+    Context,
+    Evaluator,
+    Measured,
+    any_seed,
+    fraction,
+    how_many,
+    mirrored,
+    option,
+    sized,
+)
 from .codes import bootstrap, latents_of
+from .split import distinct, plain
 from .store import Store, blocks
 from ..sae import declared
 from ..world import sets as W
@@ -750,6 +761,7 @@ def task(
     "Prompts and pairs of one kind of entity."
     c = self.config
     rows = ravel_rows(kind, attributes, c.data_dir, getattr(lm, "name", "") == "world")
+    rows, copies = distinct(rows, lambda row: (row["attribute"], plain(row["prompt"])))
     if c.full_dataset_downsample and c.full_dataset_downsample < len(rows):
         rows = random.Random(f"ravel rows {c.random_seed}").sample(rows, c.full_dataset_downsample)
     P = known(tokenized(rows, lm), lm, c, store, quiet=quiet)
@@ -758,7 +770,7 @@ def task(
         return None, why
     use = [a for a in attributes if a not in why]
     leaky = tasks(P.rows, use, c, leaky=True)[:2] if c.compatible else None
-    shares = dict(n_prompts=len(rows), known=len(P) / len(rows))
+    shares = dict(n_prompts=len(rows), known=len(P) / len(rows), copies=copies)
     return Task(kind, use, P, train, test, leaky, shares), why
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-prepare-where
@@ -800,6 +812,20 @@ def prepare(
         if task is not None:
             out.append(task)
     return out, why, self.placed(out, lm, hook, store) if out else {}
+
+# %% ../../nbs/evals/ravel.ipynb #ravel-ready
+@patch
+def reads(self: RAVEL):
+    "The files of a mirror of the hub."
+    return mirrored(self.config.data_dir, ravel_repo)
+
+
+@patch
+def ready(self: RAVEL, model=None):
+    "The prompts and facts of every kind of entity can be read."
+    world = getattr(model, "name", "") == "world"
+    for kind, attributes in self.config.entity_attribute_selection.items() if model else ():
+        ravel_rows(kind, attributes, self.config.data_dir, world)
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-masks-group
 @patch
@@ -1034,6 +1060,7 @@ def measure(
             nulls={},
             intervals={},
             extra=moved_at,
+            sizes=dict(attributes=sized(0, len(why), "; ".join(dict.fromkeys(why.values())))),
             data=dict(left_out=why),
         )
     with tqdm(desc="ravel: steps", disable=ctx.quiet, leave=False, ncols=80) as bar:
@@ -1123,8 +1150,27 @@ def report(
         nulls={name: overall(scores) for name, scores in beside.items()},
         intervals=intervals,
         extra=_other_scores(done, c.compatible) | _sizes(done),
+        sizes=self.used(done),
         data=data,
     )
+
+# %% ../../nbs/evals/ravel.ipynb #ravel-used
+@patch
+def used(self: RAVEL, done: list) -> dict:  # See `base.sized`
+    "Prompts, entities, attributes and pairs that were used."
+    c, tasks = self.config, [swaps.task for swaps in done]
+    names = [len(attributes) for attributes in c.entity_attribute_selection.values()]
+    n, share = sum(len(task.attributes) for task in tasks), c.train_test_split
+    asked = [2 * n * max(2, round(part * c.num_pairs_per_attribute)) for part in (share, 1 - share)]
+    train, test = (sum(getattr(task, side)[..., 0].numel() for task in tasks) for side in ("train", "test"))
+    prompts, copies = (sum(task.shares[of] for task in tasks) for of in ("n_prompts", "copies"))
+    return {
+        "prompts": sized(sum(len(task.P) for task in tasks), prompts, copies_of_a_prompt=copies),
+        "entities": sized(sum(len({row["entity"] for row in task.P.rows}) for task in tasks)),
+        "attributes": sized(n, max(n, sum(names)), "the others cannot be measured"),
+        "pairs to train on": sized(train, max(asked[0], train)),
+        "pairs to test on": sized(test, max(asked[1], test), "there are no more that differ"),
+    }
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-plot
 _marks = dict(nothing="v", everything="^", random="s", frozen="D", residual="P", rotation="*")

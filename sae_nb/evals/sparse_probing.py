@@ -31,6 +31,7 @@ from sae_nb.evals.base import (
     any_seed,
     fraction,
     how_many,
+    mirrored,
     option,
     settle,
     sized,
@@ -590,6 +591,23 @@ def _cut(self: SparseProbing, texts, name):
     "The beginning of every text, under a short name."
     n = self.config.context_length
     return replace(texts, name=name, tokens=texts.tokens[:, :n], docs=texts.docs[:, :n])
+
+# %% ../../nbs/evals/sparse_probing.ipynb #sp-ready
+@patch
+def reads(self: SparseProbing):
+    "Files of one's own, and data sets in a mirror of the hub."
+    names = self.config.dataset_names
+    repos = [saebench_sets[name].repo if name in saebench_sets else name for name in names]
+    return [*names, *mirrored(self.config.data_dir, *repos)]
+
+
+@patch
+def ready(self: SparseProbing, model=None):
+    "Every set of texts can be read, and has what is needed."
+    on_world = getattr(model, "name", "") == "world"
+    for name in self.config.dataset_names:
+        if model is not None and not (on_world and name in world_sets):
+            self._read(name, model, Store())
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-rows
 @patch

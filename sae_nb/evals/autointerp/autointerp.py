@@ -24,7 +24,7 @@ from torch import Tensor
 from ...core import InputError, counted, register, rng
 from ...data import pack, records
 from .judge import Judge, LocalJudge, judge_from_env
-from ..base import Context, Evaluator, Measured, settle
+from ..base import Context, Evaluator, Measured, any_seed, option, settle, sized
 from ..codes import bootstrap, latents_of, wilson
 from ..store import Store, blocks, digest
 from ...lm import what_counts
@@ -36,10 +36,10 @@ class AutoInterpConfig:
     "SAEBench's options, then ours."
 
     model_name: str = ""  # Filled in from the model
-    n_latents: int = 1000  # Living latents to look at; None: those of override_latents
+    n_latents: int = option(1000, 1, optional=True)  # Living latents; None: those of override_latents
     override_latents: list = None  # These latents, alive or not
     dead_latent_threshold: float = 15  # A latent lives if it fires on more than so many of total_tokens
-    random_seed: int = 42  # Which texts of the world, latents, windows and halves
+    random_seed: int = any_seed(42)  # Which texts of the world, latents, windows and halves
     dataset_name: str = "monology/pile-uncopyrighted"  # "world", a data set with a text column, or a file
     llm_context_size: int = 128  # Tokens per row
     llm_batch_size: int = 128  # For the record
@@ -62,7 +62,7 @@ class AutoInterpConfig:
     judge_url: str = ""  # Else SAE_NB_JUDGE_URL
     judge_model: str = ""  # Else SAE_NB_JUDGE_MODEL
     judge_key_variable: str = ""  # Environment variable that holds the key; empty: SAE_NB_JUDGE_KEY
-    judge_temperature: float = 0.0  # None: the server's own
+    judge_temperature: float = option(0.0, 0, 100, optional=True)  # None: the server's own
     judge_max_tokens: int = 0  # Room of every answer, e.g. for a model that thinks first; 0: as needed
     judge_extra: dict = None  # Further fields of the request; null takes one out
     judge_concurrent: int = 8  # Requests at a time
@@ -1577,7 +1577,8 @@ def _unmeasured():
     "Neither a judge nor labels: nothing is read."
     why = dict.fromkeys(_judge_names, f"not measurable, because {no_judge}")
     why |= dict.fromkeys(_label_names, f"not measurable, because {no_labels}")
-    return Measured(_categories(dict.fromkeys(why)), undefined=why, nulls={}, intervals={})
+    sizes = dict(latents=sized(0))
+    return Measured(_categories(dict.fromkeys(why)), undefined=why, nulls={}, intervals={}, sizes=sizes)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-main-scene
 @patch
@@ -1716,7 +1717,21 @@ def report(
         extra={name: value for name, value in extra.items() if value is not None},
         intervals=_intervals(found.records, self.config.random_seed),
         data=dict(curves=curves, judge=None if judge is None else _asked(judge, found)),
+        sizes=self.sizes(found, extra["tokens"]),
         incomplete=found.incomplete,
+    )
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-sizes
+@patch
+def sizes(self: AutoInterp, found: Found, tokens: int) -> dict:  # See `base.sized`
+    "Latents that were looked at, and the tokens they were looked at on."
+    c = self.config
+    asked = len(c.override_latents) if c.override_latents else c.n_latents
+    scored = sum("score" in record for record in found.records.values())
+    return dict(
+        latents=sized(len(found.records), asked, "no more of them fire often enough"),
+        latents_with_a_score=sized(scored, len(found.records)),
+        tokens=sized(tokens, max(c.total_tokens, tokens)),
     )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-flat

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['control_rows', 'null_lines', 'ConceptConfig', 'checked', 'seed_of', 'generator', 'train_probes', 'pick_epoch', 'hits',
-           'fit_probes', 'kept_probes', 'probe_logits', 'texts_at', 'text_sizes', 'total_sizes', 'code_means',
-           'acts_means', 'TableLM', 'contrasts', 'node_effects', 'ranked', 'logit_shifts', 'matched', 'concept_codes',
-           'residual_channels', 'one_each', 'shuffled_labels', 'plans_of', 'ablate', 'after_silencing', 'threshold',
-           'mean_by_name', 'with_reasons', 'intervals_of', 'n_silenced', 'in_saebenchs_way', 'rows_beside',
-           'null_curves', 'ConceptToy']
+           'fit_probes', 'kept_probes', 'probe_logits', 'texts_at', 'text_sizes', 'total_sizes', 'files_read',
+           'try_texts', 'code_means', 'acts_means', 'TableLM', 'contrasts', 'node_effects', 'ranked', 'logit_shifts',
+           'matched', 'concept_codes', 'residual_channels', 'one_each', 'shuffled_labels', 'plans_of', 'ablate',
+           'after_silencing', 'threshold', 'mean_by_name', 'with_reasons', 'intervals_of', 'n_silenced',
+           'in_saebenchs_way', 'rows_beside', 'null_curves', 'ConceptToy']
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-imports
 import hashlib
@@ -20,11 +20,12 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ...core import *
-from ..base import Context, any_seed, fraction, how_many, option, sized, total
+from ..base import Context, any_seed, fraction, how_many, mirrored, option, sized, total
 from ..codes import bootstrap, latents_of, mean_pool, pooled
 from ..store import Store, blocks, digest
-from ..texts import Texts, scr_pairs
+from ..texts import Texts, saebench_sets, scr_pairs, world_sets
 from ...sae import Allowed, declared
+from ...world import sets as W
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-config
 _bios = "LabHC/bias_in_bios_class_set1"
@@ -243,6 +244,25 @@ def total_sizes(
     parts = [run["sizes"] for run in done if "sizes" in run]
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: total([part[name] for part in parts]) for name in names}
+
+# %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-reads
+def files_read(
+    c: ConceptConfig,  # Names of data sets, and a mirror of the hub
+) -> list:  # Of paths
+    "Where the data sets lie on this machine."
+    repos = [saebench_sets[name].repo if name in saebench_sets else name for name in c.dataset_names]
+    return [*c.dataset_names, *mirrored(c.data_dir, *repos)]
+
+
+def try_texts(
+    runs,  # Name of a data set -> function that returns its texts
+    model,  # Language model; None: nothing is tried
+):
+    "Read every data set that is not the world's."
+    on_world = getattr(model, "name", "") == "world"
+    for name, texts in runs:
+        if model is not None and not (on_world and name in {*world_sets, *W.SCR_PAIRS}):
+            texts()
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-read
 def code_means(

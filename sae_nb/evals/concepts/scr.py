@@ -92,6 +92,18 @@ def runs(
             texts = partial(pair_set, name, pair, lm, *sizes)
             yield f"{name}_scr_{pair[0]}_{pair[1]}", name, pair, values, texts
 
+# %% ../../../nbs/evals/concepts/scr.ipynb #scr-ready
+@patch
+def reads(self: SCR):
+    "Data sets in a mirror of the hub."
+    return files_read(self.config)
+
+
+@patch
+def ready(self: SCR, model=None):
+    "Every data set can be read, and has what is needed."
+    try_texts(((name, texts) for _, name, _, _, texts in self.runs(model)), model)
+
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-task
 @dataclass
 class Task:

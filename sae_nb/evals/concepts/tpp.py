@@ -97,6 +97,18 @@ def runs(
     for name in c.dataset_names:
         yield name, partial(text_set, name, lm, *sizes)
 
+# %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-ready
+@patch
+def reads(self: TPP):
+    "Data sets in a mirror of the hub."
+    return files_read(self.config)
+
+
+@patch
+def ready(self: TPP, model=None):
+    "Every data set can be read, and has what is needed."
+    try_texts(self.runs(model), model)
+
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-task
 @dataclass
 class Task:

@@ -15,8 +15,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...core import *
-from ..base import Context, Evaluator, Measured, any_seed, fraction, how_many, option
+from sae_nb.evals.base import (
+    Context,
+    Evaluator,
+    Measured,
+    any_seed,
+    fraction,
+    how_many,
+    mirrored,
+    option,
+    sized,
+)
 from ..codes import wilson
+from ..split import distinct, plain
 from ..store import Store, digest
 from .forget import *
 from ...lm import what_counts
@@ -165,17 +176,15 @@ def prepare(
 def known_questions(self: Unlearning, lm, store, desc):
     "The known questions of all subjects, and how many were asked and known of each."
     c = self.config
-    qs = []
-    counts = {}
+    qs, counts, met = [], {}, set()
     for i, subject in enumerate(tqdm(c.dataset_names, desc=desc, disable=not desc, leave=False, ncols=80)):
         if i and subject == "college_biology":
             continue
-        asked = mcqs(subject, lm, c.data_dir)
-        asked = asked[: c.max_questions or len(asked)]
+        asked, copies = self.new_questions(mcqs(subject, lm, c.data_dir), met)
         k = known(lm, asked, c.prompt_format, store, c.llm_batch_size)
         qs += [asked[j] for j in k["kept"]]
         counts[subject] = dict(
-            asked=len(asked), right=k["first"], known=len(k["kept"]), too_long=k["too_long"]
+            asked=len(asked), right=k["first"], known=len(k["kept"]), too_long=k["too_long"], copies=copies
         )
     return qs, counts
 
@@ -189,6 +198,38 @@ def read_corpora(self: Unlearning, lm):
     return real_corpora(
         lm, c.forget_corpus, c.retain_corpus, c.dataset_size, c.seq_len, c.random_seed, c.data_dir
     )
+
+# %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-new-questions
+@patch
+def new_questions(
+    self: Unlearning,
+    questions: list,  # Of `Mcq`
+    met: set,  # What was met so far; extended here
+) -> tuple:  # Those to ask, at most `max_questions`; how many copies were left out
+    "Questions that were not met before."
+
+    def same(q):
+        return plain(q.text), tuple(sorted(map(plain, q.options)))
+
+    new, _ = distinct([q for q in questions if same(q) not in met], same)
+    met.update(map(same, new))
+    return new[: self.config.max_questions or len(new)], len(questions) - len(new)
+
+# %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-ready
+@patch
+def reads(self: Unlearning):
+    "Questions and corpora in a mirror of the hub, or in files."
+    c = self.config
+    repos = [f"cais/{repo}/{name}" for name in c.dataset_names for repo in ("wmdp", "mmlu")]
+    corpora = [c.forget_corpus, c.retain_corpus]
+    return [*corpora, *mirrored(c.data_dir, *repos, *corpora)]
+
+
+@patch
+def ready(self: Unlearning, model=None):
+    "The questions of every subject can be read."
+    for subject in self.config.dataset_names if model else ():
+        mcqs(subject, model, self.config.data_dir)
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-prepare-def-unfit
 @patch
@@ -553,6 +594,7 @@ def measure(self: Unlearning, sae, ctx: Context):
             nulls={},
             intervals={},
             data=dict(questions=p.counts),
+            sizes=self.sizes(p),
         )
     tables = self.sweep(sae, lm, hook, p, store, ctx.parts, desc="" if quiet else "settings")
     main = self.result(tables["clamp"], p)
@@ -573,7 +615,23 @@ def measure(self: Unlearning, sae, ctx: Context):
         intervals=intervals,
         extra=extra,
         data=dict(questions=p.counts, settings=settings, chosen=picked),
+        sizes=self.sizes(p),
     )
+
+# %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-sizes
+@patch
+def sizes(self: Unlearning, p: Prep) -> dict:  # See `base.sized`
+    "Questions and rows of the corpora that were used."
+    c, counts = self.config, p.counts.values()
+    asked, copies, long = (sum(n[what] for n in counts) for what in ("asked", "copies", "too_long"))
+    out = {
+        "questions": sized(len(p.qs), asked, copies_of_a_question=copies, too_long_for_the_model=long),
+        "questions to choose by": sized(int(p.val.sum())),
+        "questions to score by": sized(int(p.test.sum())),
+    }
+    for name, (tokens, _) in (p.corpora or {}).items():
+        out[f"rows of the corpus to {name}"] = sized(len(tokens), c.dataset_size, "it has no more")
+    return out
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-null-rows-def
 @patch
