@@ -571,8 +571,9 @@ def evaluation_context(
 # %% ../nbs/10_experiment.ipynb #experiment-todo
 def _metrics_of(run):
     "What was reported of a run: its metrics or, if these are lost, those of the results that lie there."
-    if run.finished:
-        return read_metrics(run.folder)
+    metrics = read_metrics(run.folder)
+    if metrics is not None:
+        return metrics
     return {
         f"{path.stem}/{name}": value
         for path in sorted((run.folder / "evals").glob("*.json"))
