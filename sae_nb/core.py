@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['found', 'dtypes', 'InputError', 'Damaged', 'one_of', 'ints', 'register', 'names', 'find', 'root', 'output_folder',
-           'remove_leftovers', 'figure_text', 'write_text', 'write_json', 'is_there', 'read_json', 'checksum',
+           'short', 'remove_leftovers', 'figure_text', 'write_text', 'write_json', 'is_there', 'read_json', 'checksum',
            'write_tensors', 'read_meta', 'read_tensors', 'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch',
            'counted']
 
@@ -141,6 +141,16 @@ def output_folder(
     folder = root() / "_proc" / name if os.environ.get("IN_TEST") else root() / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+# %% ../nbs/00_core.ipynb #core-short
+def short(
+    value,  # A number, or None where there is none
+    digits: int = 4,  # Significant ones
+) -> str:  # For people; empty for None and NaN
+    "A number in few digits; what is zero but for rounding is 0."
+    if value is None or value != value:
+        return ""
+    return f"{0.0 if abs(value) < 1e-12 else value:.{digits}g}"
 
 # %% ../nbs/00_core.ipynb #core-aside
 def _beside(path):

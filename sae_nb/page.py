@@ -131,7 +131,7 @@ def show_table(
     metrics = {run.name: read_json(run.folder / "metrics.json") for run in plan.runs}
     df = pd.DataFrame({**metrics, **_null_means(metrics)})
     df = df.loc[_rows_of(df.index, everything)]
-    return df.map(lambda value: "" if pd.isna(value) else f"{value:.4g}")
+    return df.map(short)
 
 # %% ../nbs/11_page.ipynb #page-board
 def show_scoreboard(
@@ -199,7 +199,7 @@ def pick_latents(
     best = mass.topk(min(n_active, len(mass))).indices.tolist()
     fires = (found.density > 0).nonzero()[:, 0].tolist()
     others = [latent for latent in fires if latent not in set(best)]
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(others), generator=rng("latents to show"))
     return best + [others[i] for i in order[:n_random].tolist()]
 
 # %% ../nbs/11_page.ipynb #page-contexts

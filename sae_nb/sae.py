@@ -951,7 +951,7 @@ def check_variant(
     **args,  # Options of the variant
 ):
     "Hold a variant to the contract; the first breach is an AssertionError that says what is wrong."
-    g = torch.Generator().manual_seed(0)
+    g = rng("contract", 0)
     x = torch.randn(6, 10, d_in, generator=g) * (1 + torch.rand(6, 10, 1, generator=g))
     sae = make(d_in, d_sae, **args)
     for check in (

@@ -13,7 +13,7 @@ from fastcore.basics import patch, store_attr
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .core import Batch, InputError
+from .core import Batch, InputError, rng
 
 # %% ../nbs/01_toy.ipynb #toy-generator
 parts = {"truth": 0, "train": 1, "test": 2}
@@ -76,7 +76,7 @@ def sequences(
     x, f = self._next(B, T, part, at)
     if not shuffled:
         return x, f
-    gen = torch.Generator().manual_seed(self.seed + B * T)
+    gen = rng("shuffled tokens", self.seed, B, T)
     order = torch.randperm(B * T, generator=gen).to(x.device)
     return tuple(o if o is None else o.flatten(0, 1)[order].view_as(o) for o in (x, f))
 

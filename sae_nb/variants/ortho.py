@@ -220,7 +220,7 @@ def select(
         return found
     if self.selector == "geometric":
         return best_pairs(row_blocks(sae.W_dec, w=w), P, w)
-    gen = sae.gen if self.training else torch.Generator().manual_seed(sae.seed)
+    gen = sae.gen if self.training else rng("pairs in evaluation", sae.seed)
     i, j = random_pairs(sae.d_sae, P, gen)
     return Pairs(i.to(sae.W_dec.device), j.to(sae.W_dec.device), None)
 
