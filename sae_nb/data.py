@@ -1197,7 +1197,8 @@ def _texts(self: HFSource, stream):
 @patch
 def _hold_out(self: HFSource, n):
     "Set the documents for evaluation aside, and look at how they are tokenised."
-    texts = list(islice(self._texts(self.whole.shuffle(seed=0, buffer_size=1)), 2 * n))
+    some_files = self.whole.shuffle(seed=0, buffer_size=1, max_buffer_input_shards=4)
+    texts = list(islice(self._texts(some_files), 2 * n))
     if 10 * self.left.get("records that are no text", [0])[0] > len(texts):
         raise self.trouble
     different = list(dict.fromkeys(texts))
