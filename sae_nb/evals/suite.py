@@ -169,7 +169,7 @@ def evaluate(
 
 def _check_width(evaluator, sae, ctx, name):
     "An SAE of another model or hook is refused before anything is read."
-    there = ctx.toy.d_in if ctx.toy is not None else ctx.model and ctx.model.width(ctx.hook)
+    there = ctx.toy.d_in if ctx.toy is not None else hasattr(ctx.model, "width") and ctx.model.width(ctx.hook)
     if there and sae.d_in != there:
         raise InputError(
             f"SAE {name or sae.variant!r} reads activations of width {sae.d_in}, and those at "
