@@ -33,6 +33,7 @@ from sae_nb.evals.base import (
     how_many,
     option,
     settle,
+    sized,
 )
 from ..codes import bootstrap, latents_of, wilson
 from ..store import Store, blocks, digest
@@ -1680,6 +1681,36 @@ def _settled_rows(rows):
         out[row] = {name: v for name, v in settle(numbers, {}).items() if v is not None}
     return out
 
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report-sizes
+@patch
+def sizes(
+    self: AutoInterp,
+    found: Found,  # The SAE
+    scene: Scene,  # Text and labels
+    judge,  # Who was asked, or None
+) -> dict:  # What was counted -> from `sized`
+    "How much was used of what was asked for."
+    c, info = self.config, found.info
+    n = len(found.records)
+    asked = n if c.n_latents is None else c.n_latents
+    out = {
+        "tokens": sized(int((scene.data.mask > 0).sum())),
+        "latents": sized(n, asked, "no more of them live"),
+    }
+    if found.told:
+        tested = int(found.told["f1"].isfinite().sum())
+        out["latents with a label"] = sized(tested, n, "what they are about occurs on one half only")
+    if judge is not None and "judge_requests" in info:
+        dropped = {reason: entry["latents"] for reason, entry in found.dropped.items()}
+        out["latents judged"] = sized(found.numbers["latents_scored"], n, "", **dropped)
+        out["questions"] = sized(
+            info["judge_answered"],
+            info["judge_requests"],
+            "the judge did not answer all",
+            refused=info["judge_refused"],
+        )
+    return out
+
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report-report
 @patch
 def report(
@@ -1710,6 +1741,7 @@ def report(
         intervals=_intervals(found.records, self.config.random_seed),
         data=dict(curves=curves, judge=None if judge is None else _asked(judge, found)),
         incomplete=found.incomplete,
+        sizes=self.sizes(found, scene, judge),
     )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-flat
