@@ -24,7 +24,17 @@ from torch import Tensor
 from ...core import InputError, counted, register, rng
 from ...data import pack, records
 from .judge import Judge, LocalJudge, judge_from_env
-from ..base import Context, Evaluator, Measured, any_seed, option, settle, sized
+from sae_nb.evals.base import (
+    Context,
+    Evaluator,
+    Measured,
+    any_seed,
+    fraction,
+    how_many,
+    option,
+    settle,
+    sized,
+)
 from ..codes import bootstrap, latents_of, wilson
 from ..store import Store, blocks, digest
 from ...lm import what_counts
@@ -36,25 +46,29 @@ class AutoInterpConfig:
     "SAEBench's options, then ours."
 
     model_name: str = ""  # Filled in from the model
-    n_latents: int = option(1000, 1, optional=True)  # Living latents; None: those of override_latents
+    n_latents: int = option(
+        1000, 1, optional=True
+    )  # Living latents to look at; None: those of override_latents
     override_latents: list = None  # These latents, alive or not
     dead_latent_threshold: float = 15  # A latent lives if it fires on more than so many of total_tokens
     random_seed: int = any_seed(42)  # Which texts of the world, latents, windows and halves
     dataset_name: str = "monology/pile-uncopyrighted"  # "world", a data set with a text column, or a file
-    llm_context_size: int = 128  # Tokens per row
-    llm_batch_size: int = 128  # For the record
+    llm_context_size: int = how_many(128)  # Tokens per row
+    llm_batch_size: int = how_many(128)  # For the record
     llm_dtype: str = ""  # Filled in from the model
-    buffer: int = 10  # Tokens on either side of a window's centre
+    buffer: int = how_many(10)  # Tokens on either side of a window's centre
     no_overlap: bool = True  # No strongest window has its centre within another
-    act_threshold_frac: float = 0.01  # Active: above this share of the largest value in strong windows
-    total_tokens: int = 2_000_000  # Tokens of text, counted as rows times llm_context_size
+    act_threshold_frac: float = fraction(
+        0.01
+    )  # Active: above this share of the largest value in strong windows
+    total_tokens: int = how_many(2_000_000, 1e12)  # Tokens of text, counted as rows times llm_context_size
     scoring: bool = True  # False: descriptions only
-    max_tokens_in_explanation: int = 30  # Longest description
+    max_tokens_in_explanation: int = how_many(30)  # Longest description
     use_demos_in_explanation: bool = True  # Examples of descriptions in the question
-    n_top_ex_for_generation: int = 10  # Strongest windows to describe from
+    n_top_ex_for_generation: int = how_many(10)  # Strongest windows to describe from
     n_iw_sampled_ex_for_generation: int = 5  # Weaker windows, drawn by squared activation, likewise
-    n_top_ex_for_scoring: int = 2  # The same to recognise
-    n_random_ex_for_scoring: int = 10  # Random windows among which to recognise them
+    n_top_ex_for_scoring: int = how_many(2)  # The same to recognise
+    n_random_ex_for_scoring: int = how_many(10)  # Random windows among which to recognise them
     n_iw_sampled_ex_for_scoring: int = 2
     data_dir: str = ""  # Folder that mirrors the hub, see `texts.records`
     compatible: bool = True  # Also SAEBench's unchecked random windows: one question more per latent
@@ -65,17 +79,17 @@ class AutoInterpConfig:
     judge_temperature: float = option(0.0, 0, 100, optional=True)  # None: the server's own
     judge_max_tokens: int = 0  # Room of every answer, e.g. for a model that thinks first; 0: as needed
     judge_extra: dict = None  # Further fields of the request; null takes one out
-    judge_concurrent: int = 8  # Requests at a time
+    judge_concurrent: int = how_many(8, 1000)  # Requests at a time
     judge_per_minute: float = 0.0  # Requests per minute; 0: no limit
-    judge_timeout: float = 60.0  # Seconds per request
+    judge_timeout: float = option(60.0, 0, inside=True)  # Seconds per request
     judge_retries: int = 5  # Further attempts where a failure may pass
     judge_wait: float = 1.0  # Seconds before the first of them, doubled each time
     judge_most_wait: float = 120.0  # Longest pause, the server's wishes included; beyond that we give up
     judge_price_in: float = None  # Dollars per million tokens
     judge_price_out: float = None
     judge_max_cost: float = None  # Dollars; needs the prices
-    judge_max_requests: int = 5000  # Most questions for one SAE
-    label_min_tokens: int = 10  # Tokens of the first half on which a description must hold
+    judge_max_requests: int = option(5000, optional=True)  # Most questions for one SAE
+    label_min_tokens: int = how_many(10)  # Tokens of the first half on which a description must hold
     label_levels: tuple = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)  # Thresholds tried: quantiles of activations
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-config-autointerp
@@ -88,11 +102,9 @@ class AutoInterp(Evaluator):
     world = dict(dataset_name="world", total_tokens=65_536)
     fast = dict(total_tokens=12_288, n_latents=64)
     headline = dict(autointerp_score=1, label_f1=1, label_coverage=1)
-    manner = tuple(
-        f"judge_{name}"
-        for name in "key_variable concurrent per_minute timeout retries wait most_wait".split()
-        + "price_in price_out max_cost max_requests".split()
-    )
+    manner = ("judge_key_variable", "judge_concurrent", "judge_per_minute", "judge_timeout", "judge_retries")
+    manner += ("judge_wait", "judge_most_wait", "judge_price_in", "judge_price_out", "judge_max_cost")
+    manner += ("judge_max_requests",)
 
     def __init__(
         self,
@@ -106,43 +118,25 @@ class AutoInterp(Evaluator):
         self.who()
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-checked
-_at_least_one = (
-    "buffer",
-    "total_tokens",
-    "n_top_ex_for_generation",
-    "n_top_ex_for_scoring",
-    "n_random_ex_for_scoring",
-    "label_min_tokens",
-)
-
-
-def _checked_counts(c):
-    "Refuse counts that are too small."
+def _checked_latents(c):
+    "Refuse latents that are named in two ways, in none, or not at all."
     if (c.n_latents is None) == (c.override_latents is None):
         raise InputError(
             f"n_latents = {c.n_latents} and override_latents = {c.override_latents}: give one of them and "
             "set the other to None"
         )
-    latents = c.n_latents if c.override_latents is None else len(c.override_latents)
-    for name, n in dict(n_latents=latents, **{name: getattr(c, name) for name in _at_least_one}).items():
-        if n < 1:
-            raise InputError(f"{name} = {n} is too small; give at least 1")
-    if min(c.n_iw_sampled_ex_for_generation, c.n_iw_sampled_ex_for_scoring) < 0:
-        raise InputError("n_iw_sampled_ex_for_generation and n_iw_sampled_ex_for_scoring cannot be negative")
+    named = c.override_latents or ()
+    if any(isinstance(latent, bool) or not isinstance(latent, int) or latent < 0 for latent in named):
+        raise InputError(f"override_latents = {c.override_latents} are not numbers of latents, from 0 on")
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-checked-all
 def checked(
     c: AutoInterpConfig,  # As given
 ) -> AutoInterpConfig:  # The same, if it makes sense
     "Options that cannot work are told in a line."
-    _checked_counts(c)
-    if not isinstance(c.judge_max_tokens, int) or c.judge_max_tokens < 0:
-        raise InputError(f"judge_max_tokens = {c.judge_max_tokens!r} is not a whole number of at least 0")
-    if not 0 <= c.act_threshold_frac < 1:
-        raise InputError(
-            f"act_threshold_frac = {c.act_threshold_frac} is not a share of the maximum; give at least 0 "
-            "and less than 1"
-        )
+    _checked_latents(c)
+    if c.act_threshold_frac == 1:
+        raise InputError("act_threshold_frac = 1 leaves no token active; give at least 0 and less than 1")
     if c.llm_context_size < 2 * c.buffer + 1:
         raise InputError(
             f"a window of 2 * {c.buffer} + 1 tokens does not fit in a row of {c.llm_context_size}; lower "
@@ -1577,8 +1571,7 @@ def _unmeasured():
     "Neither a judge nor labels: nothing is read."
     why = dict.fromkeys(_judge_names, f"not measurable, because {no_judge}")
     why |= dict.fromkeys(_label_names, f"not measurable, because {no_labels}")
-    sizes = dict(latents=sized(0))
-    return Measured(_categories(dict.fromkeys(why)), undefined=why, nulls={}, intervals={}, sizes=sizes)
+    return Measured(_categories(dict.fromkeys(why)), undefined=why, nulls={}, intervals={})
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-main-scene
 @patch
@@ -1688,6 +1681,36 @@ def _settled_rows(rows):
         out[row] = {name: v for name, v in settle(numbers, {}).items() if v is not None}
     return out
 
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report-sizes
+@patch
+def sizes(
+    self: AutoInterp,
+    found: Found,  # The SAE
+    scene: Scene,  # Text and labels
+    judge,  # Who was asked, or None
+) -> dict:  # What was counted -> from `sized`
+    "How much was used of what was asked for."
+    c, info = self.config, found.info
+    n = len(found.records)
+    asked = n if c.n_latents is None else c.n_latents
+    out = {
+        "tokens": sized(int((scene.data.mask > 0).sum())),
+        "latents": sized(n, asked, "no more of them live"),
+    }
+    if found.told:
+        tested = int(found.told["f1"].isfinite().sum())
+        out["latents with a label"] = sized(tested, n, "what they are about occurs on one half only")
+    if judge is not None and "judge_requests" in info:
+        dropped = {reason: entry["latents"] for reason, entry in found.dropped.items()}
+        out["latents judged"] = sized(found.numbers["latents_scored"], n, "", **dropped)
+        out["questions"] = sized(
+            info["judge_answered"],
+            info["judge_requests"],
+            "the judge did not answer all",
+            refused=info["judge_refused"],
+        )
+    return out
+
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report-report
 @patch
 def report(
@@ -1717,21 +1740,8 @@ def report(
         extra={name: value for name, value in extra.items() if value is not None},
         intervals=_intervals(found.records, self.config.random_seed),
         data=dict(curves=curves, judge=None if judge is None else _asked(judge, found)),
-        sizes=self.sizes(found, extra["tokens"]),
         incomplete=found.incomplete,
-    )
-
-# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-sizes
-@patch
-def sizes(self: AutoInterp, found: Found, tokens: int) -> dict:  # See `base.sized`
-    "Latents that were looked at, and the tokens they were looked at on."
-    c = self.config
-    asked = len(c.override_latents) if c.override_latents else c.n_latents
-    scored = sum("score" in record for record in found.records.values())
-    return dict(
-        latents=sized(len(found.records), asked, "no more of them fire often enough"),
-        latents_with_a_score=sized(scored, len(found.records)),
-        tokens=sized(tokens, max(c.total_tokens, tokens)),
+        sizes=self.sizes(found, scene, judge),
     )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-flat
