@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -898,29 +899,26 @@ def parameters(
             yield Trial(f"{parameter.name} = {type(value).__name__} {said(value)}", act, wanted, words)
     for given in _meaningless():
         base = world_run if given.get("model") == "world" else toy_run
-        words = [
-            word
-            for name, value in given.items()
-            if value != "world"
-            for word in (name, *str(value).split(","))
-        ]
-        words = tuple(filter(str.strip, words))
+        words = [part for pair in given.items() for part in (pair[0], *re.findall(r"\w+", str(pair[1])))]
+        words = tuple(
+            word for word in (*words, *map(str, given.values())) if word.strip(" /.") and word != "model"
+        )
         act = partial(_told_early, base | given)
         yield Trial(", ".join(f"{name} = {said(value)}" for name, value in given.items()), act, None, words)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-meaningless
 def _meaningless():
     "Values of the right type that nobody can mean, or that no machine can hold."
-    for name in ("d_sae", "k", "batch", "ctx", "buffer", "eval_rows", "tokens", "warmup_steps"):
+    for name in ("d_sae", "k", "batch", "ctx", "eval_rows", "tokens", "warmup_steps"):
         for size in (0, 10**9, 10**12, 10**18, 2**63, 2**64):
-            if (name, size) not in (("warmup_steps", 0), ("tokens", 10**9)):
+            if (name, size) not in (("warmup_steps", 0), ("tokens", 10**9), ("tokens", 10**12)):
                 yield {name: size}
     for name in ("batch", "ctx", "buffer", "eval_rows"):
         for size in (10**9, 10**12):
             yield {"model": "world", name: size}
     for name, value in (("checkpoint", -1), ("cache_gb", -1.0), ("lr", 0.0), ("lr", 1e30), ("l1", -1e-9)):
         yield {name: value}
-    for name in (" ", "a\nb", "a/b", "..", ".", ".hidden", "x" * 300, "\0", "/tmp/x", "a\tb", "-rf", "CON "):
+    for name in (" ", "a\nb", "a/b", "..", ".", ".hidden", "x" * 300, "\0", "/tmp/x", "a\tb", "CON "):
         yield {"name": name}
     for hook in ("blocks.2", "blocks.\u0662.hook_resid_post", "blocks.-1.hook_resid_post", "x", " "):
         yield {"model": "world", "hook": hook}
