@@ -538,27 +538,30 @@ def _remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _following(act, path):
-    "Do what a refusal advises, if it is to delete the file or the folder of the run: then it must go on."
+def _following(given, path, right):
+    "Repeat the command of a run, and do what a refusal advises: then it must go on."
     try:
-        return act()
+        return again(given)
     except InputError as error:
         line = error
-    if "delete" not in str(line):
+    if "resume False" in str(line):
+        given = given | dict(resume=False)
+    elif "delete" in str(line):
+        _remove(Path("runs/small") if "that folder" in str(line) else path)
+    else:
         raise line
-    _remove(Path("runs/small") if "that folder" in str(line) else path)
     try:
-        act()
+        other = difference(again(given), right)
     except InputError as error:
         raise RuntimeError(f"the advice does not help: {line} -- then: {error}") from None
-    raise line
+    raise RuntimeError(f"the advice leads to something else: {line} -- {other}") if other else line
 
 
 def _repeated(unharmed, what, given, name, damage, folder):
     "Damage one file of a run and repeat its command."
     unharmed.copy(what, folder)
     damage(folder / name)
-    return _following(partial(again, given), folder / name)
+    return _following(given, folder / name, unharmed.results[what.split()[0]])
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-corruption
 @faults("corrupted files of runs")
@@ -574,7 +577,8 @@ def corrupted_runs(
                 continue  # as on a toy
             for said, damage in damages(unharmed.folder / what / name).items():
                 act = partial(_repeated, unharmed, what, given, name, damage)
-                yield Trial(f"{what}: {name}: {said}", act, unharmed.results[model], (Path(name).name,))
+                says = Path(name).name, "runs/small"
+                yield Trial(f"{what}: {name}: {said}", act, unharmed.results[model], says)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-cache
 def _cached(unharmed, name, damage, folder):
@@ -582,7 +586,7 @@ def _cached(unharmed, name, damage, folder):
     unharmed.copy("world finished", folder)
     shutil.rmtree(folder / "runs")
     damage(folder / name)
-    return _following(partial(again, world_run), folder / name)
+    return _following(world_run, folder / name, unharmed.results["world"])
 
 
 @faults("corrupted files of the cache")
@@ -1037,7 +1041,7 @@ def _configured(name, option, value, folder):
 def _means(kind, value, came):
     "Did a value arrive as what it plainly means, if it means something?"
     if kind is list:
-        return came == [value] and isinstance(value, (int, float, str)) and value not in ("", True)
+        return came in (value, [value]) and isinstance(value, (int, float, str)) and value not in ("", True)
     same = came == value or kind is str and came == str(value)
     return _is_of(kind, came) and same and kind is not dict
 
@@ -1081,7 +1085,8 @@ def variant_options(
     "Every option of every variant, of every wrong type."
     for variant in names("variants"):
         for option, default in options(variant).items():
-            kind = next((k for k in (bool, int, float, str, list, dict) if isinstance(default, k)), None)
+            default = list(default) if isinstance(default, tuple) else default
+            kind = next((k for k in (bool, *wrong) if isinstance(default, k)), None)
             for value in wrong[kind or float]:
                 if kind is None and value is None:
                     continue
