@@ -243,7 +243,7 @@ def read(
 ) -> Tensor:  # Mapped and checked; None if the file is not there or holds other rows
     "The activations of a buffer."
     path = self.path(index)
-    if not path.exists():
+    if not is_there(path):
         return None
     mend = "delete it and it will be harvested again"
     if read_meta(path, mend).get("rows") != rows:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['found', 'dtypes', 'InputError', 'Damaged', 'one_of', 'ints', 'register', 'names', 'find', 'root', 'output_folder',
-           'short', 'remove_leftovers', 'figure_text', 'write_text', 'write_json', 'is_there', 'read_json', 'checksum',
-           'write_tensors', 'read_meta', 'read_tensors', 'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch',
-           'counted']
+           'short', 'remove_leftovers', 'figure_text', 'write_text', 'write_json', 'is_there', 'read_text', 'read_json',
+           'checksum', 'write_tensors', 'read_meta', 'read_tensors', 'seed_all', 'rng', 'pick_device', 'pick_dtype',
+           'Batch', 'counted']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import hashlib
@@ -255,6 +255,16 @@ def _opened(path, read):
         raise InputError(f"{path} does not exist") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {_reason(error)}") from None
+
+
+def read_text(
+    path,  # File to read
+) -> str:  # Its whole content
+    "Read a text, UTF-8; a file that cannot be read is named."
+    try:
+        return _opened(path, lambda p: p.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{path} is no text ({error.reason})") from None
 
 
 def read_json(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sae_nb
-from .core import InputError, pick_device, pick_dtype, read_json
+from .core import InputError, is_there, pick_device, pick_dtype, read_json
 from .data import count_mask, why_not
 
 # %% ../nbs/06_lm.ipynb #lm-layouts
@@ -548,7 +548,7 @@ def check_hashes(
 ):
     "Raise if a file is not what `hashes.json` says; without that file there is nothing to compare with."
     path = Path(folder) / "hashes.json"
-    if not path.exists():
+    if not is_there(path):
         return
     known, here = read_json(path), folder_hashes(folder)
     if known != here:

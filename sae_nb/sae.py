@@ -547,6 +547,7 @@ def parts_of(
     base: str = None,  # Said otherwise
 ) -> tuple:  # (name, base or None)
     "The outermost variant of a path, and what it stands on."
+    base = check_option(variant, "base", base, Allowed(str, optional=True), None)
     name, _, rest = variant.partition("/")
     if rest and base and rest != base:
         said = f"{variant} stands on {rest!r} and base = {base!r} says otherwise"
@@ -586,8 +587,7 @@ def build(
     **args,  # Options of the variant
 ) -> SAE:  # Ready to train, and to be saved
     "The SAE a parameters cell asks for."
-    said = check_option(variant, "base", args.get("base"), Allowed(str, optional=True), None)
-    name, base = parts_of(variant, said)
+    name, base = parts_of(variant, args.get("base"))
     known = options(name, base)
     if base:
         args["base"] = base

@@ -624,15 +624,7 @@ def read_history(
     path,  # A history.csv
 ) -> list:  # One dict per row
     "The history of a run; steps and tokens are whole numbers."
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise Damaged(f"{path} is no history of a training ({error})") from None
-    return history_of(text, path)
+    return history_of(read_text(path), path)
 
 
 def history_of(
@@ -778,7 +770,7 @@ def _mark_failed(trainees):
 
 def _not_marked(trainees):
     "Those without a mark of failure; all, if all have one."
-    marked = [t for t in trainees if _failure_file(t).exists()]
+    marked = [t for t in trainees if is_there(_failure_file(t))]
     if len(marked) == len(trainees):
         return trainees
     for t in marked:

@@ -186,7 +186,7 @@ def _path(name, data_dir):
 def _file(name, data_dir):
     "One JSON file of the data set."
     path = _path(name, data_dir)
-    if not path.exists():
+    if not is_there(path):
         raise InputError(
             f"{name} is not in {Path(data_dir).name!r}; put the files of the data set {ravel_repo} there "
             f"under {ravel_repo}/, or leave data_dir empty to use the hub"

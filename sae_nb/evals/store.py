@@ -269,7 +269,7 @@ def _load(self: Store, name):
         return
     for ending, read in ((".safetensors", read_tensors), (".json", _read_any)):
         path = self.folder / (name + ending)
-        if path.exists():
+        if is_there(path):
             try:
                 return self._remember(name, read(path, mend="it is made again"))
             except InputError as error:

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -537,27 +538,30 @@ def _remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _following(act, path):
-    "Do what a refusal advises, if it is to delete the file or the folder of the run: then it must go on."
+def _following(given, path, right):
+    "Repeat the command of a run, and do what a refusal advises: then it must go on."
     try:
-        return act()
+        return again(given)
     except InputError as error:
         line = error
-    if "delete" not in str(line):
+    if "resume False" in str(line):
+        given = given | dict(resume=False)
+    elif "delete" in str(line):
+        _remove(Path("runs/small") if "that folder" in str(line) else path)
+    else:
         raise line
-    _remove(Path("runs/small") if "that folder" in str(line) else path)
     try:
-        act()
+        other = difference(again(given), right)
     except InputError as error:
         raise RuntimeError(f"the advice does not help: {line} -- then: {error}") from None
-    raise line
+    raise RuntimeError(f"the advice leads to something else: {line} -- {other}") if other else line
 
 
 def _repeated(unharmed, what, given, name, damage, folder):
     "Damage one file of a run and repeat its command."
     unharmed.copy(what, folder)
     damage(folder / name)
-    return _following(partial(again, given), folder / name)
+    return _following(given, folder / name, unharmed.results[what.split()[0]])
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-corruption
 @faults("corrupted files of runs")
@@ -573,7 +577,8 @@ def corrupted_runs(
                 continue  # as on a toy
             for said, damage in damages(unharmed.folder / what / name).items():
                 act = partial(_repeated, unharmed, what, given, name, damage)
-                yield Trial(f"{what}: {name}: {said}", act, unharmed.results[model], (Path(name).name,))
+                says = Path(name).name, "runs/small"
+                yield Trial(f"{what}: {name}: {said}", act, unharmed.results[model], says)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-cache
 def _cached(unharmed, name, damage, folder):
@@ -581,7 +586,7 @@ def _cached(unharmed, name, damage, folder):
     unharmed.copy("world finished", folder)
     shutil.rmtree(folder / "runs")
     damage(folder / name)
-    return _following(partial(again, world_run), folder / name)
+    return _following(world_run, folder / name, unharmed.results["world"])
 
 
 @faults("corrupted files of the cache")
@@ -898,29 +903,26 @@ def parameters(
             yield Trial(f"{parameter.name} = {type(value).__name__} {said(value)}", act, wanted, words)
     for given in _meaningless():
         base = world_run if given.get("model") == "world" else toy_run
-        words = [
-            word
-            for name, value in given.items()
-            if value != "world"
-            for word in (name, *str(value).split(","))
-        ]
-        words = tuple(filter(str.strip, words))
+        words = [part for pair in given.items() for part in (pair[0], *re.findall(r"\w+", str(pair[1])))]
+        words = tuple(
+            word for word in (*words, *map(str, given.values())) if word.strip(" /.") and word != "model"
+        )
         act = partial(_told_early, base | given)
         yield Trial(", ".join(f"{name} = {said(value)}" for name, value in given.items()), act, None, words)
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-meaningless
 def _meaningless():
     "Values of the right type that nobody can mean, or that no machine can hold."
-    for name in ("d_sae", "k", "batch", "ctx", "buffer", "eval_rows", "tokens", "warmup_steps"):
+    for name in ("d_sae", "k", "batch", "ctx", "eval_rows", "tokens", "warmup_steps"):
         for size in (0, 10**9, 10**12, 10**18, 2**63, 2**64):
-            if (name, size) not in (("warmup_steps", 0), ("tokens", 10**9)):
+            if (name, size) not in (("warmup_steps", 0), ("tokens", 10**9), ("tokens", 10**12)):
                 yield {name: size}
     for name in ("batch", "ctx", "buffer", "eval_rows"):
         for size in (10**9, 10**12):
             yield {"model": "world", name: size}
     for name, value in (("checkpoint", -1), ("cache_gb", -1.0), ("lr", 0.0), ("lr", 1e30), ("l1", -1e-9)):
         yield {name: value}
-    for name in (" ", "a\nb", "a/b", "..", ".", ".hidden", "x" * 300, "\0", "/tmp/x", "a\tb", "-rf", "CON "):
+    for name in (" ", "a\nb", "a/b", "..", ".", ".hidden", "x" * 300, "\0", "/tmp/x", "a\tb", "CON "):
         yield {"name": name}
     for hook in ("blocks.2", "blocks.\u0662.hook_resid_post", "blocks.-1.hook_resid_post", "x", " "):
         yield {"model": "world", "hook": hook}
@@ -1039,7 +1041,7 @@ def _configured(name, option, value, folder):
 def _means(kind, value, came):
     "Did a value arrive as what it plainly means, if it means something?"
     if kind is list:
-        return came == [value] and isinstance(value, (int, float, str)) and value not in ("", True)
+        return came in (value, [value]) and isinstance(value, (int, float, str)) and value not in ("", True)
     same = came == value or kind is str and came == str(value)
     return _is_of(kind, came) and same and kind is not dict
 
@@ -1083,7 +1085,8 @@ def variant_options(
     "Every option of every variant, of every wrong type."
     for variant in names("variants"):
         for option, default in options(variant).items():
-            kind = next((k for k in (bool, int, float, str, list, dict) if isinstance(default, k)), None)
+            default = list(default) if isinstance(default, tuple) else default
+            kind = next((k for k in (bool, *wrong) if isinstance(default, k)), None)
             for value in wrong[kind or float]:
                 if kind is None and value is None:
                     continue

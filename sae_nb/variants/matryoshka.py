@@ -39,6 +39,8 @@ def _as_numbers(prefixes, d_sae):
     elif not isinstance(prefixes, (list, tuple)):
         prefixes = [prefixes]
     try:
+        if any(isinstance(v, bool) for v in prefixes):
+            raise TypeError
         return [Fraction(v) for v in prefixes]
     except (ValueError, TypeError, ArithmeticError):
         raise _bad(prefixes, "cannot be read", d_sae) from None
