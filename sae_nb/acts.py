@@ -383,6 +383,8 @@ def _key(self: Stream):
 def _harvest(self: Stream, tokens, docs, stop=None):
     "Activations of rows, in the memory of a buffer that is done with if there is one."
     out = self._spare.pop() if self._spare else None
+    if out is not None:
+        out = out[: len(tokens)] if len(out) >= len(tokens) else None
     if out is None and self.dtype:
         out = torch.empty(*tokens.shape, self.d_in, dtype=self.dtype, device=self.lm.device)
     return harvest(self.lm, tokens, docs, self.hook, out, self.lm_batch, stop)
@@ -466,11 +468,23 @@ def _deal(self: Stream, index, mask, x):
 
 
 @patch
+def _rows(self: Stream):
+    "The rows of a buffer; where the text ends, those that are left."
+    try:
+        return self.source.take(self.n_rows)
+    except TextEnded as ended:
+        left = ended.rows - self.source.pos
+        if left < 1:
+            raise
+        return self.source.take(left)
+
+
+@patch
 def _load(self: Stream, index, mark, stop=None):
     "Buffer `index`, whose rows begin at `mark`."
     if self.source.state() != mark:
         self.source.load_state(mark)
-    tokens, docs = self.source.take(self.n_rows)
+    tokens, docs = self._rows()
     after = self.source.state()
     x, ours = self._activations(index, tokens, docs, stop)
     dealt = self._deal(index, what_counts(self.lm, None, tokens, docs), x)
