@@ -4,7 +4,7 @@
     python compat/kill.py evaluations 5 7      one case, five kills, moments drawn with seed 7
 
 A case is a set of parameters of the main command. A run is started, killed after a random part of the time
-that the undisturbed one took (SIGKILL: nothing can be tidied up), started again, and so on; the last start may
+that the undisturbed one took (SIGKILL: nothing can be tidied up), started again, and so on; the last one may
 finish. Weights, history and metrics must be the same to the bit, and so must what evaluations found.
 """
 
