@@ -3,9 +3,9 @@
     python compat/kill.py                      every case, ten kills each
     python compat/kill.py evaluations 5 7      one case, five kills, moments drawn with seed 7
 
-A case is a set of parameters of the main command. A run is started, killed after a random part of the time that
-the undisturbed one took (SIGKILL: nothing can be tidied up), started again, and so on; the last start may finish.
-Weights, history and metrics must be the same to the bit, results of evaluations but for their number and date.
+A case is a set of parameters of the main command. A run is started, killed after a random part of the time
+that the undisturbed one took (SIGKILL: nothing can be tidied up), started again, and so on; the last one may
+finish. Weights, history and metrics must be the same to the bit, and so must what evaluations found.
 """
 
 import json
