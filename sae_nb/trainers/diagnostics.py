@@ -193,7 +193,8 @@ def plot_diagnostics(
         _panel(ax, histories, *how)
         ax.set_title(title, fontsize=10, loc="left")
         ax.set_xlabel("tokens")
-        ax.legend(frameon=False, fontsize=7)
+        if title != "tokens per second":
+            ax.legend(frameon=False, fontsize=7)
         ax.spines[["top", "right"]].set_visible(False)
         if title == "gradient norms":
             ax.set_yscale("log")

@@ -1571,7 +1571,8 @@ def _unmeasured():
     "Neither a judge nor labels: nothing is read."
     why = dict.fromkeys(_judge_names, f"not measurable, because {no_judge}")
     why |= dict.fromkeys(_label_names, f"not measurable, because {no_labels}")
-    return Measured(_categories(dict.fromkeys(why)), undefined=why, nulls={}, intervals={})
+    sizes = dict(latents=sized(0))
+    return Measured(_categories(dict.fromkeys(why)), undefined=why, nulls={}, intervals={}, sizes=sizes)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-main-scene
 @patch
@@ -1691,10 +1692,10 @@ def sizes(
 ) -> dict:  # What was counted -> from `sized`
     "How much was used of what was asked for."
     c, info = self.config, found.info
-    n = len(found.records)
+    n, tokens = len(found.records), int((scene.data.mask > 0).sum())
     asked = n if c.n_latents is None else c.n_latents
     out = {
-        "tokens": sized(int((scene.data.mask > 0).sum())),
+        "tokens": sized(tokens, max(c.total_tokens, tokens)),
         "latents": sized(n, asked, "no more of them live"),
     }
     if found.told:
