@@ -636,7 +636,7 @@ def history_of(
     rows = [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
     kinds = dict(step=int, tokens=int)
     try:
-        if lines and "step" not in next(csv.reader(lines)):
+        if any(lines) and "step" not in next(csv.reader(lines)):
             raise ValueError("it has no column step")
         return [{k: kinds.get(k, float)(v) for k, v in row.items() if v != ""} for row in rows]
     except (ValueError, csv.Error) as error:

@@ -373,7 +373,7 @@ def _longer(path):
 
 def damages(
     path: Path,  # File
-    flips: int = 4,  # Single bits to turn, each in a trial of its own
+    flips: int = 3,  # Single bits to turn, each in a trial of its own
 ) -> dict:  # name -> function that damages a file
     "What can happen to any file."
     common = {"deleted": Path.unlink, "emptied": lambda path: path.write_bytes(b""), "cut to half": _cut}
@@ -398,7 +398,7 @@ def _instead(key, value, whole):
 
 def json_damages(
     path: Path,  # JSON file that holds an object
-    most: int = 6,  # Keys to try
+    most: int = 4,  # Keys to try
 ) -> dict:
     "Another shape, and what happens to single keys."
     whole = json.loads(path.read_text())
@@ -1302,7 +1302,7 @@ def odd_pages(
     acts = dict(name=_toy_page, model=partial(_world_page, "model"), text=partial(_world_page, "text"))
     for what, act in acts.items():
         right = unharmed.like(f"page {what}", partial(act, "plain"))
-        for name in odd_names if what == "name" else odd_names[:7]:
+        for name in odd_names if what == "name" else odd_names[:5]:
             yield Trial(
                 f"{what} {name!r}", partial(act, name), right, ("name", "model", "text", name), seconds=60
             )
@@ -1536,14 +1536,14 @@ def kills(
         wanted = [unharmed.results[model], []]
         n, took = unharmed.operations[model], dict(toy=1.0, world=4.0)[model]
         chance = random.Random(f"kills {model}")
-        for _ in range(40 if model == "toy" else 12):
+        for _ in range(30 if model == "toy" else 10):
             at = [chance.randint(1, n) for _ in range(chance.randint(1, 3))]
             act = partial(_killed_at, given, at)
             yield Trial(f"{model}: before operations {at}", act, wanted, lines=False, seconds=120)
-        for i in range(10):
+        for i in range(6):
             times = [chance.uniform(0, took) for _ in range(chance.randint(1, 3))]
             act = partial(_killed_after, given, times)
-            yield Trial(f"{model}: at {i + 1} of 10 random times", act, wanted, lines=False, seconds=120)
+            yield Trial(f"{model}: at {i + 1} of 6 random times", act, wanted, lines=False, seconds=120)
     for name, value in dict(k=4, d_sae=48, lr=1e-3, seed="1", tokens=60 * 128).items():
         givens = [toy_run, toy_run | {name: value}]
         other = unharmed.like(f"alone {name}", partial(_again, givens[1]))
