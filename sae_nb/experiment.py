@@ -501,8 +501,14 @@ def _keep(run, trainee, plan, data):
     run.mark("running", weights=hashed)
     about = dict(model=public(plan.params)["model"], hook=data.hook, scale=scale, weight_hash=hashed)
     last = trainee.history[-1]
-    about["train"] = {name: last[name] for name in _last_columns if math.isfinite(last[name])}
+    about["train"] = {name: _rounded(last[name]) for name in _last_columns if math.isfinite(last[name])}
+    about["history"] = read_text(run.folder / "history.csv")
     save(folded, run.folder, config=run.config, **about)
+
+
+def _rounded(value):
+    "As in history.csv, so that a resumed run reports what an uninterrupted one does."
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 # %% ../nbs/10_experiment.ipynb #experiment-train-runs
 def train_runs(
@@ -627,7 +633,7 @@ def _load_sae(run, data):
         return load(run.folder, data.device)
     except Damaged as error:
         way_out = f"train it again with -p resume False, or put a copy of runs/{run.name} in its place"
-        raise InputError(f"{error}; {way_out}") from None
+        raise InputError(f"{str(error).rsplit('; ', 1)[0]}; {way_out}") from None
 
 
 def _measure(evaluator, todo, saes, shared):
@@ -676,7 +682,7 @@ def evaluate_runs(
         saes = _load_saes(plan, data, todo)
         envelopes = _measure_all(plan, data, todo, saes, quiet)
         for run in todo:
-            _keep_weights(run, saes[run.name])
+            _keep_files(run, saes[run.name])
             _write_metrics(run, envelopes[run.name], _trained(run, saes[run.name]))
     for run in plan.runs:
         run.let_go()
@@ -687,12 +693,17 @@ def evaluate_runs(
     return Results(plan, envelopes)
 
 
-def _keep_weights(run, sae):
-    "Write weights again that were deleted while they were evaluated."
+def _keep_files(run, sae):
+    "Write weights again that were deleted while they were evaluated, and a history that is not what it was."
     if not run.trained:
         print(f"runs/{run.name}: its weights were deleted meanwhile; they are written again")
         write_json(run.folder / "config.json", run.config)
         save(sae, run.folder, **sae.meta)
+    path = run.folder / "history.csv"
+    kept = kept_history(path)
+    if kept is not None and (not is_there(path) or path.read_bytes() != kept.encode()):
+        print(f"runs/{run.name}: history.csv was lost or damaged; it is written again")
+        write_text(path, kept)
 
 # %% ../nbs/10_experiment.ipynb #experiment-whole
 def experiment(

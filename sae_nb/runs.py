@@ -8,6 +8,7 @@ __all__ = ['notes', 'Params', 'renamed', 'read_comment', 'noted', 'params_from',
            'same_weights', 'launch']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
+import glob
 import hashlib
 import importlib.metadata
 import inspect
@@ -406,6 +407,8 @@ def own(self: Run):
         self._lock = FileLock(path, is_singleton=True, thread_local=False)
         if not self._lock.is_locked:
             self._lock.acquire(blocking=False)
+        for left in path.parent.glob(f".{glob.escape(note.name)}.*.tmp"):  # of a process that was killed
+            left.unlink(missing_ok=True)
         write_json(note, dict(process=os.getpid(), machine=platform.node()))
     except Timeout:
         owner = read_if_whole(note) or {}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['curves', 'TrainConfig', 'Trainer', 'Trainee', 'weight_hash', 'TrainingError', 'train', 'alive', 'train_sae',
-           'OneLine', 'progress_bar', 'plot_history', 'write_history', 'history_text', 'read_history', 'history_of',
-           'save_checkpoint', 'load_checkpoint', 'LivePlot']
+           'OneLine', 'progress_bar', 'plot_history', 'write_history', 'history_text', 'read_history', 'kept_history',
+           'history_of', 'save_checkpoint', 'load_checkpoint', 'LivePlot']
 
 # %% ../nbs/04_train.ipynb #train-imports
 import csv
@@ -624,7 +624,26 @@ def read_history(
     path,  # A history.csv
 ) -> list:  # One dict per row
     "The history of a run; steps and tokens are whole numbers."
-    return history_of(read_text(path), path)
+    text = read_text(path)
+    if kept_history(path) not in (None, text):
+        raise Damaged(
+            f"{path} is not the history that was written; run the same command again, "
+            "which takes it from the header of the weights"
+        )
+    return history_of(text, path)
+
+
+def kept_history(
+    path,  # A history.csv, whether it is there or not
+) -> str:  # Its text; None if no weights lie beside it, or none that hold it
+    "The history that stands in the header of the weights of a run."
+    weights = Path(path).with_name("sae.safetensors")
+    if not is_there(weights):
+        return None
+    try:
+        return json.loads(read_meta(weights).get("meta", "{}")).get("history")
+    except (InputError, ValueError):  # `load` has words for that
+        return None
 
 
 def history_of(
