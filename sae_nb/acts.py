@@ -457,7 +457,7 @@ def counts(
 def _deal(self: Stream, index, mask, x):
     "The mask of a buffer and its order, where `limit` has its say as well."
     if self.limit is not None:
-        mask = mask * within(x, self.limit).cpu()
+        mask = mask * short_enough(x, self.limit).cpu()
     if not mask.any():
         raise InputError(
             f"a buffer of {self.n_rows} rows holds no token that counts: all are special, too long, or the "

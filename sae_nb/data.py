@@ -7,9 +7,9 @@ __all__ = ['part_bytes', 'text_columns', 'most_entries', 'memory_per_byte', 'loc
            'jsonl_records', 'json_records', 'csv_records', 'tsv_records', 'parquet_records', 'jsonl_parts',
            'parquet_parts', 'file_records', 'one_kind', 'told', 'column_of', 'kind_of', 'as_text', 'as_label',
            'LeftOut', 'Kept', 'files_in', 'read_documents', 'read_labelled', 'hub_trouble', 'why_not', 'local_copy',
-           'telling', 'Records', 'records', 'pack', 'within', 'count_mask', 'tokenizer_fingerprint', 'TokenSource',
-           'TextEnded', 'check_source', 'WorldSource', 'world_reads', 'one_of_each', 'RowSource', 'unknown_share',
-           'row_source', 'text_source', 'HFSource', 'world_source', 'hub_source', 'open_text']
+           'telling', 'Records', 'records', 'pack', 'short_enough', 'count_mask', 'tokenizer_fingerprint',
+           'TokenSource', 'TextEnded', 'check_source', 'WorldSource', 'world_reads', 'one_of_each', 'RowSource',
+           'unknown_share', 'row_source', 'text_source', 'HFSource', 'world_source', 'hub_source', 'open_text']
 
 # %% ../nbs/05_data.ipynb #data-imports
 import csv
@@ -735,7 +735,7 @@ def _padded(row, fill, ctx):
     return row + [fill] * (ctx - len(row))
 
 # %% ../nbs/05_data.ipynb #data-count-mask
-def within(
+def short_enough(
     x: Tensor,  # Activations, [B, T, d]
     limit: float,  # Longest that counts
 ) -> Tensor:  # [B, T]
@@ -757,7 +757,7 @@ def count_mask(
     if len(special):
         counts &= ~torch.isin(tokens, torch.tensor(sorted(special), device=tokens.device))
     if limit is not None:
-        counts &= within(x, limit).to(counts.device)
+        counts &= short_enough(x, limit).to(counts.device)
     return docs * counts
 
 # %% ../nbs/05_data.ipynb #data-tokenizer-fingerprint
