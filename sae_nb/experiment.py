@@ -697,7 +697,7 @@ def _keep_files(run, sae):
     "Write weights again that were deleted while they were evaluated, and a history that is not what it was."
     if not run.trained:
         print(f"runs/{run.name}: its weights were deleted meanwhile; they are written again")
-        write_json(run.folder / "config.json", run.config)
+        write_json(run.folder / "config.json", sae.meta.get("config", run.config))
         save(sae, run.folder, **sae.meta)
     path = run.folder / "history.csv"
     kept = kept_history(path)
