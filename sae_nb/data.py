@@ -233,7 +233,9 @@ def one_kind(
     "Raise unless a file is there and of a known kind."
     known = registered("files")
     if path.suffix.lower() not in known:
-        raise InputError(f"{path.name!r} is no file of a known kind; give one of: {', '.join(known)}")
+        raise InputError(
+            f"{path.name or str(path)!r} is no file of a known kind; give one of: {', '.join(known)}"
+        )
     if (status := there(path)) is None:
         raise InputError(f"file {str(path)!r} does not exist; check the path")
     if not stat.S_ISREG(status.st_mode):
@@ -1348,6 +1350,8 @@ def world_source(name, lm, ctx, seed, column):
 @register("sources", "hf")
 def hub_source(name, lm, ctx, seed, column):
     "A streamed data set: `hf:owner/name` or `hf:owner/name:configuration`."
+    if not name.partition(":")[0].strip():
+        raise InputError("text = 'hf:' names no data set; write hf:owner/name")
     return HFSource(name, lm, ctx, column=column, seed=seed)
 
 # %% ../nbs/05_data.ipynb #data-open-text

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['kinds', 'toy_run', 'world_run', 'file_events', 'wrong_kinds', 'never', 'meaning', 'others', 'wrong', 'good',
            'odd_texts', 'odd_files', 'odd_names', 'apart', 'warm', 'Later', 'Trial', 'difference', 'said', 'judged',
-           'faults', 'results', 'again', 'interrupted', 'Unharmed', 'flip', 'damages', 'json_damages', 'table_damages',
-           'tensor_damages', 'corrupted_runs', 'corrupted_cache', 'header_damages', 'loaded', 'embedded', 'permissions',
-           'deletions', 'Thing', 'parameters', 'repeated', 'evaluator_options', 'variant_options', 'texts', 'odd_pages',
-           'code', 'links', 'kills', 'full_disks', 'run_trial', 'campaign', 'counts']
+           'faults', 'results', 'opened', 'again', 'interrupted', 'Unharmed', 'flip', 'damages', 'json_damages',
+           'table_damages', 'tensor_damages', 'corrupted_runs', 'corrupted_cache', 'header_damages', 'loaded',
+           'embedded', 'permissions', 'deletions', 'Thing', 'parameters', 'repeated', 'evaluator_options',
+           'variant_options', 'texts', 'odd_pages', 'code', 'links', 'kills', 'full_disks', 'run_trial', 'campaign',
+           'counts']
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-imports
 import csv
@@ -243,16 +244,23 @@ def results(
     return came
 
 
-def again(
-    given: dict,  # Parameters
+def opened(
+    run: str = "small",  # Name of a run
 ):  # Results
-    "Repeat the command of a run, and open every file of it as others will."
-    experiment(given)
-    folder = root() / "runs" / given["name"]
+    "Open every file of a run as others will."
+    folder = root() / "runs" / run
     load(folder)
     read_config(folder)
     read_history(folder / "history.csv")
-    return results(given["name"])
+    return results(run)
+
+
+def again(
+    given: dict,  # Parameters
+):  # Results
+    "Repeat the command of a run."
+    experiment(given)
+    return opened(given["name"])
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-interrupt
 def interrupted(
@@ -785,7 +793,7 @@ def _tidied(unharmed, given, name, folder):
     except (InputError, TrainingError) as error:
         assert "\n" not in str(error)
         again(given)
-    return results(given["name"])
+    return opened(given["name"])
 
 
 def _tidied_later(unharmed, given, name, folder):
@@ -807,7 +815,7 @@ def _tidied_later(unharmed, given, name, folder):
         assert "\n" not in str(error)
         evaluator.measure = measure
         again(given)
-    return results(given["name"])
+    return opened(given["name"])
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-deleted-trials
 @faults("deletions during a run")
