@@ -415,8 +415,8 @@ def _lm_data(plan):
     lm, hook = _open_lm(p)
     check_size(p, len(plan.runs), lm.width(hook), lm.device)
     source = _open_text(p, lm, plan.seed)
-    disk = dict(cache=p.cache or None, cache_gb=p.cache_gb)
-    stream = Stream(lm, source, hook, p.batch, plan.rows, p.buffer, seed=plan.seed, **disk)
+    more = dict(cache=p.cache or None, cache_gb=p.cache_gb, medians=p.sink)
+    stream = Stream(lm, source, hook, p.batch, plan.rows, p.buffer, seed=plan.seed, **more)
     held = heldout(lm, source, p.eval_rows, hook=hook)
     local = p.model == "world" or is_there(p.model)
     model = lm.fingerprint()[:16] if local else p.model

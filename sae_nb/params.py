@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['variant', 'model', 'hook', 'text', 'text_column', 'd_sae', 'k', 'l1', 'options', 'preset', 'trainers', 'diagnostics',
-           'tokens', 'batch', 'lr', 'warmup_steps', 'ctx', 'buffer', 'seed', 'evals', 'eval_rows', 'eval_options',
-           'eval_nulls', 'probe_data', 'label_column', 'data_dir', 'device', 'dtype', 'checkpoint', 'cache', 'cache_gb',
-           'name', 'resume']
+           'tokens', 'batch', 'lr', 'warmup_steps', 'ctx', 'buffer', 'sink', 'seed', 'evals', 'eval_rows',
+           'eval_options', 'eval_nulls', 'probe_data', 'label_column', 'data_dir', 'device', 'dtype', 'checkpoint',
+           'cache', 'cache_gb', 'name', 'resume']
 
 # %% ../nbs/run.ipynb #run-parameters
 variant: str = "standard"  # registered variants, comma-separated, or all; ortho/jumprelu puts one on another
@@ -27,6 +27,7 @@ lr: float = 4e-3  # Adam's learning rate; for a hundred million tokens and more 
 warmup_steps: int = -1  # rise of the learning rate; -1: a twentieth of the steps
 ctx: int = 128  # tokens per row
 buffer: int = 512  # rows harvested and shuffled at a time
+sink: float = 10.0  # tokens longer than this many median norms do not count, if there are any; 0: all count
 seed: str = "0"  # seeds of the weights, comma-separated; the first one also seeds the data, which all share
 evals: str = "core"  # registered evaluators, comma-separated, or all; empty: none [not in weights]
 eval_rows: int = 256  # held-out rows to evaluate on [not in weights]
@@ -36,7 +37,7 @@ probe_data: str = ""  # csv, parquet or jsonl of labelled text, for sparse_probi
 label_column: str = ""  # column of probe_data that holds the labels; empty: label [not in weights]
 data_dir: str = ""  # folder that mirrors the hub, for evaluations; empty: the hub [path, not in weights]
 device: str = ""  # cpu, cuda; empty: the GPU if there is one [not in weights]
-dtype: str = "float32"  # of the language model: float32 or bfloat16
+dtype: str = "float32"  # of the language model: float32, bfloat16 or float16
 checkpoint: int = 200  # steps between checkpoints; 0: none [not in weights]
 cache: str = ""  # folder for activations on disk; empty: none [path, not in weights]
 cache_gb: float = 100.0  # size that folder may reach, in GB [not in weights]
