@@ -712,14 +712,43 @@ def line(
     return _breaks.sub("↵", text.replace(lost, "")).strip()
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-lines-window
+_byte = re.compile(r"\\x[0-9a-f]{2}")  # a byte that belongs to no character, see `lm.words`
+
+
+@patch
+def words(self: Rows, lm, row: int) -> list:  # The row's tokens as strings
+    if row not in self.pieces:
+        self.pieces[row] = lm.words(self.tokens[row])
+    return self.pieces[row]
+
+
 @patch
 def window(self: Rows, lm, place: int, buffer: int) -> list:  # Tokens around `place` as strings
     r, t = divmod(place, self.tokens.shape[1])
-    if r not in self.pieces:
-        self.pieces[r] = lm.words(self.tokens[r])
-    return self.pieces[r][t - buffer : t + buffer + 1]
+    words = self.words(lm, r)
+    own = list(words[t - buffer : t + buffer + 1])
+    end = getattr(words, "shown_at", range(len(words)))[t + buffer]
+    if end > t + buffer:  # the last character is completed behind the window
+        own[-1] += words[end]
+    return [_byte.sub(lost, piece) for piece in own] if getattr(words, "broken", 0) else own
 
 
+@patch
+def marks(
+    self: Rows,
+    lm,  # Language model
+    place: int,  # Centre of a window
+    on: list,  # Which of its tokens are active
+) -> list:  # Which of its pieces show an active token
+    "A character of several tokens stands with the last of them, and so do their marks."
+    r, t = divmod(place, self.tokens.shape[1])
+    first = t - len(on) // 2
+    words = self.words(lm, r)
+    at = getattr(words, "shown_at", range(len(words)))
+    shown = {min(at[first + i] - first, len(on) - 1) for i, active in enumerate(on) if active}
+    return [i in shown for i in range(len(on))]
+
+# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-lines-unreadable
 @patch
 def unreadable(
     self: Rows,
@@ -949,7 +978,9 @@ def prompts(
 
     ask = []
     for case in cases:
-        shown = [line(data.window(lm, q, c.buffer), m) for q, m in zip(case.explain, case.marks)]
+        shown = []
+        for place, on in zip(case.explain, case.marks):
+            shown.append(line(data.window(lm, place, c.buffer), data.marks(lm, place, on)))
         ask.append(explain_prompt(shown, c.use_demos_in_explanation))
     return ask, score
 
