@@ -52,7 +52,9 @@ class AbsorptionConfig:
     k_sparse_probe_l1_decay: float = 0.01  # Price of the weights of the probe that ranks latents
     k_sparse_probe_batch_size: int = how_many(4096)  # Words per update of it
     k_sparse_probe_num_epochs: int = how_many(50)  # Passes over the words
-    min_GT_probe_f1: float = fraction(0.6)  # Letters whose linear probe is no better are left out
+    min_GT_probe_f1: float = option(
+        0.6, -1, 1
+    )  # Letters whose linear probe is no better are left out; -1: none
     min_feats_for_eval: int = how_many(20)  # With fewer letters than this there is no score
     eval_k_sparse_probe_batch_size: int = how_many(24)  # For the record
     precalc_k_sparse_probe_sae_acts: bool = False  # Keep the latents of all words

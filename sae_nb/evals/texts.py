@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core import *
 from ..data import *
+from .split import plain
 from ..world import sets as W
 
 # %% ../../nbs/evals/texts.ipynb #texts-texts-def
@@ -116,11 +117,11 @@ _europarl_pair = dict(en="en-fr", fr="fr-it", de="de-en", es="es-fr", nl="nl-pt"
 def _draw(rows, name, need, seed, spare=2, not_these=()):
     "Draw `need[cell]` different texts for every cell from a stream of (text, class, second attribute)."
     bins = {cell: [] for cell in need}
-    met = set(not_these)
+    met = set(map(plain, not_these))
     for text, *cell in rows:
         texts = bins.get(tuple(cell))
-        if text and text not in met and texts is not None and len(texts) < need[tuple(cell)] * spare:
-            met.add(text)
+        if text and plain(text) not in met and texts is not None and len(texts) < need[tuple(cell)] * spare:
+            met.add(plain(text))
             texts.append(text)
         if all(len(texts) >= need[cell] * spare for cell, texts in bins.items()):
             break
@@ -206,12 +207,13 @@ def _real(name, n_train, n_test, seed, data_dir):
 # %% ../../nbs/evals/texts.ipynb #texts-file-distinct
 def _by_class(pairs):
     "class -> its texts, each of them once; copies are counted as left out."
-    class_of = {}
+    class_of, met = {}, {}
     for text, label in pairs:
-        if text in class_of:
-            of = "the same" if class_of[text] == label else "another"
+        if plain(text) in met:
+            of = "the same" if met[plain(text)] == label else "another"
             pairs.left.add(f"copies of a text with {of} class", repr(text[:40]))
-        class_of.setdefault(text, label)
+        else:
+            class_of[text] = met[plain(text)] = label
     by_class = {}
     for text, label in class_of.items():
         by_class.setdefault(label, []).append(text)
