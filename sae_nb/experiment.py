@@ -438,8 +438,6 @@ def open_data(
 ) -> Data:
     "Load the model, open the text, start the runs."
     with guarding(plan.runs):
-        for evaluator in plan.evaluators.values():
-            print(evaluator.greet(), end="")
         data = _toy_data(plan) if plan.params.model == "toy" else _lm_data(plan)
         for evaluator in plan.evaluators.values():
             evaluator.ready(data.lm)
