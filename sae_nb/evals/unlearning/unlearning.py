@@ -591,8 +591,7 @@ def measure(self: Unlearning, sae, ctx: Context):
         return Measured(
             dict(unlearning=dict(unlearning_score=None)),
             undefined=dict(unlearning_score=no),
-            nulls={},
-            intervals={},
+            **dict(nulls={}, intervals={}),
             data=dict(questions=p.counts),
             sizes=self.sizes(p),
         )
@@ -610,8 +609,7 @@ def measure(self: Unlearning, sae, ctx: Context):
     picked = {m: i for m, t in tables.items() if (i := self.result(t, p)["index"]) is not None}
     return Measured(
         dict(unlearning=dict(unlearning_score=main["unlearning_score"])),
-        undefined=why,
-        nulls=rows,
+        **dict(undefined=why, nulls=rows),
         intervals=intervals,
         extra=extra,
         data=dict(questions=p.counts, settings=settings, chosen=picked),
