@@ -411,6 +411,7 @@ def _begin(self: Stream, normalise, medians):
     "Go to the beginning and measure the first buffer."
     self.index, self.offset, self._mark = 0, 0, self.source.state()
     self._held, self._rest = None, None
+    self._short = {}  # number of a buffer -> its rows, where the text ended
     self._spare = []
     self._ahead = []
     weakref.finalize(self, _halt, self._ahead)
@@ -468,14 +469,15 @@ def _deal(self: Stream, index, mask, x):
 
 
 @patch
-def _rows(self: Stream):
+def _rows(self: Stream, index):
     "The rows of a buffer; where the text ends, those that are left."
     try:
-        return self.source.take(self.n_rows)
+        return self.source.take(self._short.get(index, self.n_rows))
     except TextEnded as ended:
         left = ended.rows - self.source.pos
         if left < 1:
             raise
+        self._short[index] = left
         return self.source.take(left)
 
 
@@ -484,7 +486,7 @@ def _load(self: Stream, index, mark, stop=None):
     "Buffer `index`, whose rows begin at `mark`."
     if self.source.state() != mark:
         self.source.load_state(mark)
-    tokens, docs = self._rows()
+    tokens, docs = self._rows(index)
     after = self.source.state()
     x, ours = self._activations(index, tokens, docs, stop)
     dealt = self._deal(index, what_counts(self.lm, None, tokens, docs), x)
@@ -578,6 +580,8 @@ def _gather(self: Stream, buffer, chosen):
 def state(self: Stream) -> dict:
     "Where the stream stands: JSON."
     at = dict(index=self.index, dealt=self.offset, source=self._mark)
+    if self.index in self._short:
+        at["rows"] = self._short[self.index]
     return dict(at, scale=self.scale, limit=self.limit)
 
 
@@ -593,6 +597,7 @@ def load_state(
         self._rest = None
         self._limit(s.get("limit"))
     self.index, self._mark, self.scale = s["index"], s["source"], s["scale"]
+    self._short = {s["index"]: s["rows"]} if "rows" in s else {}
     # older states count batches
     self.offset = s["dealt"] if "dealt" in s else s["offset"] * self._per_batch
 

@@ -391,7 +391,9 @@ def _open_text(p, lm, seed):
     "The source of rows that the parameters name."
     text = p.text or ("world" if p.model == "world" else "hf:monology/pile-uncopyrighted")
     column = "" if text == "world" and p.probe_data else p.text_column
-    return open_text(text, lm, p.ctx, seed, column)
+    source = open_text(text, lm, p.ctx, seed, column)
+    source.repeat = source.repeat or p.repeat
+    return source
 
 # %% ../nbs/10_experiment.ipynb #experiment-lm
 def _open_lm(p):

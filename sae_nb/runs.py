@@ -490,7 +490,7 @@ def _check_beginning(self: Run, resume):
     if not there or (not resume and not self.trained):
         return
     different = self._not_the_same()
-    if not different or self._only_shorter():
+    if not different or self._mends_the_end():
         return
     way_out = "repeat that command, or choose another name (-p name ...)"
     if not self.trained:
@@ -499,15 +499,17 @@ def _check_beginning(self: Run, resume):
 
 
 @patch
-def _only_shorter(self: Run):
-    "Did training fail, for want of text, and is it to go on to fewer tokens?"
+def _mends_the_end(self: Run):
+    "Did training fail, for want of text, and is it to go on to fewer tokens, or round the text again?"
     config = read_config(self.folder)
-    old, new = _of_weights(config).pop("tokens"), _of_weights(self.config)["tokens"]
-    same = len(self.differs()) == 1 and config.get("content") == self.config.get("content")
-    if self.trained or not same or not new < old or run_status(self.folder)[0] != "failed":
+    old, new = _of_weights(config), _of_weights(self.config)
+    changed = {name for name in new if old[name] != new[name]}
+    mends = changed and changed <= {"tokens", "repeat"} and new["tokens"] <= old["tokens"]
+    same = config.get("content") == self.config.get("content")
+    if self.trained or not same or not mends or run_status(self.folder)[0] != "failed":
         return False
-    print(f"runs/{self.name}: goes on as a run of {new:,} tokens; it was begun as one of {old:,}")
-    self.config["begun_as"] = dict(tokens=old)
+    print(f"runs/{self.name}: goes on with {', '.join(self.differs())}")
+    self.config["begun_as"] = {name: old[name] for name in sorted(changed)}
     return True
 
 # %% ../nbs/09_runs.ipynb #runs-finish
