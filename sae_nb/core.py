@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['found', 'dtypes', 'InputError', 'Damaged', 'one_of', 'ints', 'register', 'names', 'find', 'root', 'output_folder',
-           'short', 'remove_leftovers', 'figure_text', 'write_text', 'write_json', 'is_there', 'read_text', 'read_json',
-           'checksum', 'write_tensors', 'read_meta', 'read_tensors', 'seed_all', 'rng', 'pick_device', 'pick_dtype',
-           'Batch', 'counted']
+           'short', 'files_like', 'remove_leftovers', 'figure_text', 'write_text', 'write_json', 'is_there',
+           'read_text', 'read_json', 'checksum', 'write_tensors', 'read_meta', 'read_tensors', 'seed_all', 'rng',
+           'pick_device', 'pick_dtype', 'Batch', 'counted']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import hashlib
@@ -191,11 +191,22 @@ def _reason(error):
     return " ".join((getattr(error, "strerror", None) or str(error)).split())
 
 # %% ../nbs/00_core.ipynb #core-leftovers
+def files_like(
+    folder,  # Where to look
+    pattern: str,  # As for `Path.glob`
+) -> list:  # Paths, sorted; none where it may not be looked at
+    "Files whose names have a form."
+    try:
+        return sorted(path for path in Path(folder).glob(pattern) if not path.is_dir())
+    except OSError:
+        return []
+
+
 def remove_leftovers(
     folder,  # Folder whose files nobody else is writing; folders in it are looked at as well
 ) -> int:  # How many files were removed
     "Delete the temporary files that killed processes left."
-    left = [path for path in Path(folder).rglob(".*.tmp") if re.search(r"\.[0-9a-f]{16}\.tmp$", path.name)]
+    left = [path for path in files_like(folder, "**/.*.tmp") if re.search(r"\.[0-9a-f]{16}\.tmp$", path.name)]
     for path in left:
         path.unlink(missing_ok=True)
     return len(left)

@@ -701,9 +701,17 @@ def _keep_files(run, sae):
         save(sae, run.folder, **sae.meta)
     path = run.folder / "history.csv"
     kept = kept_history(path)
-    if kept is not None and (not is_there(path) or path.read_bytes() != kept.encode()):
+    if kept is not None and not (is_there(path) and _holds(path, kept)):
         print(f"runs/{run.name}: history.csv was lost or damaged; it is written again")
         write_text(path, kept)
+
+
+def _holds(path, text):
+    "Does a file hold this text? One that cannot be read is an error."
+    try:
+        return read_text(path) == text
+    except Damaged:
+        return False
 
 # %% ../nbs/10_experiment.ipynb #experiment-whole
 def experiment(

@@ -455,7 +455,7 @@ def _clear(self: Run):
 @patch
 def _worth_keeping(self: Run) -> str:
     "What lies in the folder that took time, in words."
-    checkpoints = sorted((self.folder / "checkpoint").glob("step-*.safetensors"))
+    checkpoints = files_like(self.folder / "checkpoint", "step-*.safetensors")
     if self.trained:
         return "a trained SAE"
     if checkpoints:

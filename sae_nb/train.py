@@ -755,8 +755,8 @@ def _set_chance(state: dict):
 # %% ../nbs/04_train.ipynb #train-save-checkpoint
 def _checkpoints(t) -> dict:
     "step -> file."
-    files = (t.folder / "checkpoint").glob("step-*.safetensors") if t.folder else ()
-    found = {re.fullmatch(r"step-(\d{8,12})", file.stem): file for file in files if file.is_file()}
+    files = files_like(t.folder / "checkpoint", "step-*.safetensors") if t.folder else ()
+    found = {re.fullmatch(r"step-(\d{8,12})", file.stem): file for file in files}
     return {int(name[1]): file for name, file in found.items() if name}
 
 

@@ -31,6 +31,7 @@ import time
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -120,6 +121,7 @@ def warm():
     import datasets.load  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import pyarrow.parquet  # noqa: F401
+    import transformers
     from nbconvert.filters.markdown import markdown2html
 
     from sae_nb import page  # noqa: F401
@@ -128,6 +130,7 @@ def warm():
     for kind in ("speed", "variants", "trainers", "evals", "sources"):
         if kind != "sources" or Path(sae_nb.__file__).with_name("sources").exists():
             names(kind)
+    transformers.logging.set_verbosity_error()
     lm = load_lm("world")
     lm.logits(*lm.encode(["a dog"])[:1])
     markdown2html("*a*")
@@ -896,7 +899,8 @@ def _types_of(parameter):
         yield value, None
     for make in meaning[parameter.type]:
         if usual != "" and not (make is Path and parameter.type is str and "," in usual):
-            yield make(usual), usual
+            value = make(usual)
+            yield value, value.item() if hasattr(value, "item") else usual
 
 
 @faults("bad parameters")
@@ -911,10 +915,9 @@ def parameters(
             yield Trial(f"{parameter.name} = {type(value).__name__} {said(value)}", act, wanted, words)
     for given in _meaningless():
         base = world_run if given.get("model") == "world" else toy_run
-        words = [part for pair in given.items() for part in (pair[0], *re.findall(r"\w+", str(pair[1])))]
-        words = tuple(
-            word for word in (*words, *map(str, given.values())) if word.strip(" /.") and word != "model"
-        )
+        own = {name: str(value) for name, value in given.items() if name != "model" or value != "world"}
+        words = [part for name, value in own.items() for part in (name, value, *re.findall(r"\w+", value))]
+        words = tuple(word.removesuffix("s") for word in words if word.strip() and word != "/")
         act = partial(_told_early, base | given)
         yield Trial(", ".join(f"{name} = {said(value)}" for name, value in given.items()), act, None, words)
 
@@ -982,7 +985,6 @@ def _meaningless():
     for value in ("nowhere.csv", "/", "a/b"):
         yield {"probe_data": value, "evals": "core"}
         yield {"model": "world", "probe_data": value, "evals": "sparse_probing"}
-        yield {"model": "world", "data_dir": value, "evals": "sparse_probing"}
 
 # %% ../../nbs/reports/reliability.ipynb #reliability-mistyped
 others = dict(
@@ -1028,7 +1030,7 @@ wrong = {
     bool: ("x", "", None, 2, 1.5, [], {}, math.nan),
     str: (None, 5, 1.5, True, [], ["a", 3], {}, {"a": 1}),
     list: (None, 5, 1.5, True, "", {}, {"a": 1}, [None], [[]], [math.nan], [{}]),
-    dict: (None, 5, 1.5, True, "x", "", [], [1], {"a": None}, {"a": math.nan}),
+    dict: (None, 5, 1.5, True, "x", "", [], [1], {"a": math.nan}),
 }
 
 
@@ -1064,7 +1066,7 @@ def evaluator_options(
             default = getattr(find("evals", name).Config(), option.name)
             kind = option.type if option.type in wrong else type(default)
             for value in wrong[list if kind is tuple else kind]:
-                if value is None and default is None:
+                if value is None and (default is None or type(None) in get_args(option.type)):
                     continue
                 act = partial(_configured, name, option.name, value)
                 good = partial(_means, kind, value)
