@@ -442,13 +442,23 @@ def _is_number(value, kind=numbers.Real):
     return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_json(value):
+    "Can it be written into a file?"
+    try:
+        return isinstance(json.dumps(value, allow_nan=False), str)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
 _of_kind = {
     bool: lambda value: isinstance(value, bool),
     int: lambda value: _is_number(value, numbers.Integral),
     float: _is_number,
     str: lambda value: isinstance(value, str) and "\0" not in value,
     list: lambda value: isinstance(value, (list, tuple)) and len(value) > 0,
-    dict: lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
+    dict: lambda value: (
+        isinstance(value, dict) and all(isinstance(key, str) for key in value) and _is_json(value)
+    ),
 }
 
 # %% ../nbs/03_sae.ipynb #sae-allowed-fits
@@ -475,7 +485,7 @@ _called = {
     int: "a whole number",
     float: "a number",
     str: "a word",
-    dict: "a dictionary",
+    dict: "a dictionary that JSON can hold",
 }
 
 
@@ -497,7 +507,7 @@ def __str__(self: Allowed) -> str:
     elif self.kind is list:
         words = f"a list with at least one entry, each {self.item or 'anything'}"
     else:
-        words = _called.get(self.kind, "anything") + _bounds(self)
+        words = _called.get(self.kind, "anything") + (_bounds(self) if self.kind in (int, float) else "")
     return words + (", or None" if self.optional else "")
 
 # %% ../nbs/03_sae.ipynb #sae-declared
