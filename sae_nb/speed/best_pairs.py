@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .pairs import Pairs, joined
+from .regions import one_thread
 
 # %% ../../nbs/speed/best_pairs.ipynb #best-kth
 def _kth(scores, count):
@@ -41,6 +42,7 @@ def top_pairs(
     return at[keep]
 
 # %% ../../nbs/speed/best_pairs.ipynb #best-merge
+@one_thread
 def _best(blocks, P, w):
     "The `P` best of several blocks."
     at = top_pairs(torch.cat([block.rank(w) for block in blocks]), P)

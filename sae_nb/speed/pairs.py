@@ -8,12 +8,14 @@ __all__ = ['runs', 'widened', 'Pairs', 'joined', 'Listing', 'Listed', 'row_block
 
 # %% ../../nbs/speed/pairs.ipynb #cofire-imports
 from functools import partial
+from itertools import islice
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .regions import one_thread, side_by_side
 from .sparse import Places, dense, entries_of, latent_sums, sampled
 
 # %% ../../nbs/speed/pairs.ipynb #cofire-runs
@@ -94,6 +96,7 @@ def joined(
 class Listing:
     "The entries of a batch, ready to be listed in pairs."
 
+    @one_thread
     @torch.no_grad()
     def __init__(
         self,
@@ -111,6 +114,7 @@ class Listing:
 
 # %% ../../nbs/speed/pairs.ipynb #cofire-listing-blocks
 @patch
+@one_thread
 def blocks(
     self: Listing,
     budget: int = 2**18,  # Products per block, few enough for a cache
@@ -136,6 +140,7 @@ class Listed:
     ):
         self.batch = batch
         self.first = first
+        self.last = last
         own = ((batch.cols >= first) & (batch.cols < last)).nonzero()[:, 0]
         later = batch.later[own]
         self.left = own.repeat_interleave(later)
@@ -221,6 +226,17 @@ def take(
     second = _pick(self.batch.order, _pick(self.right, products))
     return Pairs(i, j, _pick(self.s, at), times, first, second)
 
+# %% ../../nbs/speed/pairs.ipynb #cofire-listed-blocks
+@patch
+def listed(
+    self: Listing,
+    budget: int = 2**18,  # Products per block
+):  # Yields `Listed`
+    "All blocks, on a CPU four of them at a time."
+    made = (partial(Listed, self, *ends) for ends in self.blocks(budget))
+    while some := list(islice(made, 1 if self.v.is_cuda else 4)):
+        yield from side_by_side(some)
+
 # %% ../../nbs/speed/pairs.ipynb #cofire-dense
 def _row_block(rows, norm, first, last, cofire, w, cut):
     "Pairs of rows with first <= i < last that score at least `cut`."
@@ -273,13 +289,8 @@ def cofiring(
         whole = X if isinstance(X, Tensor) else dense(*X)
         yield from row_blocks(whole.T, True, w, budget or 2**22)
     else:
-        for first, last in batch.blocks(budget or 2**18):
-            yield partial(_listed_block, batch, first, last)
-
-
-def _listed_block(batch, first, last, cut):
-    "A block of a list has all its pairs, whatever they score."
-    return Listed(batch, first, last)
+        for block in batch.listed(budget or 2**18):
+            yield lambda cut, block=block: block  # all its pairs, whatever they score
 
 # %% ../../nbs/speed/pairs.ipynb #cofire-scores
 def pair_scores(
@@ -326,7 +337,7 @@ def given_pairs(
         products = sampled(pair_places(i, j, len(columns)), columns, columns)
         return Pairs(i, j, products / (length[i] * length[j] + 1e-8))
     parts = []
-    for first, last in batch.blocks():
-        ends = torch.searchsorted(i, torch.tensor([first, last], device=i.device)).tolist()
-        parts.append(Listed(batch, first, last).find(i[slice(*ends)], j[slice(*ends)]))
+    for block in batch.listed():
+        ends = torch.searchsorted(i, torch.tensor([block.first, block.last], device=i.device)).tolist()
+        parts.append(block.find(i[slice(*ends)], j[slice(*ends)]))
     return joined(parts)
