@@ -116,6 +116,7 @@ class Trainer:
 
     moments = ("start", "after_loss", "after_backward", "after_step", "tensors", "load_tensors")
     replaces = ()
+    revives = False  # True: brings latents back that have fallen silent
 
     def __init_subclass__(cls):
         for name, value in vars(cls).items():
@@ -269,11 +270,14 @@ def step(
     if i % self.accumulate == 0:
         self.opt.zero_grad(set_to_none=True)
     (o.loss / self.accumulate).backward()
-    self.silent = torch.where(o.fired, 0, self.silent + len(o.x))
+    fired = o.fired
+    self.silent = torch.where(fired, 0, self.silent + len(o.x))
     if (i + 1) % self.accumulate == 0 or i + 1 == cfg.steps:
         self.update(o, i)
     elif not torch.isfinite(o.loss.detach()):
         self.stop(o, i)
+    if i % cfg.log_every == 0 and not fired.any():
+        self._check_life(i)
     return o
 
 # %% ../nbs/04_train.ipynb #train-signs
@@ -284,6 +288,20 @@ def _check_signs(self: Trainee, o: Out):
         raise TrainingError(
             f"{self.name}: a latent is negative, which no metric here can read; clip latents with relu, "
             "or give each sign a latent of its own"
+        )
+
+# %% ../nbs/04_train.ipynb #train-life
+@patch
+@torch.no_grad()
+def _check_life(self: Trainee, i: int):
+    "Latents of zeros without a gradient never change."
+    weights = [weight for weight, _ in self.sae.per_latent()]
+    gradients = [p.grad for name, p in self.sae.named_parameters() if name != "b_dec"]
+    moved = any(t.any() for t in weights + gradients if t is not None)
+    if not moved and not any(trainer.revives for trainer in self.trainers):
+        raise TrainingError(
+            f"{self.name}: step {i}: every weight of its latents is zero and none but b_dec has a gradient, "
+            "so no latent can ever fire; begin with other weights (option init)"
         )
 
 # %% ../nbs/04_train.ipynb #train-update

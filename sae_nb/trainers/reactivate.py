@@ -23,6 +23,7 @@ class Reactivate(Trainer):
     "Restart silent latents where interference is highest."
 
     replaces = ("auxk", "resample")
+    revives = True
     columns = ("update", "tokens", "latent", "nth", "by_residual", "lived_tokens", "ended")
 
     def __init__(

@@ -17,6 +17,8 @@ from ..train import Trainer
 class Resample(Trainer):
     "Restart dead latents on badly reconstructed tokens."
 
+    revives = True
+
     def __init__(
         self,
         every_tokens: int = None,  # Tokens between restarts; None: twice `dead_after_tokens`
