@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import *
+from ..trainers.clip import Clip
+from .first_weights import first_weights
 from .price import Price
 
 # %% ../../nbs/variants/standard.ipynb #standard-class
@@ -33,10 +35,14 @@ class StandardSAE(SAE):
         error: str = "squared",  # "squared", or "norm" (the logs')
         decoder: str = "unit",  # Rows: "unit", or "free" and the penalty weighted by their length
         seed: int = 0,  # Seeds the initial weights
+        init: str = "unit",  # First weights: "unit", "normal" or "zeros", see `first_weights`
+        clip: float = None,  # Largest gradient norm of a step; 0: no clipping; None: what the run says
     ):
         super().__init__(d_in, d_sae, seed)
         self.error = one_of("error", error, ["norm", "squared"])
         self.decoder = one_of("decoder", decoder, ["unit", "free"])
+        self.trainers += [] if clip is None else [Clip(clip)]
+        first_weights(self, init)
         self.price = Price(usual_l1[error] if l1_coeff is None else l1_coeff, target_l0, d_sae)
 
 # %% ../../nbs/variants/standard.ipynb #standard-level
