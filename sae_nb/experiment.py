@@ -100,14 +100,31 @@ def presets_of(
     variant: str,  # Registered name
     wanted: str,  # Comma-separated names, "all", or nothing
 ) -> dict:  # name -> options; {"": {}} if nothing is wanted
-    "The presets a parameters cell asks for."
+    "Those of the presets a parameters cell asks for that a variant has."
     if not wanted.strip():
         return {"": {}}
-    preset_options(variant, next(iter(presets.get(variant, {})), ""))  # an error if there are none
-    chosen = list(presets[variant]) if wanted.strip() == "all" else listed(wanted)
+    has = _presets(variant) or preset_options(variant, "")  # an error if there are none
+    asked = listed(wanted)
+    if not asked:
+        raise InputError(f"preset = {wanted!r} names none; choose one of: {', '.join(has)}")
+    chosen = list(has) if asked == ["all"] else [name for name in asked if name in has]
     if not chosen:
-        raise InputError(f"preset = {wanted!r} names none; choose one of: {', '.join(presets[variant])}")
+        raise InputError(f"{variant} has no preset {' or '.join(asked)}; choose one of: {', '.join(has)}")
     return {name: preset_options(variant, name) for name in chosen}
+
+
+def _presets(variant):
+    "name -> (options, what it is), of a variant by itself."
+    names("variants")  # a module may add presets to another's variant
+    return presets.get(variant, {})
+
+# %% ../nbs/10_experiment.ipynb #experiment-presets-check
+def _check_presets(variants, wanted):
+    "An error for a preset that none of the variants has."
+    known = {name for variant in variants for name in _presets(variant)}
+    for name in listed(wanted) if known else ():
+        if name != "all":
+            one_of(f"preset of {', '.join(variants)}:", name, known)
 
 # %% ../nbs/10_experiment.ipynb #experiment-choice
 class Choice(NamedTuple):
@@ -128,6 +145,7 @@ def choices(
 ) -> list:  # of Choice
     "Every variant and preset with its options."
     asked = parse_options(p.options)
+    _check_presets(variants, p.preset)
     wanted = [
         Choice(variant, preset, variant_args(variant, p, {**fixed, **asked}))
         for variant in variants
