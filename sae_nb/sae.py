@@ -78,6 +78,7 @@ def _add_parts(self: SAE):
     self.penalties = nn.ModuleDict()
     self.trainers = []
     self.skip = 0.0  # share of the input that is added to the reconstruction
+    self.skip_evaluated = True  # also where nothing is trained
     self.sparsity_scale = 1.0
     self.progress = 0.0
     self.listening = False  # whether a training pass keeps what fronts give, for others to read
@@ -171,7 +172,8 @@ def rebuild(
     x: Tensor,  # The activations they came from, [..., d_in]
 ) -> Tensor:  # Reconstruction, [..., d_in]
     "The decoded latents, and the skip connection if there is one: what stands in the place of `x`."
-    return self.decode(f) + self.skip * x if self.skip else self.decode(f)
+    skip = self.skip if self.training or self.skip_evaluated else 0.0
+    return self.decode(f) + skip * x if skip else self.decode(f)
 
 
 @patch

@@ -162,7 +162,12 @@ class Trainee:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.beside = self._files_beside()
         self.opt = find("speed", "adam")(sae.parameters(), lr=cfg.lr, betas=cfg.betas)
-        self.clip, self.accumulate, self.lr_scale = cfg.clip, 1, 1.0
+        self.clip, self.lr_scale = cfg.clip, 1.0
+        self.accumulate, self.slices, self.left_out = (
+            1,
+            1,
+            0,
+        )  # batches per update, slices of each, tokens in none
         self.norm = 0.0
         self.stream = None  # where batches come from, while there are any
         self.row_due = self.next_row_due = False
@@ -256,29 +261,52 @@ def step(
     self: Trainee,
     batch: Batch,  # Activations, with mask
     i: int,  # Number of the step, from 0
-) -> Out:  # The pass
+) -> Out:  # The pass; the last one if the batch is run in slices
     "One batch: the loss, its gradient, and an update of the weights when `accumulate` batches are in."
     sae, cfg = self.sae, self.cfg
     self.row_due, self.next_row_due = self.row_at(i), self.row_at(i + 1)
     sae.sparsity_scale = cfg.sparsity_factor(i)
     sae.progress = i / cfg.steps
-    o = sae.run(batch.x, batch.mask)
-    if i % cfg.log_every == 0:
-        self._check_signs(o)
-    for trainer in self.trainers:
-        trainer.after_loss(self, o)
     if i % self.accumulate == 0:
         self.opt.zero_grad(set_to_none=True)
-    (o.loss / self.accumulate).backward()
-    fired = o.fired
-    self.silent = torch.where(fired, 0, self.silent + len(o.x))
+    for part in self._parts(batch):
+        o = self._gather(part, i)
     if (i + 1) % self.accumulate == 0 or i + 1 == cfg.steps:
         self.update(o, i)
     elif not torch.isfinite(o.loss.detach()):
         self.stop(o, i)
-    if i % cfg.log_every == 0 and not fired.any():
+    if i % cfg.log_every == 0 and self.silent.all():
         self._check_life(i)
     return o
+
+# %% ../nbs/04_train.ipynb #train-gather
+@patch
+def _gather(self: Trainee, part: Batch, i: int) -> Out:
+    "Run a batch, or a slice of one, and add its gradient."
+    o = self.sae.run(part.x, part.mask)
+    if i % self.cfg.log_every == 0:
+        self._check_signs(o)
+    for trainer in self.trainers:
+        trainer.after_loss(self, o)
+    (o.loss / (self.accumulate * self.slices)).backward()
+    self.silent = torch.where(o.fired, 0, self.silent + len(o.x))
+    return o
+
+
+@patch
+def _parts(self: Trainee, batch: Batch) -> list:
+    "The batch, or equal slices of its first dimension; what does not divide is left out."
+    if self.slices == 1:
+        return [batch]
+    n = len(batch.x) // self.slices
+    if not n:
+        raise InputError(
+            f"{self.name}: a batch of {len(batch.x)} cannot be cut into {self.slices} slices; "
+            "make the batch larger or cut it less"
+        )
+    self.left_out = batch.x[n * self.slices :].shape[:-1].numel()
+    ends = [slice(j * n, (j + 1) * n) for j in range(self.slices)]
+    return [Batch(*(None if t is None else t[part] for t in batch)) for part in ends]
 
 # %% ../nbs/04_train.ipynb #train-signs
 @patch

@@ -53,7 +53,7 @@ def start(self: Reactivate, t, cfg):
         )
     self.rows = torch.zeros(0, len(self.columns), dtype=torch.long)
     self.updates = 0
-    self.batches = 0
+    self.passes = 0
     self.seen = 0  # tokens
     self.mark = 0  # tokens at the last look
 
@@ -61,21 +61,21 @@ def start(self: Reactivate, t, cfg):
 @patch
 def after_loss(self: Reactivate, t, o):
     "Count."
-    self.batches += 1
+    self.passes += 1
     self.seen += len(o.x)
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-state
 @patch
 def tensors(self: Reactivate) -> dict:
     "The record and the counts."
-    return dict(rows=self.rows, clock=torch.tensor([self.updates, self.batches, self.seen, self.mark]))
+    return dict(rows=self.rows, clock=torch.tensor([self.updates, self.passes, self.seen, self.mark]))
 
 
 @patch
 def load_tensors(self: Reactivate, ts):
     "Take them back."
     self.rows = ts["rows"]
-    self.updates, self.batches, self.seen, self.mark = ts["clock"].tolist()
+    self.updates, self.passes, self.seen, self.mark = ts["clock"].tolist()
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-where
 @torch.no_grad()
@@ -197,7 +197,8 @@ def after_step(self: Reactivate, t, o):
     "Look at the due updates, and once more at the end."
     self.updates += 1
     due = self.updates % self.every == 0
-    end = self.batches >= t.cfg.steps
+    batches = self.passes // t.slices
+    end = batches >= t.cfg.steps
     if due or end:
-        self.look(t, o, due, due and self.batches <= self.until * t.cfg.steps)
+        self.look(t, o, due, due and batches <= self.until * t.cfg.steps)
     o.logs.update(reactivated=len(self.rows), returned=int((self.rows[:, 3] > 1).sum()))
