@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['found', 'dtypes', 'InputError', 'Damaged', 'one_of', 'ints', 'register', 'names', 'find', 'root', 'output_folder',
            'short', 'files_like', 'remove_leftovers', 'figure_text', 'write_text', 'write_json', 'is_there',
-           'read_text', 'read_json', 'checksum', 'write_tensors', 'read_meta', 'read_tensors', 'seed_all', 'rng',
-           'pick_device', 'pick_dtype', 'Batch', 'counted']
+           'read_text', 'read_json', 'seal', 'read_if_whole', 'checksum', 'write_tensors', 'read_meta', 'read_tensors',
+           'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch', 'counted']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import hashlib
@@ -292,6 +292,34 @@ def read_json(
     if not isinstance(obj, kind):
         raise Damaged(f"{path} holds a {type(obj).__name__}, not a {kind.__name__}; {mend}")
     return obj
+
+# %% ../nbs/00_core.ipynb #core-seal
+def seal(
+    held: dict,  # What a JSON file holds
+    part: str = "",  # Its part in which the seal stands; empty: it is kept elsewhere
+) -> str:  # 16 hexadecimal digits
+    "A digest of all but itself."
+    if part:
+        held = {**held, part: {name: value for name, value in held[part].items() if name != "sealed"}}
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
+
+# %% ../nbs/00_core.ipynb #core-seal-read
+def read_if_whole(
+    path,  # A JSON file that can be made again
+    part: str = "",  # Its part in which its seal stands
+    sealed: str = None,  # Its seal, if that is kept elsewhere; None: it has none
+    say=lambda line: None,  # Is told in one line what is wrong
+) -> dict:  # None if it is not there, damaged, or not what was written
+    "What a file holds, if it holds what was written."
+    try:
+        held = read_json(path, mend="it is made again") if is_there(path) else None
+    except Damaged as error:
+        return say(str(error))
+    if part and held is not None:
+        sealed = held[part].get("sealed", "") if isinstance(held.get(part), dict) else ""
+    if held is None or sealed is None or (sealed and sealed == seal(held, part)):
+        return held
+    return say(f"{path} does not hold what was written; it is made again")
 
 # %% ../nbs/00_core.ipynb #core-write-write-tensors
 def checksum(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['notes', 'Params', 'renamed', 'read_comment', 'noted', 'params_from', 'fast', 'public', 'differences', 'run_name',
-           'Run', 'read_if_whole', 'read_metrics', 'read_config', 'run_status', 'guarding', 'provenance', 'gather',
-           'same_weights', 'launch']
+           'Run', 'read_metrics', 'read_config', 'run_status', 'guarding', 'provenance', 'gather', 'same_weights',
+           'launch']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import glob
@@ -272,31 +272,13 @@ class Run:
         if self.finished:
             self._compare()
 
-# %% ../nbs/09_runs.ipynb #runs-if-whole
-def read_if_whole(
-    path,  # A JSON file that can be written again
-) -> dict:  # None if it is not there, or damaged
-    "What a file holds, if it holds anything."
-    try:
-        return read_json(path) if is_there(path) else None
-    except Damaged:
-        return None
-
-
-def _seal(metrics):
-    "A digest of metrics, which stands in status.json."
-    return hashlib.sha256(json.dumps(metrics, sort_keys=True).encode()).hexdigest()[:16]
-
-
+# %% ../nbs/09_runs.ipynb #runs-read-metrics
 def read_metrics(
     folder,  # A run folder
 ) -> dict:  # None if the run is not finished, or the file does not hold what was written
-    "The metrics of a run, if they are whole."
-    metrics = read_if_whole(Path(folder) / "metrics.json")
+    "The metrics of a run, if they are whole; their seal stands in status.json."
     status = read_if_whole(Path(folder) / "status.json") or {}
-    if metrics is None or status.get("metrics", _seal(metrics)) != _seal(metrics):
-        return None
-    return metrics
+    return read_if_whole(Path(folder) / "metrics.json", sealed=status.get("metrics"))
 
 # %% ../nbs/09_runs.ipynb #runs-read-config
 _mend_config = "restore it from a copy, or move the folder away and run again"
@@ -521,7 +503,7 @@ def finish(
     "Write metrics.json, last of all."
     shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
     metrics = json.loads(json.dumps(metrics))  # as they will be read
-    self.mark("finished", metrics=_seal(metrics))
+    self.mark("finished", metrics=seal(metrics))
     write_json(self.folder / "metrics.json", metrics)
     self.finished = True
 

@@ -6,7 +6,6 @@
 __all__ = ['chosen', 'evaluators', 'content', 'read_result', 'evaluate', 'scoreboard', 'reasons']
 
 # %% ../../nbs/evals/suite.ipynb #suite-imports
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -104,37 +103,23 @@ def content(
     )
 
 # %% ../../nbs/evals/suite.ipynb #suite-kept
-def _seal(env):
-    "A digest of an envelope, which guards its file against accidents."
-    more = {name: v for name, v in env["eval_result_unstructured"].items() if name != "sealed"}
-    whole = json.dumps({**env, "eval_result_unstructured": more}, sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+_remarks = "eval_result_unstructured"  # The part of an envelope in which its seal stands
 
 
 def read_result(
     path,  # evals/<name>.json of a run
 ) -> dict:  # The envelope; None if it is not there, or not what was written
     "A result that was kept."
-    if path is None or not is_there(path):
-        return None
-    try:
-        env = read_json(path, mend="it is made again")
-    except Damaged as error:
-        return print(error)
-    more = env.get("eval_result_unstructured") or {}
-    if tuple(env) != envelope_keys or "content" not in more:
-        return None
-    if more.get("sealed") != _seal(env):
-        return print(f"{path} does not hold what was written; it is made again")
-    return env
+    env = read_if_whole(path, part=_remarks, say=print)
+    return env if env and tuple(env) == envelope_keys and "content" in env[_remarks] else None
 
 
 def _kept(path, made_of, asked):
     "The result that lies at `path`, if it was made of the same and is complete."
-    env = read_result(path)
-    if env is None or env["eval_result_unstructured"].get("incomplete"):
+    env = read_result(path) if path else None
+    if env is None or env[_remarks].get("incomplete"):
         return None
-    there = env["eval_result_unstructured"]["content"]
+    there = env[_remarks]["content"]
     same = there == " ".join([made_of, *asked]) or (not asked and there.split()[0] == made_of)
     return env if same else None
 
@@ -157,12 +142,12 @@ def evaluate(
     if parts:
         remove_leftovers(parts)
     env = evaluator(sae, replace(ctx, name=name, parts=Store(parts)))
-    env["eval_result_unstructured"]["content"] = " ".join([made_of, *asked])
+    env[_remarks]["content"] = " ".join([made_of, *asked])
     env = json.loads(json.dumps(env, allow_nan=False))  # as it will be read back
-    env["eval_result_unstructured"]["sealed"] = _seal(env)
+    env[_remarks]["sealed"] = seal(env, _remarks)
     if path:
         write_json(path, env)
-        if not env["eval_result_unstructured"].get("incomplete"):
+        if not env[_remarks].get("incomplete"):
             shutil.rmtree(parts, ignore_errors=True)
     return env
 
