@@ -103,10 +103,11 @@ def reads(
     centred = x - self.b_dec
     seen, more = x if n_raw else centred, []
     for n, front in enumerate(fronts, 1):
-        seen = front.read(seen * front.units, mask) / front.units
+        given = (mask, self.b_dec * front.units) if front.takes_b_dec else (mask,)
+        seen = front.read(seen * front.units, *given) / front.units
         if n == n_raw:
             seen = seen - self.b_dec
-        extra = front.add(centred * front.units, mask)
+        extra = front.add(centred * front.units, *given)
         if extra is not None:
             more.append((extra[0] / front.units, extra[1]))
         if self.listening and self.training and torch.is_grad_enabled():
@@ -393,17 +394,18 @@ class Front(nn.Module):
     sequential = False  # True: looks along the positions of a row
     crosses = False  # True: looks into the other documents of its row as well
     raw = False  # True: reads activations as they are, and `b_dec` is taken off what it gives
+    takes_b_dec = False  # True: `read` and `add` are given what was taken off as a third argument
 
     def __init__(self):
         super().__init__()
         self.register_buffer("units", torch.ones(()))
         self.notes = {}  # what the last training pass computed on the way; handed to the pass and forgotten
 
-    def read(self, x, mask=None):
+    def read(self, x, mask=None, b_dec=None):
         "Centred activations, [..., d_in] -> what the encoder reads, same shape."
         return x
 
-    def add(self, x, mask=None):
+    def add(self, x, mask=None, b_dec=None):
         "Centred activations, [..., d_in] -> (u [..., m], weights [m, d_sae]), or None."
         return None
 

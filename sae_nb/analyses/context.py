@@ -48,11 +48,13 @@ def branch_parts(
 ):  # Branch outputs u, [n_tokens, R, d_in]; parts of z, [R + 1, n_tokens, d_sae], the token's own first
     "What the token and each branch put into the pre-activations of the tokens that count."
     front = front_of(sae)
-    centred = x - sae.b_dec
-    u = front.branches(centred * front.units, mask)
-    own = counted(centred, mask) @ sae.W_enc
+    centred, b_dec = x - sae.b_dec, sae.b_dec * front.units
+    u = front.branches(front.sees(centred * front.units, b_dec), mask)
     u = counted(u.flatten(-2), mask).unflatten(-1, u.shape[-2:])
-    past = [u[:, r] @ W / front.units for r, W in enumerate(front.W_ctx)]
+    of_token, of_branches = front.blocks(sae.W_enc)
+    own = counted(centred, mask) @ of_token
+    read = front.says(u, b_dec).unbind(1)
+    past = [said @ W / front.units for said, W in zip(read, of_branches)]
     return u, torch.stack([own, *past])
 
 # %% ../../nbs/analyses/context.ipynb #context-shares
@@ -103,10 +105,11 @@ def lag_mass(
             "with branch_norm the weights alone do not say what a latent reads; use lag_gradient"
         )
     front, mass = ordered_front(sae), {}
+    of_token, of_branches = front.blocks(sae.W_enc)
     for lag in front.taken:
         taps = [(r, j) for r, lags in enumerate(front.lags) for j, tap in enumerate(lags) if tap == lag]
-        read = sum(front.conv[r, j, :, None] * front.W_ctx[r] for r, j in taps)
-        read = read + (sae.W_enc if lag == 0 else 0)
+        read = sum(front.conv[r, j, :, None] * of_branches[r] for r, j in taps)
+        read = read + (of_token if lag == 0 else 0)
         mass[lag] = read.norm(dim=0)
     return mass
 
