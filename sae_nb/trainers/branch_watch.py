@@ -85,7 +85,9 @@ def branch_table(
 ) -> pd.DataFrame:  # One row per branch: dilation, mean, std, and both at the start
     "What branches say at the end of training, beside what they said before it."
     if not history or "branch_0_std" not in history[-1]:
-        raise InputError("no branches in this history; give that of a temporal SAE, trained with branch_watch")
+        raise InputError(
+            "no branches in this history; give that of a temporal SAE, trained with branch_watch"
+        )
     first, last = history[0], history[-1]
     columns = dict(dilation=list(dilations))
     for name in ("mean", "std"):

@@ -17,7 +17,6 @@ from ..core import *
 from ..fronts.branches import Branches, BranchesOnly, look_back, same_document
 from ..sae import *
 from ..trainers.branch_watch import BranchWatch, branches_of
-from ..trainers.clip import Clip
 from ..trainers.diagnostics import Diagnostics
 from ..trainers.weight_decay import WeightDecay
 from .first_weights import first_weights
@@ -66,7 +65,7 @@ class Separation(nn.Module):
 
     def __init__(
         self,
-        kind: str = "scales",  # Cosines between "scales", between "tokens", or between decoder rows: "latents"
+        kind: str = "scales",  # Cosines between "scales", "tokens", or decoder rows: "latents"
         coeff: float = 0.1,  # Weight in the loss
     ):
         super().__init__()
@@ -107,7 +106,7 @@ def _branches(sae, include_input, init, dilations, kernel, *rest, **how):
     return front
 
 
-def _with_branches(sae, front, separation, separation_coeff, diagnostics):
+def _with_branches(sae, front, separation, separation_coeff, diagnostics, weight_decay=0.0):
     "The base with the front, the penalty and the log."
     one_of("separation", separation, [*separations, "none"])
     if separation == "scales" and len(front.dilations) < 2:
@@ -121,13 +120,6 @@ def _with_branches(sae, front, separation, separation_coeff, diagnostics):
     sae.trainers.append(BranchWatch())
     if diagnostics:
         sae.trainers.append(Diagnostics())
-    return sae
-
-
-def _with_optimiser(sae, clip, weight_decay):
-    "The SAE, with its own clip and weight decay if it has some."
-    if clip is not None:
-        sae.trainers.append(Clip(clip))
     if weight_decay:
         sae.trainers.append(WeightDecay(weight_decay))
     return sae
@@ -148,7 +140,6 @@ def temporal(
     branch_norm: bool = False,  # Layer norm on each branch's output
     separation: str = "scales",  # "scales", "tokens", "latents" or "none"
     separation_coeff: float = 0.1,  # Weight of the separation in the loss
-    clip: float = None,  # Largest gradient norm; 0: no clipping, None: as the run says
     weight_decay: float = 0.0,  # AdamW's; 0: Adam
     diagnostics: bool = False,  # Bring `trainers/diagnostics` along
     seed: int = 0,  # Seeds the initial weights
@@ -158,8 +149,7 @@ def temporal(
     sae = _per_token(base, d_in, d_sae, seed, base_options)
     how = dict(centre=centre, kernel_init=kernel_init)
     front = _branches(sae, include_input, init, dilations, kernel, padding, branch_norm, **how)
-    sae = _with_branches(sae, front, separation, separation_coeff, diagnostics)
-    return _with_optimiser(sae, clip, weight_decay)
+    return _with_branches(sae, front, separation, separation_coeff, diagnostics, weight_decay)
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-shuffled-variant
 @composed("temporal_shuffled")
@@ -350,7 +340,8 @@ for _name, _about, _change in (
 for _dilations in ((1,), (1, 2), (1, 2, 4), (1, 2, 4, 8, 16), (1, 3, 9, 27)):
     _preset(
         f"dilations_{'_'.join(map(str, _dilations))}",
-        f"run 2 with dilations {', '.join(map(str, _dilations))}" + (", no separation" * (len(_dilations) < 2)),
+        f"run 2 with dilations {', '.join(map(str, _dilations))}"
+        + (", no separation" * (len(_dilations) < 2)),
         **_meant | dict(dilations=_dilations, separation="scales" if len(_dilations) > 1 else "none"),
     )
 for _kernel in (2, 5, 9):
