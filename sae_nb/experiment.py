@@ -548,12 +548,21 @@ def train_runs(
         ]
         for trainee in [] if quiet else trainees:
             _tell(trainee, plan.trainers)
-        train(trainees, data.stream, plan.params.resume, on_log, quiet)
+        _train(trainees, data.stream, plan.params.resume, on_log, quiet)
         if hasattr(data.stream, "close"):  # nothing is prepared for a step that will not come
             data.stream.close()
         for run, trainee in zip(todo, trainees):
             _keep(run, trainee, plan, data)
     return trainees
+
+
+def _train(trainees, *how):
+    "Train. If all SAEs fail nothing is raised here: each has a reason of its own, which evaluation raises."
+    try:
+        train(trainees, *how)
+    except TrainingError:
+        if not all(trainee.failed for trainee in trainees):
+            raise
 
 # %% ../nbs/10_experiment.ipynb #experiment-sample
 def first_activations(

@@ -59,7 +59,7 @@ def best_pairs(
     blocks,  # Functions, as `cofiring` and `row_blocks` yield them
     P: int,  # Pairs wanted
     w: Tensor = None,  # Weight of each latent, [n]: the product of a pair's two multiplies its score
-    seen: list = None,  # Gets (pairs, sum of scores, sum of squares) of every block
+    seen: list = None,  # Gets (pairs, sum of scores, sum of squares) of every block, scores weighted
     hold: int = 2**21,  # Pairs held before all but the best go, bounds memory
 ) -> Pairs:  # At most P, with unweighted scores
     "The `P` best of all blocks."
@@ -68,7 +68,7 @@ def best_pairs(
         block = make(cut)
         held.append(block)
         if seen is not None:
-            scores = block.s.double()
+            scores = block.rank(w).double()
             seen.append((len(scores), scores.sum(), scores.square().sum()))
         if sum(len(some.s) for some in held) > max(hold, 2 * P):
             held = [_best(held, P, w)]

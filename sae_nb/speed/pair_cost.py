@@ -25,10 +25,11 @@ def symmetric_product(
 def _matrix(p, slope, norm):
     "M: its entries at the pairs, [m], and its negative diagonal, [n]."
     norm_i, norm_j = norm[p.i], norm[p.j]
-    off = slope / (norm_i * norm_j + 1e-8)
+    size_i, size_j = norm_i + 1e-8, norm_j + 1e-8
+    off = slope / (size_i * size_j)
     own = torch.zeros_like(norm)
-    own.index_add_(0, p.i, off * p.s * norm_j / norm_i.clamp_min(1e-30))
-    own.index_add_(0, p.j, off * p.s * norm_i / norm_j.clamp_min(1e-30))
+    own.index_add_(0, p.i, off * p.s * size_j / norm_i.clamp_min(1e-30))
+    own.index_add_(0, p.j, off * p.s * size_i / norm_j.clamp_min(1e-30))
     return off, own
 
 # %% ../../nbs/speed/pair_cost.ipynb #cost-gradient

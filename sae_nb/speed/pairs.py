@@ -108,7 +108,7 @@ class Listing:
         self.order = (places.rows * places.d_sae + places.cols).argsort()  # latents of a token rise
         self.cols = places.cols[self.order]
         self.v = v[self.order]
-        self.size = latent_sums(places, v * v).sqrt()[self.cols]  # length of the entry's column
+        self.size = latent_sums(places, v * v).sqrt().add_(1e-8)[self.cols]  # length of the entry's column
         token_end = places.starts[1:][places.rows]
         self.later = token_end - 1 - torch.arange(len(v), device=v.device)  # entries after it in its token
 
@@ -160,7 +160,7 @@ def _products(self: Listed):
     def both(t):
         return _pick(t, self.left).mul_(_pick(t, self.right))
 
-    return both(self.batch.v).div_(both(self.batch.size).add_(1e-8))
+    return both(self.batch.v).div_(both(self.batch.size))
 
 
 @patch
@@ -241,7 +241,7 @@ def listed(
 def _row_block(rows, norm, first, last, cofire, w, cut):
     "Pairs of rows with first <= i < last that score at least `cut`."
     gram = rows[first:last] @ rows[first:].T
-    s = gram / (norm[first:last, None] * norm[first:] + 1e-8)
+    s = gram / (norm[first:last, None] * norm[first:])
     rank = s if w is None else s * (w[first:last, None] * w[first:])
     kept = rank >= cut
     if cofire:
@@ -258,7 +258,7 @@ def row_blocks(
 ):  # Yields functions: lowest score of interest -> `Pairs`
     "Cosine of every pair of rows, in blocks of ascending i."
     rows = widened(rows.detach())
-    norm = rows.norm(dim=1)
+    norm = rows.norm(dim=1) + 1e-8
     step = max(1, budget // len(rows))
     for first in range(0, len(rows), step):
         yield partial(_row_block, rows, norm, first, min(first + step, len(rows)), cofire, w)
@@ -333,9 +333,9 @@ def given_pairs(
     "Scores of given pairs, and where they meet."
     if batch is None:
         columns = widened((X if isinstance(X, Tensor) else dense(*X)).detach()).T.contiguous()
-        length = columns.norm(dim=1)
+        length = columns.norm(dim=1) + 1e-8
         products = sampled(pair_places(i, j, len(columns)), columns, columns)
-        return Pairs(i, j, products / (length[i] * length[j] + 1e-8))
+        return Pairs(i, j, products / (length[i] * length[j]))
     parts = []
     for block in batch.listed():
         ends = torch.searchsorted(i, torch.tensor([block.first, block.last], device=i.device)).tolist()

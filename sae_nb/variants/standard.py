@@ -6,6 +6,8 @@
 __all__ = ['usual_l1', 'StandardSAE']
 
 # %% ../../nbs/variants/standard.ipynb #standard-imports
+from functools import partial
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -131,10 +133,7 @@ def fold(self: StandardSAE, scale: float) -> SAE:
     return folded
 
 # %% ../../nbs/variants/standard.ipynb #standard-preset
-add_preset(
-    "standard",
-    "run_0",
-    "the logs' baseline: fixed l1_coeff 0.04, error as a norm",
-    l1_coeff=0.04,
-    error="norm",
-)
+_preset = partial(add_preset, "standard", l1_coeff=0.04, error="norm", clip=0.0)
+
+_preset("run_0", "the logs' baseline: error as a norm, fixed l1_coeff 0.04, no clipping")
+_preset("run_0_logged", "run_0 from weights that are all zero, as in the logs: it cannot learn", init="zeros")
