@@ -66,11 +66,15 @@ _words = dict(
 )
 
 
-def _check(skip, reactivate_every, clip, **words):
+def _check(skip, reactivate_every, clip, init, init_scale="unit", **words):
     "One line for what cannot be."
     for option, word in words.items():
         if word not in _words[option]:
             one_of(option, word, [*map(str, _words[option])])
+    if init != "unit" and init_scale != "unit":
+        raise InputError(
+            f"init = {init!r} draws the first encoder anew; leave init_scale = {init_scale!r} out"
+        )
     if not 0 <= skip < 1:
         raise InputError(
             f"skip = {skip} is a share of the input; give 0 or more and less than 1 (log 004's: 0.1)"
@@ -112,7 +116,8 @@ def self_correcting(
     "Z-score thresholds, a penalty and reactivation, with log 004's changes as switches."
     words = dict(penalty=penalty, adaptive_lr=adaptive_lr, grad_scale=grad_scale, skip_in=skip_in)
     words |= dict(norm=norm, attention=attention, accumulate_of=accumulate_of)
-    _check(skip, reactivate_every, clip, **words)
+    scaled = {option: said for option, said in base_options.items() if option == "init_scale"}
+    _check(skip, reactivate_every, clip, init, **scaled, **words)
     sae = first_weights(build(base, d_in, d_sae, seed=seed, **base_options), init)
     sae.skip, sae.skip_evaluated = skip, skip_in == "always"
     _fronts(sae, norm, attention or "none")
@@ -160,25 +165,26 @@ _rows = [  # number, what it adds, in options, and in options of the code where 
 ]
 
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-presets-more
-_coded_says = {
-    1: "all weights zero, two-sided mask, running variance, encoder penalty, nothing reactivated",
-    4: "the skip in training alone",
-    5: "importance with b_dec, the L1 penalty a sum over the batch and a mean over latents",
+_coded_says = {  # from which row on
+    1: "two-sided mask, running variance, encoder penalty, nothing reactivated",
+    4: "skip in training alone",
+    5: "importance with b_dec, L1 summed over the batch",
     8: "attention over the whole row",
-    10: "importance applied after every slice",
+    10: "importance after every slice",
 }
 
 
 def _add_rows():
     "Every row twice, with all that the rows before it added."
-    meant, coded = dict(_meant), dict(_as_coded)
+    meant, coded, says = dict(_meant), dict(_as_coded), []
     for number, adds, options, as_coded in _rows:
         meant |= options
         coded |= {**options, **as_coded}
-        kept = "" if number == 1 else f"run_{number - 1} and "
-        add_preset("self_correcting", f"run_{number}", f"log 004: {kept}{adds}", **meant)
-        says = _coded_says.get(number, "what its rows before differ in")
-        about = f"run_{number} as log 004's code has it: {says}"
+        before = "" if number == 1 else f"run_{number - 1} with "
+        add_preset("self_correcting", f"run_{number}", f"log 004: {before}{adds}", **meant)
+        says += [_coded_says[number]] if number in _coded_says else []
+        zeros = "all weights zero, " if coded["init"] == "zeros" else ""
+        about = f"run_{number} as its code has it: {zeros}{', '.join(says)}"
         add_preset("self_correcting", f"run_{number}_logged", about, **coded)
 
 
