@@ -163,11 +163,8 @@ class Trainee:
         self.beside = self._files_beside()
         self.opt = find("speed", "adam")(sae.parameters(), lr=cfg.lr, betas=cfg.betas)
         self.clip, self.lr_scale = cfg.clip, 1.0
-        self.accumulate, self.slices, self.left_out = (
-            1,
-            1,
-            0,
-        )  # batches per update, slices of each, tokens in none
+        self.accumulate, self.slices = 1, 1  # batches per update; parts of each that are run one by one
+        self.left_out = 0  # tokens of a batch that are in none of its parts
         self.norm = 0.0
         self.stream = None  # where batches come from, while there are any
         self.row_due = self.next_row_due = False
