@@ -155,12 +155,19 @@ def l0_counts(
 ) -> tuple:  # Edges, and tokens between them
     "Histogram of L0, one bin for each number of latents or for a few."
     l0 = torch.as_tensor(l0)
-    last = int(l0.nonzero().max()) if last is None else last
+    last = _largest(l0) if last is None else last
     width = 1 + last // most
     bins = -(-(last + 1) // width)
     padded = torch.zeros(bins * width, dtype=l0.dtype)
-    padded[: last + 1] = l0[: last + 1]
+    there = l0[: bins * width]
+    padded[: len(there)] = there
     return [width * i - 0.5 for i in range(bins + 1)], padded.view(bins, width).sum(1).tolist()
+
+
+def _largest(l0):
+    "The largest L0 that occurs."
+    occurs = torch.as_tensor(l0).nonzero()
+    return int(occurs.max()) if len(occurs) else 0
 
 # %% ../nbs/08_look.ipynb #look-plot
 def draw_usage(
@@ -171,7 +178,7 @@ def draw_usage(
     look: dict,  # From `looks`
 ):
     "Tokens by L0, and latents by how often they fire; a row for every SAE."
-    last = max(int(torch.as_tensor(counts).nonzero().max()) for counts in l0.values())
+    last = max(map(_largest, l0.values()))
     draw_hills(tokens, {name: l0_counts(counts, last) for name, counts in l0.items()}, look)
     draw_hills(latents, {name: (d["log10_edges"], d["counts"]) for name, d in density.items()}, look)
     for at, counts in enumerate(density.values()):
