@@ -176,6 +176,7 @@ def style() -> dict:  # For `matplotlib.rc_context`
         "legend.fontsize": 7.5,
         "lines.linewidth": 1.2,
         "figure.constrained_layout.use": True,
+        "figure.constrained_layout.wspace": 0.06,
     }
 
 
@@ -279,7 +280,7 @@ def draw_row(
         ax.barh(at, value, color=look.color, height=0.66, alpha=0.55)
     text = "–" if value is None else short(value, 3)
     where = dict(xycoords=("axes fraction", "data"), va="center", fontsize=7, annotation_clip=False)
-    ax.annotate(text, (1.02, at), **where)
+    ax.annotate(text, (1.01, at), **where)
 
 
 def draw_nulls(

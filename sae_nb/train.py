@@ -601,7 +601,7 @@ def plot_history(
     for ax, (column, title) in zip(axes, curves.items()):
         for name, history in histories.items():
             x, y = ([row[of] for row in history] for of in ("tokens", column))
-            ax.plot(x, y, color=look[name].color, ls=look[name].ls)
+            ax.plot(x, y, color=look[name].color, ls=look[name].ls, marker="." if len(x) == 1 else None)
         ax.set_title(title)
         in_tokens(ax)
     for ax in (axes[0], axes[1]):
