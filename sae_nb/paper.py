@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['order', 'palette', 'command', 'panels', 'history_columns', 'table_columns', 'check_alike', 'expected', 'save_figure',
-           'null_of', 'draw_null', 'draw_seeds', 'comparison', 'histories', 'draw_curve', 'training_curves',
-           'over_seeds', 'table_tex', 'macro', 'newcommand', 'numbers_tex', 'check_files', 'check_references',
-           'check_literals', 'check_tex', 'build_paper']
+           'null_of', 'draw_seeds', 'comparison', 'histories', 'draw_curve', 'training_curves', 'over_seeds',
+           'table_tex', 'macro', 'newcommand', 'numbers_tex', 'check_files', 'check_references', 'check_literals',
+           'check_tex', 'build_paper']
 
 # %% ../nbs/99_paper.ipynb #paper-imports
 import re
@@ -17,15 +17,25 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import EngFormatter
 
 from .core import *
 from .runs import gather, same_weights
+from sae_nb.style import (
+    colour_of,
+    draw_nulls,
+    height_for,
+    housed,
+    in_tokens,
+    label_right,
+    legend_below,
+    log_upwards,
+    looks,
+)
 from .train import read_history
 
 # %% ../nbs/99_paper.ipynb #paper-expect
 order = ["standard", "topk", "batchtopk", "ortho"]  # variants, in the order of every figure
-palette = dict(zip(order, sns.color_palette("colorblind")))
+palette = {variant: colour_of(variant) for variant in order}  # the same in every figure of the house
 command = (
     f"papermill nbs/run.ipynb runs/paper.ipynb -p variant {','.join(order)} -p seed 0,1,2"
     " -p name paper -p tokens 500000 -p d_sae 1024"
@@ -97,44 +107,35 @@ def null_of(
     return metric.replace("core/", "core/null_random/")
 
 # %% ../nbs/99_paper.ipynb #paper-compare-panel
-def draw_null(
-    ax,  # matplotlib axes
-    value: float,  # What the random dictionary reaches
-):
-    "A grey line for the null."
-    ax.axhline(value, color=".6", lw=1, zorder=0)
-    place, units = (0.02, value), ("axes fraction", "data")
-    ax.annotate("random dictionary", place, xycoords=units, fontsize=7, color=".45", va="bottom")
-
-
 def draw_seeds(
     ax,  # matplotlib axes
     runs,  # From `expected`
     metric: str,  # A column of the runs
 ):
-    "One metric: a dot per seed, a column of dots per variant."
-    colours = dict(hue="variant", palette=palette, legend=False)
-    sns.stripplot(runs, x="variant", y=metric, order=order, ax=ax, size=6, jitter=0.12, **colours)
+    "One metric: a dot per seed, a row of dots per variant."
+    colours = dict(hue="variant", palette=palette, hue_order=order, legend=False)
+    sns.stripplot(runs, y="variant", x=metric, order=order, ax=ax, size=6, jitter=0.12, **colours)
     ax.set(title=panels[metric], xlabel="", ylabel="")
-    ax.tick_params(axis="x", rotation=30)
-    sns.despine(ax=ax)
+    ax.xaxis.set_major_locator(plt.MaxNLocator(3))
 
 # %% ../nbs/99_paper.ipynb #paper-compare-comparison
+@housed
 def comparison(
     runs,  # From `expected`
 ):  # The figure
     "Main metrics of every variant and seed, beside the random dictionary."
     seed_all(0)  # where points are spread apart is drawn
     nulls = [null_of(metric) for metric in panels if null_of(metric) in runs]
-    fig, axes = plt.subplots(1, 4, figsize=(10, 2.7), layout="constrained")
+    fig, axes = plt.subplots(1, 4, figsize=(10, height_for(len(order))), sharey=True)
     for ax, metric in zip(axes, panels):
         draw_seeds(ax, runs, metric)
         if null_of(metric) in nulls and metric != "core/l0":
-            draw_null(ax, runs[null_of(metric)].mean())
+            draw_nulls(ax, {"(random)": runs[null_of(metric)].mean()})
         if metric == "core/l0":
-            ax.set_ylim(0, max(1.05, 1.2 * runs[metric].max()))
+            ax.set_xlim(0, max(1.05, 1.2 * runs[metric].max()))
         if metric == "core/frac_alive":
-            ax.set_ylim(0, 1.05)
+            ax.set_xlim(0, 1.05)
+    legend_below(fig)
     return save_figure(fig, "comparison", runs[["name", "variant", "seed", *panels, *nulls]])
 
 # %% ../nbs/99_paper.ipynb #paper-curves
@@ -159,31 +160,32 @@ def draw_curve(
     history,  # From `histories`
     metric: str,  # A column of it
     title: str,  # What to call it
-    legend: bool = False,  # Whether to say which colour is which variant
 ):
-    "One metric against tokens, a line per run."
-    colours = dict(hue="variant", palette=palette, hue_order=order, legend=legend)
+    "One metric against tokens, a line per run in the colour of its variant."
+    colours = dict(hue="variant", palette=palette, hue_order=order, legend=False)
     lines = dict(units="name", estimator=None, lw=0.9)
     sns.lineplot(history, x="tokens", y=metric, ax=ax, **colours, **lines)
     ax.set(title=title, ylabel="")
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    sns.despine(ax=ax)
+    in_tokens(ax)
 
 
+@housed
 def training_curves(
     runs,  # From `expected`
     folder=None,  # Folder of runs
 ):  # The figure
-    "Explained variance, L0 and dead latents against tokens."
+    "L0, dead latents and explained variance against tokens."
     history = histories(runs, folder)
-    fig, axes = plt.subplots(1, 3, figsize=(10, 2.7), layout="constrained")
-    draw_curve(axes[0], history, "explained_variance", "explained variance", legend=True)
-    draw_curve(axes[1], history, "l0", "L0")
-    draw_curve(axes[2], history, "frac_dead", "share of latents dead")
-    axes[0].set_ylim(0, 1)
-    axes[1].set_yscale("log")
-    axes[2].set_ylim(0, max(0.05, 1.1 * history.frac_dead.max()))
-    axes[0].legend(frameon=False, fontsize=8, title=None)
+    fig, axes = plt.subplots(1, 3, figsize=(10, height_for(len(order), 2.7)))
+    draw_curve(axes[0], history, "l0", "L0")
+    draw_curve(axes[1], history, "frac_dead", "share of latents dead")
+    draw_curve(axes[2], history, "explained_variance", "explained variance")
+    log_upwards(axes[0])
+    axes[1].set_ylim(0, max(0.05, 1.1 * history.frac_dead.max()))
+    axes[2].set_ylim(0, 1)
+    last = history.groupby("variant").last()
+    ends = {variant: (last.tokens[variant], last.explained_variance[variant]) for variant in order}
+    label_right(axes[2], ends, looks(order))
     return save_figure(fig, "curves", history)
 
 # %% ../nbs/99_paper.ipynb #paper-table

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from .core import *
 from .sae import *
+from .style import height_for, housed, in_tokens, label_right, log_upwards, looks
 
 # %% ../nbs/04_train.ipynb #train-config
 @dataclass
@@ -576,45 +577,39 @@ def progress_bar(steps, start, quiet):
 # %% ../nbs/04_train.ipynb #train-plot
 curves = {
     "loss": "loss",
-    "explained_variance": "explained variance",
     "l0": "L0, latents per token",
     "frac_dead": "share of latents dead",
+    "explained_variance": "explained variance",
 }  # column of the history -> title
 
 
+@housed
 def plot_history(
     histories: dict,  # name -> list of history rows
     axes=None,  # Four matplotlib axes; None: a new figure
+    variants: dict = None,  # name -> its variant, which has a colour; what is not in it is read off the name
 ):  # The figure
-    "Loss, explained variance, active latents and dead latents against tokens."
+    "Loss, active latents, dead latents and explained variance against tokens, names at the last."
     import matplotlib.pyplot as plt
 
     if axes is None:
-        _, axes = plt.subplots(1, 4, figsize=(13, 2.6), layout="constrained")
+        _, axes = plt.subplots(1, 4, figsize=(13, height_for(len(histories), 2.6)))
+    look = looks(histories, variants)
     for ax, (column, title) in zip(axes, curves.items()):
         for name, history in histories.items():
-            ax.plot(
-                [row["tokens"] for row in history],
-                [row[column] for row in history],
-                label=figure_text(name),
-                lw=1.2,
-            )
-        _dress(ax, title)
-    for ax in (axes[0], axes[2]):
-        ax.set_yscale("log")
-    axes[1].set_ylim(max(-0.1, axes[1].get_ylim()[0]), 1)
-    axes[3].set_ylim(0, max(0.05, axes[3].get_ylim()[1]))
-    axes[0].legend(frameon=False, fontsize=8)
+            x, y = ([row[of] for row in history] for of in ("tokens", column))
+            ax.plot(x, y, color=look[name].color, ls=look[name].ls, marker="." if len(x) == 1 else None)
+        ax.set_title(title)
+        in_tokens(ax)
+    for ax in (axes[0], axes[1]):
+        log_upwards(ax)
+    axes[2].set_ylim(0, max(0.05, axes[2].get_ylim()[1]))
+    axes[3].set_ylim(max(-0.1, axes[3].get_ylim()[0]), 1)
+    ends = {
+        name: (rows[-1]["tokens"], rows[-1]["explained_variance"]) for name, rows in histories.items() if rows
+    }
+    label_right(axes[3], ends, look)
     return axes[0].figure
-
-
-def _dress(ax, title):
-    from matplotlib.ticker import EngFormatter
-
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.set_xlabel("tokens")
-    ax.set_title(title, fontsize=10, loc="left")
-    ax.spines[["top", "right"]].set_visible(False)
 
 # %% ../nbs/04_train.ipynb #train-csv
 def write_history(
@@ -909,7 +904,9 @@ class LivePlot:
         if time.monotonic() - self.last < self.every and not force:
             return
         self.last = time.monotonic()
-        fig = plot_history({t.name: t.history for t in trainees})
+        fig = plot_history(
+            {t.name: t.history for t in trainees}, variants={t.name: t.sae.variant or "" for t in trainees}
+        )
         if self.handle is None:
             self.handle = display(fig, display_id=True)
         else:

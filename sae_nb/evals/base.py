@@ -6,7 +6,7 @@
 __all__ = ['saebench_commit', 'envelope_keys', 'lacking', 'contract', 'settle', 'Measured', 'settled', 'sized', 'size_in_words',
            'total', 'describe', 'unstructured', 'envelope', 'metric_values', 'flat', 'Context', 'Nulls', 'NoOptions',
            'option', 'how_many', 'fraction', 'any_seed', 'allowed_options', 'configure', 'Evaluator', 'mirrored',
-           'null_means', 'Trial', 'check_evaluator']
+           'looks_of', 'null_means', 'Trial', 'check_evaluator']
 
 # %% ../../nbs/evals/base.ipynb #base-imports
 import copy
@@ -28,6 +28,7 @@ from ..core import *
 from .codes import latents_of, null_saes
 from .store import Store, code_digest, digest, live_code, source_of
 from ..sae import build, check_option, declared
+from ..style import bare_rows, draw_nulls, draw_row, height_for, housed, legend_below, looks, name_rows
 
 # %% ../../nbs/evals/base.ipynb #base-settle
 def settle(
@@ -610,24 +611,34 @@ def plot(
     return fig
 
 # %% ../../nbs/evals/base.ipynb #base-draw
+def looks_of(
+    envs: dict,  # Name of the SAE -> envelope
+) -> dict:  # Name -> `style.Look`
+    "How SAEs are drawn: each in the colour of its variant."
+    return looks(envs, {name: env["sae_cfg_dict"].get("architecture") for name, env in envs.items()})
+
+
 @patch
+@housed
 def draw(
     self: Evaluator,
     envs: dict,  # Name of the SAE -> envelope, each with a number to show
 ):  # A matplotlib figure
-    "One panel per headline number: a bar for each SAE, a line for the mean of each null."
+    "One panel per headline number: a row for each SAE, a line for the mean of each null."
     import matplotlib.pyplot as plt
 
-    n = len(self.headline)
-    size = 1.4 + 3.4 * n, 1.2 + 0.25 * len(envs)
-    fig, axes = plt.subplots(1, n, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    n, look = len(self.headline), looks_of(envs)
+    size = 1.8 + 3.0 * n, height_for(len(envs), 1.6) + 0.3
+    fig, axes = plt.subplots(1, n, figsize=size, squeeze=False)
     for ax, m in zip(axes[0], self.headline):
-        ax.barh(list(envs), [metric_values(env).get(m) or 0 for env in envs.values()], color="C0", height=0.6)
-        for i, (row, level) in enumerate(null_means(envs, m).items()):
-            ax.axvline(level, color=".35", ls=("--", ":", "-.", "-")[i % 4], lw=1, label=row)
-        ax.set(title=m.replace("_", " "))
-    axes[0, 0].invert_yaxis()
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+        for at, (name, env) in enumerate(envs.items()):
+            draw_row(ax, at, metric_values(env).get(m), look[name])
+        draw_nulls(ax, {f"({row})": level for row, level in null_means(envs, m).items()})
+        bare_rows(ax, len(envs))
+        ax.xaxis.set_major_locator(plt.MaxNLocator(4))
+        ax.set_title(m.replace("_", " "))
+    name_rows(axes[0, 0], envs, look)
+    legend_below(fig)
     return fig
 
 # %% ../../nbs/evals/base.ipynb #base-null-means

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['no_lm', 'no_harm', 'kept_by_kl', 'kept_by_ce', 'of_encoder', 'per_latent', 'flags', 'CoreConfig', 'Core', 'Item',
            'read', 'row_losses', 'Row', 'by_row', 'sequence_sums', 'through', 'skip_only', 'constant', 'identity',
-           'Walk', 'preserved', 'how_often', 'geometry', 'latents', 'table', 'misc', 'density_counts', 'categories',
-           'null_row', 'seen', 'further']
+           'Walk', 'preserved', 'how_often', 'geometry', 'latents', 'table', 'misc', 'categories', 'null_row', 'seen',
+           'further']
 
 # %% ../../nbs/evals/core.ipynb #core-eval-imports
 import math
@@ -26,6 +26,7 @@ from sae_nb.evals.base import (
     Measured,
     any_seed,
     how_many,
+    looks_of,
     metric_values,
     null_means,
     sized,
@@ -33,8 +34,10 @@ from sae_nb.evals.base import (
 from .codes import random_sae
 from .running import Running, ratio_se
 from ..lm import next_in_doc
+from ..look import density_counts, draw_usage
 from ..metrics import loss_recovered, nearest_cos, unit
 from ..sae import SAE
+from ..style import bare_rows, draw_nulls, draw_row, height_for, housed, legend_below, name_rows, say
 
 # %% ../../nbs/evals/core.ipynb #core-eval-config
 @dataclass
@@ -558,19 +561,6 @@ def misc(
         out[f"average_max_{part}_cosine_sim"] = per[f"max_{part}_cosine_sim"].mean()
     return out | dict(frac_alive=(density > 0).double().mean())
 
-# %% ../../nbs/evals/core.ipynb #core-eval-misc-density-counts
-def density_counts(
-    density: Tensor,  # [d_sae]
-) -> dict:  # Edges (log10) and counts; latents that never fired are apart
-    "Histogram of log10 density in steps of a quarter."
-    edges = torch.arange(-6, 0.25, 0.25)
-    alive = density[density > 0].log10().clamp(-6, 0).float()
-    return dict(
-        log10_edges=edges.tolist(),
-        counts=torch.histogram(alive.cpu(), edges).hist.int().tolist(),
-        dead=int((density == 0).sum()),
-    )
-
 # %% ../../nbs/evals/core.ipynb #core-eval-categories
 def _pick(numbers, *names):
     return {name: numbers.get(name) for name in names}
@@ -694,50 +684,40 @@ def measure(self: Core, sae, ctx: Context):
     return self.report(sae, self.walk(sae, ctx))
 
 # %% ../../nbs/evals/core.ipynb #core-eval-plot
-def _bars(ax, envs, metric):
-    "One number of every SAE, with a line for each null."
-    ax.set(title=metric.replace("_", " "), xlim=(0, 1.02))
-    ax.tick_params(axis="y", length=0)
-    numbers = [metric_values(env)[metric] for env in envs.values()]
-    if all(v is None for v in numbers):
-        ax.text(0.5, 0.5, "needs a language model", ha="center", transform=ax.transAxes)
-        ax.set(yticks=[])
-        return
-    colors = [f"C{i % 10}" for i in range(len(envs))]
-    ax.barh(list(envs), [v or 0 for v in numbers], color=colors, height=0.6)
-    ax.invert_yaxis()
-    levels = null_means(envs, metric)
-    for name, style in dict(mean=":", random="--", frozen="-").items():
-        if name in levels:
-            ax.axvline(levels[name], color=".35", ls=style, lw=1)
-
-# %% ../../nbs/evals/core.ipynb #core-eval-plot-histograms
-def _histograms(tokens, latents, envs):
-    "Tokens by L0, and latents by density; one panel each."
-    for i, env in enumerate(envs.values()):
-        more = env["eval_result_unstructured"]
-        counts = torch.tensor(more["l0_histogram"]).double()
-        tokens.step(range(len(counts)), counts / counts.sum(), where="mid", color=f"C{i % 10}")
-        density = more["density_histogram"]
-        latents.stairs(density["counts"], density["log10_edges"], color=f"C{i % 10}")
-    tokens.set(title="share of tokens by L0", xlabel="active latents", ylim=(0, None))
-    latents.set(title="latents by how often they fire", xlabel="log10 density")
+def _bars(ax, envs, metric, look):
+    "One number of every SAE, with a grey line for each null."
+    ax.set_title(metric.replace("_", " "))
+    numbers = {name: metric_values(env)[metric] for name, env in envs.items()}
+    if all(v is None for v in numbers.values()):
+        return say(ax, "needs a language model")
+    for at, (name, value) in enumerate(numbers.items()):
+        draw_row(ax, at, value, look[name])
+    levels = {f"({null})": level for null, level in null_means(envs, metric).items()}
+    draw_nulls(ax, {null: levels[null] for null in ("(mean)", "(random)", "(frozen)") if null in levels})
+    ax.set_xlim(min(0, 1.1 * min(v for v in numbers.values() if v is not None)), 1.02)
+    ax.set_xticks([0, 0.5, 1])
+    bare_rows(ax, len(numbers))
 
 # %% ../../nbs/evals/core.ipynb #core-eval-draw
 @patch
+@housed
 def draw(
     self: Core,
     envs: dict,  # name of the SAE -> envelope
 ):  # A matplotlib figure
-    "Explained variance and loss beside their nulls, L0 per token, density of latents."
+    "Explained variance and loss beside their nulls, L0 per token, density of latents; a row for every SAE."
     import matplotlib.pyplot as plt
 
-    size = 12, 1.9 + 0.22 * len(envs)
-    fig, axes = plt.subplots(1, 4, figsize=size, layout="constrained", width_ratios=[1, 1, 1.1, 1.1])
+    look, size = looks_of(envs), (13, height_for(len(envs), 1.9) + 0.3)
+    fig, axes = plt.subplots(1, 4, figsize=size, width_ratios=[1, 1, 1.2, 1.2])
     for ax, metric in zip(axes, ("explained_variance", "ce_loss_score")):
-        _bars(ax, envs, metric)
-    axes[0].set_xlabel("lines: mean (dotted), random (dashed), frozen (solid)", fontsize=7)
-    if all(metric_values(env)["ce_loss_score"] is not None for env in envs.values()):
-        axes[1].set(yticklabels=[])
-    _histograms(*axes[2:], envs)
+        _bars(ax, envs, metric, look)
+    found = {name: env["eval_result_unstructured"] for name, env in envs.items()}
+    l0, density = (
+        {name: f[kind] for name, f in found.items()} for kind in ("l0_histogram", "density_histogram")
+    )
+    draw_usage(*axes[2:], l0, density, look)
+    bare_rows(axes[2], len(envs))
+    name_rows(axes[0], envs, look)
+    legend_below(fig)
     return fig

@@ -165,6 +165,8 @@ def _check_width(evaluator, sae, ctx, name):
 def _shown(v):
     if v is None:
         return "–"
+    if abs(v) < 1e-12:  # zero but for rounding
+        return "0"
     return f"{v:.3f}" if abs(v) < 100 else f"{v:.0f}"
 
 
