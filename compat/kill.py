@@ -5,7 +5,10 @@
 
 A case is a set of parameters of the main command. A run is started, killed after a random part of the time
 that the undisturbed one took (SIGKILL: nothing can be tidied up), started again, and so on; the last one may
-finish. Weights, history and metrics must be the same to the bit, and so must what evaluations found.
+finish. Everything it leaves must be the same to the bit, but for numbers and dates of evaluations. The
+comparison is tried as well: one byte of every file is changed in turn, and each must be said.
+
+    python compat/kill.py comparison           only that, on one small run
 """
 
 import json
@@ -41,17 +44,53 @@ def finish(home, params):
     return time.time() - began
 
 
-def what_lies(home):
-    "name -> contents of what a run leaves, without what is new each time."
-    run, out = next((home / "runs").glob("*/sae.safetensors")).parent, {}
-    for name in ("sae.safetensors", "history.csv", "metrics.json"):
-        out[name] = (run / name).read_bytes()
-    for path in sorted((run / "evals").glob("*.json")):
+FILES = ("config.json", "status.json", "sae.safetensors", "history.csv", "metrics.json")
+
+
+def found(path):
+    "What an evaluation found, without what is new each time; the bytes of a file that is no result."
+    try:
         env = json.loads(path.read_text())
         env["eval_result_unstructured"].pop("sealed")  # a digest of number and date as well
-        out[path.name] = {key: v for key, v in env.items() if key not in ("eval_id", "datetime_epoch_millis")}
-    out["folders"] = sorted(path.name for path in (run / "evals").iterdir())
+        return {key: v for key, v in env.items() if key not in ("eval_id", "datetime_epoch_millis")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return path.read_bytes()
+
+
+def what_lies(home):
+    "name -> contents of what a run leaves, without what is new each time."
+    run = home / "runs" / "fast-run"
+    out = {name: (run / name).read_bytes() for name in FILES if (run / name).exists()}
+    out.update({path.name: found(path) for path in sorted((run / "evals").glob("*.json"))})
+    out["folders"] = sorted(path.name for path in run.rglob("*"))
     return out
+
+
+def differing(one, two):
+    "Names of what is not the same."
+    return [name for name in {**one, **two} if one.get(name) != two.get(name)]
+
+
+def changed(raw):
+    "The bytes of a file with one other digit: in a result, one of a number that was found."
+    at = max(len(raw) // 2, raw.find(b"eval_result_metrics"))
+    at = next((i for i in range(at, len(raw)) if raw[i : i + 1].isdigit()), len(raw) // 2)
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+def unseen(home):
+    "Files that can be changed in one byte, or deleted, without a word of `differing`."
+    before, missed = what_lies(home), []
+    for path in [path for path in (home / "runs" / "fast-run").rglob("*") if path.is_file()]:
+        raw = path.read_bytes()
+        path.write_bytes(changed(raw))
+        said = path.name in differing(before, what_lies(home))
+        path.unlink()
+        said_gone = path.name in differing(before, what_lies(home))
+        path.write_bytes(raw)
+        if not (said and said_gone):
+            missed.append(path.name)
+    return missed
 
 
 def disturbed(home, params, moments):
@@ -76,13 +115,25 @@ def try_case(case, kills, seed):
         took = finish(Path(a), params)
         killed = disturbed(Path(b), params, [chance.uniform(0.2, 0.9) * took for _ in range(kills)])
         one, two = what_lies(Path(a)), what_lies(Path(b))
-    differs = [name for name in {**one, **two} if one.get(name) != two.get(name)]
+        missed = unseen(Path(b))
+    differs = differing(one, two) + [f"a change of {name} is not seen" for name in missed]
     compared = f"{len(one)} things compared, differing: {', '.join(differs) or 'none'}"
     print(f"{case}: {killed} kills in runs of {took:.0f} s; {compared}", flush=True)
     return not differs
 
 
+def try_comparison():
+    "One line: of how many files a change is seen."
+    with tempfile.TemporaryDirectory() as a:
+        finish(Path(a), CASES["training"])
+        lies, missed = what_lies(Path(a)), unseen(Path(a))
+    print(f"comparison: {len(lies)} things, changes unseen in: {', '.join(missed) or 'none'}", flush=True)
+    return not missed
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["comparison"]:
+        sys.exit(not try_comparison())
     case, kills, seed = (sys.argv[1:] + ["", "", ""])[:3]
     same = [try_case(name, int(kills or 10), seed or 0) for name in ([case] if case else CASES)]
     sys.exit(not all(same))
