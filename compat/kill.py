@@ -4,8 +4,8 @@
     python compat/kill.py evaluations 5 7      one case, five kills, moments drawn with seed 7
 
 A case is a set of parameters of the main command. A run is started, killed after a random part of the time
-that the undisturbed one took (SIGKILL: nothing can be tidied up), started again, and so on; the last one may
-finish. Everything it leaves must be the same to the bit, but for numbers and dates of evaluations. The
+that the undisturbed one took (SIGKILL: nothing can be tidied up), started again, and so on until it ends; then
+the next one, until as many have died as were asked for. Everything it leaves must be the same to the bit, but for numbers and dates of evaluations. The
 comparison is tried as well: one byte of every file is changed in turn, and each must be said.
 
     python compat/kill.py comparison           only that, on one small run
@@ -93,13 +93,14 @@ def unseen(home):
     return missed
 
 
-def disturbed(home, params, moments):
-    "Start and kill, once for each moment, then finish; how many were killed before they ended by themselves."
+def disturbed(home, params, moment, most):
+    "Start and kill until the run ends by itself or `most` have died, then finish; how many died."
     killed = 0
-    for moment in moments:
+    while killed < most:
         process = start(home, params)
         try:
-            process.wait(moment)
+            process.wait(moment())
+            break
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -109,16 +110,21 @@ def disturbed(home, params, moments):
 
 
 def try_case(case, kills, seed):
-    "One line: how many kills, and what differs."
+    "One line: how many kills, of how many runs, and what differs."
     params, chance = CASES[case], random.Random(f"kill {case} {seed}")
-    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-        took = finish(Path(a), params)
-        killed = disturbed(Path(b), params, [chance.uniform(0.2, 0.9) * took for _ in range(kills)])
-        one, two = what_lies(Path(a)), what_lies(Path(b))
-        missed = unseen(Path(b))
-    differs = differing(one, two) + [f"a change of {name} is not seen" for name in missed]
-    compared = f"{len(one)} things compared, differing: {', '.join(differs) or 'none'}"
-    print(f"{case}: {killed} kills in runs of {took:.0f} s; {compared}", flush=True)
+    killed, differs = 0, set()
+    with tempfile.TemporaryDirectory() as a:
+        took, runs = finish(Path(a), params), 0
+        while killed < kills:  # a run that goes on from a checkpoint may end before its next moment
+            with tempfile.TemporaryDirectory() as b:
+                killed += disturbed(Path(b), params, lambda: chance.uniform(0.1, 0.9) * took, kills - killed)
+                one, two = what_lies(Path(a)), what_lies(Path(b))
+                differs |= {*differing(one, two)} | {
+                    f"a change of {name} is not seen" for name in unseen(Path(b))
+                }
+                runs += 1
+    compared = f"{len(one)} things compared, differing: {', '.join(sorted(differs)) or 'none'}"
+    print(f"{case}: {killed} kills, {runs} runs of {took:.0f} s; {compared}", flush=True)
     return not differs
 
 
