@@ -4,10 +4,10 @@
     python compat/kill.py evaluations 5 7      one case, five kills, moments drawn with seed 7
 
 A case is a set of parameters of the main command. A run is started, killed after a random part of the time
-that the undisturbed one took (SIGKILL: nothing can be tidied up), started again, and so on until it ends; then
-the next one, until as many have died as were asked for. Everything a run leaves must be the same to the bit,
-but for numbers and dates of evaluations. The comparison is tried as well: one byte of every file is changed in
-turn, and each must be said.
+that the undisturbed one took (SIGKILL: nothing can be tidied up), started again, and so on until it ends.
+Then comes the next one, until as many have died as were asked for. Everything a run leaves must be the same
+to the bit, but for numbers and dates of evaluations. The comparison is tried as well: one byte of every file
+is changed in turn, and each must be said.
 
     python compat/kill.py comparison           only that, on one small run
 """
