@@ -337,7 +337,7 @@ for _name, _about, _change in (
     _preset(_name, f"run 2 with {_about}", **_meant | _change)
 
 # %% ../../nbs/variants/temporal.ipynb #temporal-presets-plan
-for _dilations in ((1,), (1, 2), (1, 2, 4), (1, 2, 4, 8, 16), (1, 3, 9, 27)):
+for _dilations in ((1,), (2,), (4,), (8,), (1, 2), (1, 2, 4), (1, 2, 4, 8, 16), (1, 3, 9, 27)):
     _preset(
         f"dilations_{'_'.join(map(str, _dilations))}",
         f"run 2 with dilations {', '.join(map(str, _dilations))}"
