@@ -474,13 +474,13 @@ def fresh_sae(
     run: Run,  # Which variant, options and seed
     data: Data,  # What it will read
 ) -> SAE:
-    "A new SAE for a run, its decoder bias at the mean of the data."
+    "A new SAE for a run, its decoder bias at the mean of the data unless its first weights are given."
     asked = run.config
     d_sae = asked["params"]["d_sae"]
     sae = build(asked["variant"], data.stream.d_in, d_sae, seed=asked["seed"], **asked["variant_args"])
     sae.to(data.device)
     mean = getattr(data.stream, "mean", None)
-    if mean is not None:
+    if mean is not None and sae.centres:
         sae.b_dec.data.copy_(mean * data.stream.scale)
     return sae
 

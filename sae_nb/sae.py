@@ -28,6 +28,7 @@ class SAE(nn.Module):
     "The frame of every variant. `activate` is what a variant must say."
 
     scaled = ("b_enc", "b_dec")  # weights measured in the units of x
+    centres = True  # a run may put b_dec at the mean of its data before it begins
     road = ""  # a shorter way through training, declared by variants that have one; see below
 
     def __new__(cls, *args, **kwargs):

@@ -26,5 +26,6 @@ def first_weights(
         weight.copy_(drawn if init == "normal" else torch.zeros(()))
     for bias in (sae.b_enc, sae.b_dec):
         bias.zero_()
+    sae.centres = False  # no run moves b_dec to where its data are
     sae.after_step()  # rows of length one, where they are held there
     return sae
