@@ -7,21 +7,24 @@ __all__ = ['metrics', 'table_metrics', 'RunFiles', 'read_run', 'read_runs', 'row
            'branch_mean', 'draw_runs', 'draw_failures', 'draw_bars', 'last', 'training_analysis', 'run_comparison',
            'null_levels', 'metric_bars', 'ablation_figures', 'combined', 'draw_points', 'ablation_numbers',
            'ablation_table', 'as_tex', 'write_ablation', 'branch_table', 'read_pairs', 'overlap_by_lag',
-           'pair_stability', 'absorption_costs', 'absorption_figure', 'restarts_of', 'restart_figure',
+           'pair_stability', 'absorption_costs', 'absorption_figure', 'restarts_of', 'random_rank', 'restart_figure',
            'unlearning_figure']
 
 # %% ../../nbs/reports/figures.ipynb #figures-imports
 import fnmatch
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from scipy.stats import t as student
 
 from ..analyses.correction import by_look, read_events, survival
 from ..core import *
+from ..metrics import effective_rank
 from ..runs import read_config, read_metrics, run_status
 from ..sae import options
 from ..style import *
@@ -55,7 +58,8 @@ class RunFiles:
     def failed(self):  # One line, or nothing
         if self.status == "finished":
             return self.reason
-        return f"{self.status}: {self.reason}" if self.reason else self.status
+        why = re.sub(r"^\w*Error: ", "", self.reason).replace(f"{self.name}: ", "")
+        return f"{self.status}: {why}" if why else self.status
 
     def number(self, metric):  # None where there is none
         return self.metrics.get(metric) if self.status == "finished" else None
@@ -164,8 +168,8 @@ def draw_runs(
         return say(ax, missing or f"no run has {title}")
     ax.set_xlabel("steps")
     ax.xaxis.set_major_locator(plt.MaxNLocator(4, integer=True))
-    if log and min(line.get_ydata().min() for line in ax.lines) > 0:
-        ax.set_yscale("log")
+    if log:
+        log_upwards(ax)
     label_right(ax, ends, look, short_names([run.name for run in runs]))
 
 # %% ../../nbs/reports/figures.ipynb #figures-steps
@@ -256,7 +260,7 @@ def _bar_figure(runs, panels, width=3.4):
     fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for ax, (title, of) in zip(axes[0], panels.items()):
         numbers, failures = _numbers(runs, of)
-        draw_bars(ax, numbers, look, failures, title)
+        draw_bars(ax, numbers, look, failures if ax is axes[0, 0] else {}, title)
     for ax in axes[0, 1:]:
         bare_rows(ax, len(numbers))
     return fig, axes[0]
@@ -337,7 +341,7 @@ def combined(
     for ax, column in zip(axes, columns):
         numbers, failures = _numbers(runs, column)
         draw_points(ax, numbers, look)
-        draw_failures(ax, failures, list(numbers))
+        draw_failures(ax, failures if ax is axes[0] else {}, list(numbers))
         ax.set_title(metrics.get(column, column))
     for ax in axes[1:]:
         bare_rows(ax, len(numbers))
@@ -514,6 +518,7 @@ def pair_stability(
         for lag in lags.values():
             right.plot(lag.lag, lag.random, color=grey, ls="--", lw=1, label="(random)", zorder=0)
         right.set(xlabel="updates apart", xscale="log")
+        right.xaxis.set_major_formatter(lambda value, _: short(value))
         fig.legend(*(each[:1] for each in right.get_legend_handles_labels()), loc="outside lower center")
     plt.close(fig)
     return fig
@@ -618,6 +623,16 @@ def _lives(events):
     return np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
 
 
+def random_rank(
+    runs: list,  # of RunFiles; the first says the size
+) -> float:
+    "Effective rank of a random decoder of their size."
+    config = runs[0].config
+    return effective_rank(
+        torch.randn(config["params"]["d_sae"], config["d_in"], generator=rng("decoder", 0))
+    ).item()
+
+
 def _column(run, column):
     "A column of the history against tokens."
     points = [(row["tokens"], row[column]) for row in run.history if column in row]
@@ -659,6 +674,10 @@ def restart_figure(
             in_tokens(ax)
     if looked:
         axes[0, 1].set_xlabel("update")
+    axes[1, 0].set_ylim(0, max(0.05, axes[1, 0].get_ylim()[1]))
+    if rank:
+        axes[1, 1].axhline(random_rank(runs), color=grey, ls="--", lw=1, label="(random)", zorder=0)
+        legend_below(fig)
     plt.close(fig)
     return fig
 
@@ -683,7 +702,7 @@ def unlearning_figure(
             if None not in ends:
                 ax.plot(ends, [at, at], color=look[run.name].color, lw=1)
             ax.plot(run.number(column), at, look[run.name].marker, color=look[run.name].color, ms=5)
-        draw_failures(ax, without, [run.name for run in runs])
+        draw_failures(ax, without if ax is axes[0] else {}, [run.name for run in runs])
     bare_rows(axes[1], len(runs))
     _with_nulls(fig, axes, runs, [f"unlearning/{name}" for name in panels])
     plt.close(fig)
