@@ -6,9 +6,8 @@
 __all__ = ['metrics', 'table_metrics', 'RunFiles', 'read_run', 'read_runs', 'rows_of', 'run_looks', 'interval', 'grad_mean',
            'branch_mean', 'draw_runs', 'draw_failures', 'draw_bars', 'last', 'training_analysis', 'run_comparison',
            'null_levels', 'metric_bars', 'ablation_figures', 'combined', 'draw_points', 'ablation_numbers',
-           'ablation_table', 'as_tex', 'write_ablation', 'branch_table', 'read_pairs', 'overlap_by_lag',
-           'pair_stability', 'absorption_costs', 'absorption_figure', 'restarts_of', 'random_rank', 'restart_figure',
-           'unlearning_figure']
+           'ablation_table', 'as_tex', 'write_table', 'branch_table', 'read_pairs', 'overlap_by_lag', 'pair_stability',
+           'absorption_costs', 'absorption_figure', 'restarts_of', 'random_rank', 'restart_figure', 'unlearning_figure']
 
 # %% ../../nbs/reports/figures.ipynb #figures-imports
 import fnmatch
@@ -432,16 +431,16 @@ def as_tex(
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def write_ablation(
-    runs: list,  # of RunFiles
+def write_table(
     name: str,  # Of both files, without ending
+    table,  # DataFrame of text, as `ablation_table` gives it
+    numbers,  # DataFrame with every number, as `ablation_numbers` gives it
     folder=None,  # None: latex/ of the project; in tests, see `output_folder`
 ) -> tuple:  # The two files
-    "The ablation table as CSV, all numbers, and as LaTeX."
+    "A table for LaTeX, and its numbers as CSV."
     folder = Path(folder or output_folder("latex"))
-    csv = ablation_numbers(runs).to_csv(index=False, float_format="%.6g")
-    tex = as_tex(ablation_table(runs))
-    return write_text(folder / f"{name}.csv", csv), write_text(folder / f"{name}.tex", tex)
+    csv = numbers.to_csv(index=False, float_format="%.6g")
+    return write_text(folder / f"{name}.tex", as_tex(table)), write_text(folder / f"{name}.csv", csv)
 
 # %% ../../nbs/reports/figures.ipynb #figures-branches
 def branch_table(
@@ -673,6 +672,7 @@ def restart_figure(
         if there:
             in_tokens(ax)
     if looked:
+        axes[0, 0].set_xlabel("tokens since the restart")
         axes[0, 1].set_xlabel("update")
     axes[1, 0].set_ylim(0, max(0.05, axes[1, 0].get_ylim()[1]))
     if rank:
