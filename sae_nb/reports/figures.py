@@ -177,11 +177,17 @@ def draw_failures(
     failures: dict,  # row -> why it has no number
     rows: list,  # All rows, in order
 ):
-    "Reasons in the rows that have no number."
+    "What became of rows that failed or have no number."
     for row, why in failures.items():
         place = dict(xy=(0.01, rows.index(row)), xycoords=("axes fraction", "data"))
         text = figure_text(why if len(why) <= 60 else why[:57] + "...")
-        ax.annotate(text, va="center", fontsize=6.5, color=grey, style="italic", **place)
+        ax.annotate(text, va="center", fontsize=6.5, color=".25", style="italic", **place)
+
+
+def _no_ticks(ax, numbers):
+    "An axis on which nothing stands has no numbers."
+    if not any(numbers.values()):
+        ax.set_xticks([])
 
 
 def draw_bars(
@@ -212,17 +218,21 @@ def draw_bars(
             )
     ax.xaxis.set_major_locator(plt.MaxNLocator(4))
     ax.axvline(0, color="black", lw=0.6)
+    _no_ticks(ax, numbers)
     draw_failures(ax, failures, list(numbers))
 
 # %% ../../nbs/reports/figures.ipynb #figures-training
 def _numbers(runs, of):
-    "row -> numbers of its runs, and row -> why it has none."
+    "row -> numbers of its runs, and row -> what became of those that have none or failed."
     numbers, failures = {}, {}
     read = of if callable(of) else lambda run: run.number(of)
     for row, own in rows_of(runs).items():
         numbers[row] = [v for v in map(read, own) if v is not None and np.isfinite(v)]
-        if not numbers[row]:
-            failures[row] = next((run.failed for run in own if run.failed), "not measured")
+        failed = [run.failed for run in own if run.failed]
+        if failed:
+            failures[row] = failed[0] if len(own) == 1 else f"{len(failed)} of {len(own)} {failed[0]}"
+        elif not numbers[row]:
+            failures[row] = "not measured"
     return numbers, failures
 
 
@@ -362,6 +372,7 @@ def draw_points(
         ax.plot(values, [at] * len(values), look[row].marker, color=look[row].color, ms=4.5, ls="")
     name_rows(ax, numbers, look)
     ax.xaxis.set_major_locator(plt.MaxNLocator(4))
+    _no_ticks(ax, numbers)
 
 # %% ../../nbs/reports/figures.ipynb #figures-table
 table_metrics = ("core/mse", "core/l0", "core/kl_div_score", "core/l2_ratio", "core/ce_loss_score")
@@ -547,7 +558,9 @@ def absorption_costs(
             line[what] = np.nan if None in (before, now) else of * (before - now)
         line["per_unit"] = line["removed"] / line["given_up"] if line["given_up"] > 0 else np.nan
         found.append(line)
-    return pd.DataFrame(found)
+    return pd.DataFrame(
+        found, columns=["name", "row", "seed", *_settings, "tau_mode", "removed", "given_up", "per_unit"]
+    )
 
 # %% ../../nbs/reports/figures.ipynb #figures-absorption-plot
 def _plane(ax, costs, look):
@@ -567,10 +580,10 @@ def _plane(ax, costs, look):
 def _against(ax, costs, setting, look):
     "Absorption removed per unit of variance given up, against one setting."
     there = costs[costs.per_unit.notna() & costs[setting].notna()]
-    without = len(costs) - len(there)
-    ax.set_title(_settings[setting] + (f" ({without} not drawn)" if without else ""))
+    without = int((costs.per_unit.isna() & costs[setting].notna()).sum())
+    ax.set_title(_settings[setting] + (f" ({without} gave up nothing)" if without else ""))
     if not len(there):
-        return say(ax, "no run gave up explained variance")
+        return say(ax, "no run that has this setting\ngave up explained variance")
     for row, own in there.groupby("row", sort=False):
         mean, low, high = interval(own.per_unit.tolist())
         ax.plot(own[setting], own.per_unit, look[row].marker, color=look[row].color, ms=4.5)
@@ -594,8 +607,8 @@ def absorption_figure(
     size = 13, height_for(costs.row.nunique() if len(costs) else 1, 2.6)
     fig, axes = plt.subplots(1, 4, figsize=size, width_ratios=[1.5, 1, 1, 1])
     if not len(costs):
-        for ax in axes:
-            say(ax, "no absorption: run with\n-p evals core,absorption")
+        for ax, text in zip(axes, ["no absorption: run with\n-p evals core,absorption", "", "", ""]):
+            say(ax, text)
     else:
         _plane(axes[0], costs, look)
         for ax, setting in zip(axes[1:], _settings):
@@ -638,72 +651,86 @@ def _column(run, column):
     return tuple(zip(*points)) if points else None
 
 # %% ../../nbs/reports/figures.ipynb #figures-restarts-plot
+def _restart_curves(runs):
+    "Of each panel of `restart_figure`: run -> (x, y)."
+    events = {run.name: restarts_of(run) for run in runs}
+    events = {name: log for name, log in events.items() if log is not None}
+    looked = {name: by_look(log).restarted for name, log in events.items()}
+    dead, rank = [
+        {run.name: found for run in runs if (found := _column(run, column))}
+        for column in ("frac_dead", "effective_rank")
+    ]
+    return {
+        "share still firing after a restart": {name: _lives(log) for name, log in events.items()},
+        "restarts per look": {name: (counts.index, counts.values) for name, counts in looked.items()},
+        "share of latents dead": dead,
+        "effective rank": rank,
+    }
+
+
+_none_restarted = "nothing was restarted: run self_correcting, or -p trainers reactivate with interference"
+_no_rank = "no effective rank: run with -p trainers auxk,correction_watch"
+
+
 @housed
 def restart_figure(
     runs: list,  # of RunFiles
 ):  # A figure of four panels
     "What became of restarted latents, and of the dictionary."
     look, texts = run_looks(runs), short_names([run.name for run in runs])
-    events = {run.name: restarts_of(run) for run in runs}
-    events = {name: log for name, log in events.items() if log is not None}
-    lives = {name: _lives(log) for name, log in events.items()}
-    looked = {name: by_look(log).restarted for name, log in events.items()}
-    looked = {name: (counts.index, counts.values) for name, counts in looked.items()}
-    dead, rank = [
-        {run.name: found for run in runs if (found := _column(run, column))}
-        for column in ("frac_dead", "effective_rank")
-    ]
+    panels = _restart_curves(runs)
     fig, axes = plt.subplots(2, 2, figsize=(10.5, 2 * height_for(len(runs))))
-    none = "nothing was restarted: run self_correcting, or -p trainers reactivate with interference"
-    _curve_panel(axes[0, 0], lives, look, texts, none)
-    _curve_panel(axes[0, 1], looked, look, texts, none)
-    _curve_panel(axes[1, 0], dead, look, texts, "no history")
-    _curve_panel(
-        axes[1, 1], rank, look, texts, "no effective rank: run with -p trainers auxk,correction_watch"
-    )
-    titles = (
-        "share still firing after a restart",
-        "restarts per look",
-        "share of latents dead",
-        "effective rank",
-    )
-    for ax, title, there in zip(axes.flat, titles, (lives, looked, dead, rank)):
+    missing = (_none_restarted, _none_restarted, "no history", _no_rank)
+    for ax, (title, curves), why in zip(axes.flat, panels.items(), missing):
         ax.set_title(title)
-        if there:
+        if title == "share of latents dead":
+            ax.set_ylim(-0.001, max([0.05, *(1.05 * max(y) for _, y in curves.values())]))
+        if title == "effective rank" and curves:
+            ax.axhline(random_rank(runs), color=grey, ls="--", lw=1, label="(random)", zorder=0)
+        _curve_panel(ax, curves, look, texts, why)
+        if curves:
             in_tokens(ax)
-    if looked:
+    if panels["restarts per look"]:
         axes[0, 0].set_xlabel("tokens since the restart")
         axes[0, 1].set_xlabel("update")
-    axes[1, 0].set_ylim(0, max(0.05, axes[1, 0].get_ylim()[1]))
-    if rank:
-        axes[1, 1].axhline(random_rank(runs), color=grey, ls="--", lw=1, label="(random)", zorder=0)
-        legend_below(fig)
+    legend_below(fig)
     plt.close(fig)
     return fig
 
 # %% ../../nbs/reports/figures.ipynb #figures-unlearning
+_unlearning = {"unlearning_score": "unlearning score", "retained_accuracy": "accuracy, retained"}
+
+
+def _draw_shares(ax, runs, column, look):
+    "A share of every run with its interval; run -> why it has none."
+    without = {}
+    for at, run in enumerate(runs):
+        value, *ends = [run.number(column + end) for end in ("", "_low", "_high")]
+        if value is None:
+            without[run.name] = run.failed or "not measured: -p evals core,unlearning"
+            continue
+        if None not in ends:
+            ax.plot(ends, [at, at], color=look[run.name].color, lw=1)
+        ax.plot(value, at, look[run.name].marker, color=look[run.name].color, ms=5)
+    return without
+
+
 @housed
 def unlearning_figure(
     runs: list,  # of RunFiles, e.g. temporal and its baseline
 ):  # A figure of two panels
     "Unlearning score and retained accuracy of every run, with intervals over questions."
-    look = run_looks(runs)
-    panels = {"unlearning_score": "unlearning score", "retained_accuracy": "accuracy, retained"}
+    look, own = run_looks(runs), [run.name for run in runs]
     fig, axes = plt.subplots(1, 2, figsize=(9, height_for(len(runs), 1.8)))
-    for ax, (name, title) in zip(axes, panels.items()):
-        column, without = f"unlearning/{name}", {}
-        name_rows(ax, [run.name for run in runs], look)
+    for ax, (name, title) in zip(axes, _unlearning.items()):
+        name_rows(ax, own, look)
         ax.set(title=title, xlim=(-0.03, 1.03))
-        for at, run in enumerate(runs):
-            ends = [run.number(f"{column}_{end}") for end in ("low", "high")]
-            if run.number(column) is None:
-                without[run.name] = run.failed or "not measured: -p evals core,unlearning"
-                continue
-            if None not in ends:
-                ax.plot(ends, [at, at], color=look[run.name].color, lw=1)
-            ax.plot(run.number(column), at, look[run.name].marker, color=look[run.name].color, ms=5)
-        draw_failures(ax, without if ax is axes[0] else {}, [run.name for run in runs])
+        without = _draw_shares(ax, runs, f"unlearning/{name}", look)
+        if len(without) == len(runs):
+            ax.set_xticks([])
+        if ax is axes[0]:
+            draw_failures(ax, without, own)
     bare_rows(axes[1], len(runs))
-    _with_nulls(fig, axes, runs, [f"unlearning/{name}" for name in panels])
+    _with_nulls(fig, axes, runs, [f"unlearning/{name}" for name in _unlearning])
     plt.close(fig)
     return fig
