@@ -236,6 +236,7 @@ def label_right(
         return
     texts = texts or short_names(ends)
     inches = ax.get_position().height * ax.get_figure().get_figheight()
+    ax.get_xlim(), ax.get_ylim()  # matplotlib settles the limits when they are asked for
     points = ax.transAxes.inverted().transform(ax.transData.transform(list(ends.values())))
     beyond = max(0.0, len(ends) * 1.25 * size / 72 / inches - 1) / 2
     heights = spread(points[:, 1], 1.6 * size / 72 / inches, -beyond, 1 + beyond)

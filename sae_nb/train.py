@@ -603,7 +603,8 @@ def plot_history(
         in_tokens(ax)
     for ax in (axes[0], axes[1]):
         log_upwards(ax)
-    axes[2].set_ylim(0, max(0.05, axes[2].get_ylim()[1]))
+    top = max(0.05, axes[2].get_ylim()[1])
+    axes[2].set_ylim(-0.02 * top, top)
     axes[3].set_ylim(max(-0.1, axes[3].get_ylim()[0]), 1)
     ends = {
         name: (rows[-1]["tokens"], rows[-1]["explained_variance"]) for name, rows in histories.items() if rows
