@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['control_rows', 'null_lines', 'ConceptConfig', 'checked', 'seed_of', 'generator', 'train_probes', 'pick_epoch', 'hits',
            'fit_probes', 'kept_probes', 'probe_logits', 'texts_at', 'text_sizes', 'total_sizes', 'files_read',
-           'try_texts', 'code_means', 'acts_means', 'TableLM', 'contrasts', 'node_effects', 'ranked', 'logit_shifts',
-           'matched', 'concept_codes', 'residual_channels', 'one_each', 'shuffled_labels', 'plans_of', 'ablate',
-           'after_silencing', 'threshold', 'mean_by_name', 'with_reasons', 'intervals_of', 'n_silenced',
-           'in_saebenchs_way', 'rows_beside', 'null_curves', 'ConceptToy']
+           'try_texts', 'ConceptEvaluator', 'code_means', 'acts_means', 'TableLM', 'contrasts', 'node_effects',
+           'ranked', 'logit_shifts', 'matched', 'concept_codes', 'residual_channels', 'one_each', 'shuffled_labels',
+           'plans_of', 'ablate', 'after_silencing', 'threshold', 'mean_by_name', 'with_reasons', 'intervals_of',
+           'n_silenced', 'in_saebenchs_way', 'rows_beside', 'null_curves', 'ConceptToy']
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-imports
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ...core import *
-from ..base import Context, any_seed, fraction, how_many, mirrored, option, sized, total
+from ..base import Context, Evaluator, any_seed, fraction, how_many, mirrored, option, sized, total
 from ..codes import bootstrap, latents_of, mean_pool, pooled
 from ..store import Store, blocks, digest
 from ..texts import Texts, saebench_sets, scr_pairs, world_sets
@@ -263,6 +263,45 @@ def try_texts(
     for name, texts in runs:
         if model is not None and not (on_world and name in {*world_sets, *W.SCR_PAIRS}):
             texts()
+
+# %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-evaluator
+class ConceptEvaluator(Evaluator):
+    "What SCR and TPP share."
+
+    Config = ConceptConfig
+    needs = ("model",)
+    perform_scr = True  # SAEBench's word for which of the two it is
+    world = dict(
+        train_set_size=1000, probe_lr=4e-3, test_set_size=400, effect_set_size=240, context_length=64
+    )
+    fast = dict(train_set_size=160, test_set_size=80, effect_set_size=80, probe_epochs=5)
+    fast |= dict(n_seeds=2, n_values=[2, 10, 20], bootstrap_draws=100)
+
+    def __init__(self, **config):
+        Evaluator.__init__(self, **{"perform_scr": self.perform_scr, **config})
+        checked(self.config)
+
+    def runs(self, lm):  # Yields (data set, ..., function that returns its texts), once for every run
+        raise NotImplementedError(f"{type(self).__name__} must define runs(lm)")
+
+# %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-evaluator-reads
+@patch
+def reads(self: ConceptEvaluator):
+    "Data sets in a mirror of the hub."
+    return files_read(self.config)
+
+
+@patch
+def ready(self: ConceptEvaluator, model=None):
+    "Every data set can be read, and has what is needed."
+    try_texts(((name, texts) for name, *_, texts in self.runs(model)), model)
+
+
+@patch
+def record(self: ConceptEvaluator, ctx: Context):
+    "The config says which of the two evaluations it was."
+    said = Evaluator.record(self, ctx)
+    return replace(said, perform_scr=self.perform_scr, llm_dtype=self.config.llm_dtype)
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-read
 def code_means(

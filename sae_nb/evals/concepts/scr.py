@@ -7,7 +7,7 @@ __all__ = ['scr_score', 'scr_direction', 'SCR', 'Task', 'quarters', 'training_ro
            'pair_scores', 'saebench_scores', 'pooled_score', 'pair_counts']
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-imports
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
 
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ...core import *
-from ..base import Context, Evaluator, Measured, sized
+from ..base import Context, Measured, sized
 from .probes import *
 from ..split import apart
 from ..store import Store, digest
@@ -46,43 +46,23 @@ def scr_direction(
     return 1 if on_class < on_attr else 2
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-class
+_pairs = {"review": [("books", "music"), ("software", "pets")]}
+
+
 @register("evals", "scr")
-class SCR(Evaluator):
+class SCR(ConceptEvaluator):
     "Spurious correlation removal."
 
-    Config = ConceptConfig
-    needs = ("model",)
-    world = dict(
-        dataset_names=["bio", "review"],
-        train_set_size=1000,
-        probe_lr=4e-3,
-        test_set_size=400,
-        effect_set_size=240,
-        context_length=64,
-    )
-    fast = dict(
-        dataset_names=["review"],
-        column1_vals_lookup={"review": [("books", "music"), ("software", "pets")]},
-        train_set_size=160,
-        test_set_size=80,
-        effect_set_size=80,
-        probe_epochs=5,
-        n_seeds=2,
-        n_values=[2, 10, 20],
-        bootstrap_draws=100,
-    )
+    world = ConceptEvaluator.world | dict(dataset_names=["bio", "review"])
+    fast = ConceptEvaluator.fast | dict(dataset_names=["review"], column1_vals_lookup=_pairs)
     headline = {"scr_metric_threshold_20": +1, "scr_metric_threshold_10": +1}
-
-    def __init__(self, **config):
-        Evaluator.__init__(self, **config)
-        checked(self.config)
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-runs
 @patch
 def runs(
     self: SCR,
     lm,  # Language model
-):  # Yields (name of the run, data set, pair, values of the attribute, function that returns its texts)
+):  # Yields (data set, name of the run, pair, values of the attribute, function that returns its texts)
     "Every pair of every data set."
     c = self.config
     sizes = c.train_set_size // 2, c.test_set_size // 4, c.context_length, c.random_seed, c.data_dir
@@ -90,19 +70,7 @@ def runs(
         values, pairs = scr_pairs(name)
         for pair in map(tuple, c.column1_vals_lookup.get(name, pairs)):
             texts = partial(pair_set, name, pair, lm, *sizes)
-            yield f"{name}_scr_{pair[0]}_{pair[1]}", name, pair, values, texts
-
-# %% ../../../nbs/evals/concepts/scr.ipynb #scr-ready
-@patch
-def reads(self: SCR):
-    "Data sets in a mirror of the hub."
-    return files_read(self.config)
-
-
-@patch
-def ready(self: SCR, model=None):
-    "Every data set can be read, and has what is needed."
-    try_texts(((name, texts) for _, name, _, _, texts in self.runs(model)), model)
+            yield name, f"{name}_scr_{pair[0]}_{pair[1]}", pair, values, texts
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-task
 @dataclass
@@ -335,7 +303,7 @@ def measure(self: SCR, sae, ctx: Context):
     "Silence latents on every data set."
     done = []
     runs = list(self.runs(ctx.model))
-    for run, name, pair, values, texts in tqdm(runs, desc="scr", disable=ctx.quiet, leave=False, ncols=80):
+    for name, run, pair, values, texts in tqdm(runs, desc="scr", disable=ctx.quiet, leave=False, ncols=80):
         task = self.prepare(texts(), pair, values, ctx.model, ctx.hook, ctx.store)
         record = dict(run=run, dataset=name, pair=list(pair), sizes=task.sizes)
         record.update(clean=scr_clean(task), clean_test=scr_clean(task, 1))
@@ -352,12 +320,6 @@ def scores_of(
     "Scores of every pair for one row."
     c = self.config
     return [pair_scores(run["clean"], run["after"][row], c.n_values, c.min_gap) for run in done]
-
-# %% ../../../nbs/evals/concepts/scr.ipynb #scr-record
-@patch
-def record(self: SCR, ctx: Context):
-    "The config says which of the two evaluations it was."
-    return replace(Evaluator.record(self, ctx), perform_scr=True, llm_dtype=self.config.llm_dtype)
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-report
 @patch

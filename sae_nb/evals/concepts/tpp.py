@@ -8,7 +8,7 @@ __all__ = ['tpp_scores', 'one_vs_rest', 'TPP', 'Task', 'rows_of_each', 'side_by_
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-imports
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
 
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ...core import *
-from ..base import Context, Evaluator, Measured, sized
+from ..base import Context, Measured, sized
 from .probes import *
 from ..split import apart
 from ..store import Store, digest
@@ -56,34 +56,13 @@ def one_vs_rest(
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-class
 @register("evals", "tpp")
-class TPP(Evaluator):
+class TPP(ConceptEvaluator):
     "Targeted probe perturbation."
 
-    Config = ConceptConfig
-    needs = ("model",)
-    world = dict(
-        dataset_names=["professions1", "categories"],
-        train_set_size=1000,
-        probe_lr=4e-3,
-        test_set_size=400,
-        effect_set_size=240,
-        context_length=64,
-    )
-    fast = dict(
-        dataset_names=["professions1"],
-        train_set_size=160,
-        test_set_size=80,
-        effect_set_size=80,
-        probe_epochs=5,
-        n_seeds=2,
-        n_values=[2, 10, 20],
-        bootstrap_draws=100,
-    )
+    perform_scr = False
+    world = ConceptEvaluator.world | dict(dataset_names=["professions1", "categories"])
+    fast = ConceptEvaluator.fast | dict(dataset_names=["professions1"])
     headline = {"tpp_threshold_20_total_metric": +1, "tpp_threshold_10_total_metric": +1}
-
-    def __init__(self, **config):
-        Evaluator.__init__(self, **{"perform_scr": False, **config})
-        checked(self.config)
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-class-runs
 @patch
@@ -96,18 +75,6 @@ def runs(
     sizes = c.train_set_size // 2, c.test_set_size // 2, c.context_length, c.random_seed, c.data_dir
     for name in c.dataset_names:
         yield name, partial(text_set, name, lm, *sizes)
-
-# %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-ready
-@patch
-def reads(self: TPP):
-    "Data sets in a mirror of the hub."
-    return files_read(self.config)
-
-
-@patch
-def ready(self: TPP, model=None):
-    "Every data set can be read, and has what is needed."
-    try_texts(self.runs(model), model)
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-task
 @dataclass
@@ -444,12 +411,6 @@ def further(
             extra[f"{name}_seed_sd"] = stdev(over_classes(sets, seed)[name] for seed in range(c.n_seeds))
         extra[f"n_silenced_threshold_{n}"] = n_silenced(done, n)
     return {**extra, **in_saebenchs_way(over_classes(self.scores_of(done, "saebench")), means, "total")}
-
-# %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-record
-@patch
-def record(self: TPP, ctx: Context):
-    "The config says which of the two evaluations it was."
-    return replace(Evaluator.record(self, ctx), perform_scr=False, llm_dtype=self.config.llm_dtype)
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-plot
 def _part(metrics, part):
