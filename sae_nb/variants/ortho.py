@@ -349,20 +349,10 @@ def ortho(
     sae = build(base, d_in, d_sae, seed=seed, **base_options)
     _check_pairs(d_sae, fraction)
     first_weights(sae, init)
-    what = (
-        fraction,
-        ortho_coeff,
-        tau,
-        tau_mode,
-        penalise,
-        selector,
-        pre_k,
-        importance,
-        d_sae,
-        form,
-        tau_over,
-    )
-    sae.penalise("ortho", PairPenalty(*what))
+    which = dict(fraction=fraction, selector=selector, pre_k=pre_k)
+    taus = dict(tau=tau, tau_mode=tau_mode, tau_over=tau_over)
+    price = dict(penalise=penalise, form=form, importance=importance, d_sae=d_sae)
+    sae.penalise("ortho", PairPenalty(coeff=ortho_coeff, **which, **taus, **price))
     return sae
 
 
