@@ -88,7 +88,8 @@ def show_diagnostics(
     if not plan.params.diagnostics:
         return None
     paths = {run.name: run.folder / "history.csv" for run in plan.runs}
-    return plot_diagnostics({name: read_history(path) for name, path in paths.items() if is_there(path)})
+    histories = {name: read_history(path) for name, path in paths.items() if is_there(path)}
+    return plot_diagnostics(histories, {run.name: run.config["variant"] for run in plan.runs})
 
 # %% ../nbs/11_page.ipynb #page-glance
 def glance() -> list:  # Names such as "core/l0", in order

@@ -109,6 +109,11 @@ class Look(NamedTuple):
     ls: str
 
 
+def _spare_colour(n):
+    "The `n`-th colour for what stands in no family, darker or lighter from the second round on."
+    return shade(spare[n % len(spare)], (0.0, 0.45, -0.35)[n // len(spare) % 3])
+
+
 def looks(
     names,  # What is drawn in one figure
     variants: dict = None,  # name -> its variant; what is not in it is read off the name
@@ -121,7 +126,7 @@ def looks(
     strangers = [of for of in hues if of != "(" and not variant_in(of)]
     out = {}
     for of, rows in hues.items():
-        base = spare[strangers.index(of) % len(spare)] if of in strangers else colour_of(of)
+        base = _spare_colour(strangers.index(of)) if of in strangers else colour_of(of)
         shades = [grey] * len(rows) if of == "(" else _shades(base, len(rows))
         for at, (colour, seeds) in enumerate(zip(shades, rows.values())):
             for n, name in enumerate(seeds):

@@ -35,6 +35,7 @@ from sae_nb.evals.base import (
     any_seed,
     fraction,
     how_many,
+    looks_of,
     mirrored,
     option,
     sized,
@@ -43,6 +44,7 @@ from .codes import bootstrap, latents_of
 from .split import distinct, plain
 from .store import Store, blocks
 from ..sae import declared
+from ..style import grey, height_for, housed, label_right, legend_below
 from ..world import sets as W
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config
@@ -1205,12 +1207,13 @@ def _draw_nulls(ax, envs):
     ax.text(0.06, 0.88, "one half", color=".5", fontsize=7, **along)
     for row, (cause, isolation) in _null_points(envs).items():
         mark = _marks[row]
-        ax.plot(cause, isolation, mark, color=".45", ms=_size(mark), label=row, ls="")
+        ax.plot(cause, isolation, mark, color=grey, ms=_size(mark), label=f"({row})", ls="")
 
 
 def _draw_saes(ax, envs):
     "Cause against isolation of each SAE, with their intervals."
-    for i, (name, env) in enumerate(envs.items()):
+    look = looks_of(envs)
+    for name, env in envs.items():
         scores = env["eval_result_metrics"]["ravel"]
         intervals = env["eval_result_unstructured"]["intervals"]
         bars = {}
@@ -1223,11 +1226,10 @@ def _draw_saes(ax, envs):
             scores["isolation_score"],
             bars.get("isolation_score"),
             bars.get("cause_score"),
-            fmt="o",
-            color=f"C{i % 10}",
+            fmt=look[name].marker,
+            color=look[name].color,
             ms=6,
             elinewidth=0.8,
-            label=name,
         )
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-plot-attributes
@@ -1248,10 +1250,12 @@ def _draw_attributes(ax, envs):
         tables = _tables(envs, row)
         if tables:
             mean = {name: _mean([table[name]["disentangle_score"] for table in tables]) for name in tables[0]}
-            put(mean, marker=_marks[row], color=".6", ms=_size(_marks[row]))
-    for i, table in enumerate(_tables(envs, "sae")):
+            put(mean, marker=_marks[row], color=grey, ms=_size(_marks[row]))
+    look = looks_of(envs)
+    for sae, env in envs.items():
+        table = env["eval_result_unstructured"]["per_attribute"].get("sae") or {}
         scores = {name: own["disentangle_score"] for name, own in table.items()}
-        put(scores, marker="o", color=f"C{i % 10}", ms=6, alpha=0.85)
+        put(scores, marker=look[sae].marker, color=look[sae].color, ms=6, alpha=0.85)
     ax.axvline(0.5, color=".8", lw=1, zorder=0)
     ax.set(yticks=range(len(names)), yticklabels=[name.replace("_", ": ", 1) for name in names])
     ax.set(xlabel="disentanglement", xlim=(0.35, 1.02))
@@ -1259,6 +1263,7 @@ def _draw_attributes(ax, envs):
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-plot-plot
 @patch
+@housed
 def draw(
     self: RAVEL,
     envs: dict,  # Name of SAE -> envelope
@@ -1267,7 +1272,7 @@ def draw(
     import matplotlib.pyplot as plt
 
     fig, (plane, attributes) = plt.subplots(
-        1, 2, figsize=(9.5, 3.6), layout="constrained", width_ratios=[1, 1.15]
+        1, 2, figsize=(11, 0.6 + height_for(len(envs), 3.2)), width_ratios=[1, 1.15]
     )
     some = {
         n: env for n, env in envs.items() if env["eval_result_metrics"]["ravel"]["cause_score"] is not None
@@ -1277,6 +1282,8 @@ def draw(
     plane.set(xlabel="cause: the attribute follows", ylabel="isolation: the others stay")
     plane.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     _draw_attributes(attributes, some)
-    handles = plane.get_legend_handles_labels()
-    fig.legend(*handles, loc="outside right upper", frameon=False, fontsize=8)
+    scores = {name: env["eval_result_metrics"]["ravel"] for name, env in some.items()}
+    points = {name: (own["cause_score"], own["isolation_score"]) for name, own in scores.items()}
+    label_right(plane, points, looks_of(some))
+    legend_below(fig)
     return fig

@@ -31,6 +31,7 @@ from sae_nb.evals.base import (
     any_seed,
     fraction,
     how_many,
+    looks_of,
     mirrored,
     option,
     settle,
@@ -41,6 +42,7 @@ from .codes import latents_of, mean_pool
 from .split import apart
 from .store import Store, blocks
 from .texts import Texts, saebench_sets, text_set, world_sets
+from ..style import grey, height_for, housed, label_right, legend_below
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-config
 schema_ks = (1, 2, 5, 10, 20, 50, 100)  # The ones SAEBench's file has names for
@@ -913,7 +915,7 @@ def compare(
     return dict(difference=torch.stack([v.mean() for v in d]).mean().item(), low=lo, high=hi)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot
-_grey = dict(random=("0.45", "--"), frozen=("0.45", ":"), residual=("k", "-"))
+_grey = dict(random=(grey, "--"), frozen=(grey, "-."), residual=("k", "-"))
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-line
 def _line(ax, values, ks, **style):
@@ -921,6 +923,7 @@ def _line(ax, values, ks, **style):
     points = [(k, v) for k in ks if (v := values.get(f"sae_top_{k}_test_accuracy")) is not None]
     if points:
         ax.plot(*zip(*points), **style)
+    return points[-1] if points else None
 
 
 def _null_lines(ax, nulls, ks):
@@ -947,16 +950,17 @@ def _levels(ax, nulls, k):
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-against-k
 def _against_k(ax, envs, ks):
     "Accuracy against k: every SAE, and what it must be held against."
-    for i, (name, env) in enumerate(envs.items()):
+    look, ends = looks_of(envs), {}
+    for name, env in envs.items():
         values = {**env["eval_result_metrics"]["sae"], **env["eval_result_unstructured"]["extra"]}
-        _line(ax, values, ks, color=f"C{i}", marker="o", ms=3.5, label=name)
+        ends[name] = _line(ax, values, ks, color=look[name].color, ls=look[name].ls, marker="o", ms=3.5)
     nulls = next(iter(envs.values()))["eval_result_unstructured"]["nulls"]
     _null_lines(ax, nulls, ks)
     _levels(ax, nulls, ks[0])
     ax.set(xscale="log", xlabel="k, latents or channels", ylabel="test accuracy", ylim=(None, 1.01))
     ax.set_xticks(ks, ks)
     ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=7, loc="lower right")
+    label_right(ax, {name: end for name, end in ends.items() if end}, look)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-by-set
 def _set_means(env, sets, name):
@@ -975,9 +979,10 @@ def _by_set(ax, envs, k):
     first = next(iter(envs.values()))
     sets = [d["dataset_name"].removesuffix("_results") for d in first["eval_result_details"]]
     heights = np.arange(len(sets))[::-1]
-    for i, env in enumerate(envs.values()):
+    look = looks_of(envs)
+    for name, env in envs.items():
         means = _set_means(env, sets, f"sae_top_{k}_test_accuracy")
-        ax.plot(means, heights, "o", color=f"C{i}", ms=5, alpha=0.85)
+        ax.plot(means, heights, look[name].marker, color=look[name].color, ms=5, alpha=0.85)
     for name, color, label in (
         (f"llm_top_{k}_test_accuracy", "k", "best channel"),
         ("llm_test_accuracy", "0.6", "all channels"),
@@ -987,10 +992,10 @@ def _by_set(ax, envs, k):
     ax.grid(axis="y", lw=0.3)
     ax.set_axisbelow(True)
     ax.set(xlabel=f"test accuracy, k = {k}", xlim=(None, 1.01), ylim=(-0.6, len(sets) - 0.4))
-    ax.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-plot
 @patch
+@housed
 def draw(
     self: SparseProbing,
     envs: dict,  # Name of SAE -> envelope
@@ -998,8 +1003,9 @@ def draw(
     "Accuracy against k, with what it must be held against."
     ks = next(iter(envs.values()))["eval_config"]["k_values"]
     fig, (left, right) = plt.subplots(
-        1, 2, figsize=(10, 3.6), layout="constrained", gridspec_kw=dict(width_ratios=[1.25, 1])
+        1, 2, figsize=(11, 0.6 + height_for(len(envs), 3.2)), width_ratios=[1.25, 1]
     )
     _against_k(left, envs, ks)
     _by_set(right, envs, ks[0])
+    legend_below(fig)
     return fig

@@ -13,8 +13,19 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import InputError, register
-from .base import Context, Evaluator, Measured, any_seed, how_many, metric_values, option, sized
+from sae_nb.evals.base import (
+    Context,
+    Evaluator,
+    Measured,
+    any_seed,
+    how_many,
+    looks_of,
+    metric_values,
+    option,
+    sized,
+)
 from ..metrics import random_like, unit
+from ..style import grey, height_for, housed, short_names
 
 # %% ../../nbs/evals/stability.ipynb #stab-nearest
 def nearest_rows(
@@ -128,6 +139,7 @@ def measure(self: Stability, sae, ctx: Context):
 
 # %% ../../nbs/evals/stability.ipynb #stab-draw
 @patch
+@housed
 def draw(
     self: Stability,
     envs: dict,  # Name of the SAE -> envelope
@@ -135,16 +147,18 @@ def draw(
     "Share of latents above a cosine, for each pair, beside chance."
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(5.5, 2.8), layout="constrained")
+    look, texts = looks_of(envs), short_names(envs)
+    fig, ax = plt.subplots(figsize=(5.5, height_for(1 + len(envs), 2.8)))
     share = torch.linspace(1, 0, 41).tolist()
-    for i, (name, env) in enumerate(envs.items()):
+    for name, env in envs.items():
         for pair in env["eval_result_details"]:
-            ax.plot(pair["random_quantiles"], share, color=".6", lw=1, label="random directions")
+            ax.plot(pair["random_quantiles"], share, color=grey, lw=1, label="(random directions)")
             ax.plot(
                 pair["quantiles"],
                 share,
-                color=f"C{i % 10}",
-                label=f"{name} ({metric_values(env)['mean_max_cos']:.2f})",
+                color=look[name].color,
+                ls=look[name].ls,
+                label=f"{texts[name]} ({metric_values(env)['mean_max_cos']:.2f})",
             )
     ax.axvline(self.config.shared, color=".8", lw=1, ls=":")
     ax.set(
@@ -154,5 +168,5 @@ def draw(
         ylim=(0, 1.02),
     )
     labels = dict(zip(*ax.get_legend_handles_labels()[::-1]))
-    fig.legend(labels.values(), labels, loc="outside right upper", frameon=False, fontsize=8)
+    fig.legend(labels.values(), labels, loc="outside right upper")
     return fig

@@ -15,9 +15,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import InputError, register
-from .base import Context, Evaluator, Measured, any_seed, how_many, metric_values, sized
+from .base import Context, Evaluator, Measured, any_seed, how_many, looks_of, metric_values, sized
 from .codes import random_sae
 from ..metrics import *
+from sae_nb.style import (
+    bare_rows,
+    draw_nulls,
+    draw_row,
+    height_for,
+    housed,
+    label_right,
+    legend_below,
+    name_rows,
+)
 from ..truth.related import absorption, hedging
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-config
@@ -282,20 +292,18 @@ def measure(self: ToyTruth, sae, ctx: Context):
     )
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-plot
-def _groups(ax, rows, n_saes):
-    "Groups of bars, one per score: SAEs in colour, rows beside them in grey."
-    scores = ("mcc", "mean_max_cos", "f1")
-    width = 0.8 / len(rows)
-    for i, (name, numbers) in enumerate(rows.items()):
-        places = [j + (i + 0.5) * width - 0.4 for j in range(len(scores))]
-        color = f"C{i % 10}" if i < n_saes else str(0.45 + 0.15 * (i - n_saes))
-        heights = [numbers.get(score) or 0 for score in scores]
-        ax.bar(places, heights, 0.75 / len(rows), label=name, color=color)
-    ax.set(xticks=range(len(scores)), xticklabels=scores, ylim=(0, 1.05))
-    ax.legend(fontsize=7, frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+def _rows(ax, rows, score, look):
+    "One score: a row for every SAE, a grey line for what stands beside."
+    for at, name in enumerate(look):
+        draw_row(ax, at, rows[name].get(score), look[name])
+    beside = {name: numbers[score] for name, numbers in rows.items() if name not in look}
+    draw_nulls(ax, {name: level for name, level in beside.items() if level is not None})
+    ax.set(title=score, xlim=(0, 1.05), xticks=[0, 0.5, 1])
+    bare_rows(ax, len(look))
 
 # %% ../../nbs/evals/toy_truth.ipynb #truth-draw
 @patch
+@housed
 def draw(
     self: ToyTruth,
     envs: dict,  # name of the SAE -> envelope
@@ -303,13 +311,21 @@ def draw(
     "Scores beside chance and ceiling; the nearest latent of every true direction."
     import matplotlib.pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
+    scores, look = ("mcc", "mean_max_cos", "f1"), looks_of(envs)
+    fig, axes = plt.subplots(1, 4, figsize=(12, 0.3 + height_for(len(envs), 2)), width_ratios=[1, 1, 1, 1.4])
     rows = {name: metric_values(env) for name, env in envs.items()}
     for name in ("random", "probe", "truth"):
         every = [env["eval_result_unstructured"]["nulls"].get(name, {}) for env in envs.values()]
         rows[f"({name})"] = {k: v for row in reversed(every) for k, v in row.items() if v is not None}
-    _groups(left, rows, len(envs))
-    for i, env in enumerate(envs.values()):
-        right.plot(sorted(env["eval_result_unstructured"]["found"], reverse=True), color=f"C{i % 10}")
-    right.set(xlabel="true directions, best found first", ylabel="largest cosine", ylim=(0, 1.02))
+    for ax, score in zip(axes, scores):
+        _rows(ax, {name: {score: None} | numbers for name, numbers in rows.items()}, score, look)
+    name_rows(axes[0], envs, look)
+    ends = {}
+    for name, env in envs.items():
+        found = sorted(env["eval_result_unstructured"]["found"], reverse=True)
+        axes[3].plot(found, color=look[name].color, ls=look[name].ls)
+        ends[name] = (len(found) - 1, found[-1])
+    axes[3].set(title="largest cosine", xlabel="true directions, best found first", ylim=(0, 1.02))
+    label_right(axes[3], ends, look)
+    legend_below(fig)
     return fig

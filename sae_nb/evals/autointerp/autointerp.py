@@ -31,6 +31,7 @@ from sae_nb.evals.base import (
     any_seed,
     fraction,
     how_many,
+    looks_of,
     option,
     settle,
     sized,
@@ -38,6 +39,7 @@ from sae_nb.evals.base import (
 from ..codes import bootstrap, latents_of, wilson
 from ..store import Store, blocks, digest
 from ...lm import what_counts
+from ...style import grey, housed, ink, legend_below
 from ...world import sets as W
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-config
@@ -1794,16 +1796,16 @@ _styles = {"frozen": "--", "random": "-.", "residual": ":", "permuted_documents"
 def _plot_curves(ax, envs):
     "Share of latents whose best label has at least a certain F1; the dots beside name the SAEs."
     share = torch.linspace(1, 0, 41).tolist()
-    for i, env in enumerate(envs.values()):
+    look = looks_of(envs)
+    for name, env in envs.items():
         if _curve_of(env, "sae"):
-            ax.plot(_curve_of(env, "sae"), share, color=f"C{i}")
+            ax.plot(_curve_of(env, "sae"), share, color=look[name].color, ls=look[name].ls)
     for row, style in _styles.items():
         curve = next((_curve_of(env, row) for env in envs.values() if _curve_of(env, row)), None)
         if curve:
-            ax.plot(curve, share, color="grey", ls=style, lw=1.2, label=_short.get(row, row))
+            ax.plot(curve, share, color=grey, ls=style, lw=1.2, label=_short.get(row, row))
     ax.set(xlabel="F1 of a latent's best label", ylabel="share of latents above it")
     ax.set(xlim=(0, 1), ylim=(0, 1.02))
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-plot-dots
 def _plot_sae(ax, env, metric, y, color):
@@ -1821,21 +1823,22 @@ def _plot_sae(ax, env, metric, y, color):
 def _plot_row(ax, envs, row, metric, y):
     "A dot for each SAE's row, one grey dot if all are the same; False if there is none."
     values = []
+    look = list(looks_of(envs).values())
     for i, env in enumerate(envs.values()):
         numbers = env["eval_result_unstructured"].get("nulls", {}).get(row, {})
         if metric in numbers:
             values.append((i, numbers[metric]))
     same = len({round(value, 6) for _, value in values}) == 1
     for i, value in values[:1] if same else values:
-        ax.plot(value, y, "D", ms=4, color="grey" if same else f"C{i}", mfc="none")
+        ax.plot(value, y, "D", ms=4, color=grey if same else look[i].color, mfc="none")
     return bool(values)
 
 
 def _plot_dots(ax, envs, metric, label, rows):
     "One line per SAE with its interval, then one per row beside."
-    names = []
-    for i, (name, env) in enumerate(envs.items()):
-        if _plot_sae(ax, env, metric, -len(names), f"C{i}"):
+    names, look = [], looks_of(envs)
+    for name, env in envs.items():
+        if _plot_sae(ax, env, metric, -len(names), look[name].color):
             names.append(name)
     for row in rows:
         if _plot_row(ax, envs, row, metric, -len(names)):
@@ -1844,7 +1847,7 @@ def _plot_dots(ax, envs, metric, label, rows):
     ax.set(yticks=range(0, -n, -1), yticklabels=names, xlabel=label, ylim=(-n + 0.5, 0.5))
     ax.grid(axis="x", alpha=0.3)
     for tick, name in zip(ax.get_yticklabels(), names):
-        tick.set_color(f"C{list(envs).index(name)}" if name in envs else "black")
+        tick.set_color(ink(look[name].color) if name in envs else "black")
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-draw
 _label_rows = ("probe", "frozen", "random", "residual", "permuted_documents")
@@ -1852,6 +1855,7 @@ _judge_rows = ("frozen", "random", "other_description", "says_none")
 
 
 @patch
+@housed
 def draw(
     self: AutoInterp,
     envs: dict,  # name of SAE -> envelope
@@ -1863,7 +1867,7 @@ def draw(
     labelled = any(_curve_of(env, "sae") for env in envs.values())
     n = 3 * labelled + judged
     size = (3.4 * n, 0.6 + max(2.6, 0.24 * (len(envs) + 7)))
-    fig, axes = plt.subplots(1, n, figsize=size, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, n, figsize=size, squeeze=False)
     if labelled:
         curves, best, covered = axes[0, :3]
         _plot_curves(curves, envs)
@@ -1872,4 +1876,5 @@ def draw(
         _plot_dots(covered, envs, "label_coverage", "share of labels covered", _label_rows)
     if judged:
         _plot_dots(axes[0, -1], envs, "autointerp_score", "share of windows judged rightly", _judge_rows)
+    legend_below(fig)
     return fig

@@ -16,11 +16,12 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ...core import *
-from ..base import Context, Measured, sized
+from ..base import Context, Measured, looks_of, sized
 from .probes import *
 from ..split import apart
 from ..store import Store, digest
 from ..texts import pair_set, scr_pairs
+from ...style import height_for, housed, label_right, legend_below
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-score
 def scr_score(
@@ -415,23 +416,26 @@ def _draw_scores(ax, envs):
     "Score against N, with the rows beside."
     for _, style, means in null_curves(envs):
         ax.plot(*_curve(means), **style)
-    for i, (name, env) in enumerate(envs.items()):
+    look, ends = looks_of(envs), {}
+    for name, env in envs.items():
         ns, scores = _curve(env["eval_result_metrics"]["scr_metrics"])
-        ax.plot(ns, scores, f"C{i}o-", ms=3.5, label=name)
+        ax.plot(ns, scores, color=look[name].color, ls=look[name].ls, marker="o", ms=3.5)
+        ends |= {name: (ns[-1], scores[-1])} if ns else {}
         intervals = env["eval_result_unstructured"]["intervals"]
         if len(envs) <= 2 and ns:
-            ends = [intervals.get(f"scr_metric_threshold_{n}", (v, v)) for n, v in zip(ns, scores)]
-            ax.fill_between(ns, *zip(*ends), color=f"C{i}", alpha=0.15, lw=0)
+            pairs = [intervals.get(f"scr_metric_threshold_{n}", (v, v)) for n, v in zip(ns, scores)]
+            ax.fill_between(ns, *zip(*pairs), color=look[name].color, alpha=0.15, lw=0)
     ax.axhline(0, color="0.8", lw=0.8, zorder=0)
     low, high = ax.get_ylim()
     ax.set(xscale="log", xlabel="latents silenced, N", ylabel="SCR score (1: undone)")
     ax.set(ylim=(max(-1.5, low), min(1.6, high)))
+    label_right(ax, ends, look)
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-plot-probes
 def _draw_probes(ax, runs):
     "Accuracy of the biased probe, and of the clean one, for every pair."
     for i, run in enumerate(runs):
-        for what, y, color in (("class", i, "C7"), ("attribute", i + 0.15, "k")):
+        for what, y, color in (("class", i, grey), ("attribute", i + 0.15, "k")):
             biased, clean = run[f"biased_on_{what}"], run[what]
             ax.plot([biased, clean], [y, y], color=color, lw=1)
             ax.plot(biased, y, "o", color=color, ms=3.5)
@@ -443,6 +447,7 @@ def _draw_probes(ax, runs):
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-plot-plot
 @patch
+@housed
 def draw(
     self: SCR,
     envs: dict,  # Name of SAE -> envelope
@@ -450,9 +455,9 @@ def draw(
     "Score against N with its nulls; accuracies there are to win back."
     import matplotlib.pyplot as plt
 
-    widths = dict(width_ratios=[1.5, 1])
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2), layout="constrained", gridspec_kw=widths)
+    size = 10.5, 0.6 + height_for(len(envs), 2.8)
+    fig, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=[1.5, 1])
     _draw_scores(left, envs)
     _draw_probes(right, next(iter(envs.values()))["eval_result_unstructured"]["runs"])
-    fig.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
+    legend_below(fig)
     return fig

@@ -17,11 +17,12 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from ...core import *
-from ..base import Context, Measured, sized
+from ..base import Context, Measured, looks_of, sized
 from .probes import *
 from ..split import apart
 from ..store import Store, digest
 from ..texts import text_set
+from ...style import height_for, housed, label_right, legend_below
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-score
 def tpp_scores(
@@ -436,6 +437,7 @@ def _draw_interval(ax, env, color):
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-plot-plot
 @patch
+@housed
 def draw(
     self: TPP,
     envs: dict,  # Name of SAE -> envelope
@@ -443,18 +445,22 @@ def draw(
     "Total against N with its nulls; intended against unintended."
     import matplotlib.pyplot as plt
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2), layout="constrained")
+    look, ends = looks_of(envs), {}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 0.6 + height_for(len(envs), 2.8)))
     for _, style, means in null_curves(envs):
         _draw_row(left, right, means, **style, marker=".", ms=3)
-    for i, (name, env) in enumerate(envs.items()):
+    for name, env in envs.items():
         metrics = env["eval_result_metrics"]["tpp_metrics"]
-        _draw_row(left, right, metrics, name, color=f"C{i}", marker="o", ms=3.5)
+        _draw_row(left, right, metrics, None, color=look[name].color, ls=look[name].ls, marker="o", ms=3.5)
+        total = _part(metrics, "total_metric")
+        ends |= {name: [*total.items()][-1]} if total else {}
         if len(envs) <= 2:
-            _draw_interval(left, env, f"C{i}")
+            _draw_interval(left, env, look[name].color)
     limit = max(0.05, *right.get_xlim(), *right.get_ylim())
     right.plot([0, limit], [0, limit], color="0.85", lw=0.8, zorder=0)
     left.axhline(0, color="0.85", lw=0.8, zorder=0)
     left.set(xscale="log", xlabel="latents silenced, N", ylabel="TPP total\n(at most about 0.5)")
     right.set(xlabel="unintended: loss of the other probes", ylabel="intended: loss of its own")
-    fig.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7)
+    label_right(left, ends, look)
+    legend_below(fig)
     return fig

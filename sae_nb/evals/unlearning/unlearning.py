@@ -32,6 +32,7 @@ from ..store import Store, digest
 from .forget import *
 from ...lm import what_counts
 from ...sae import declared
+from ...style import grey, housed, legend_below
 from ...world import sets as W
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-config-def
@@ -656,7 +657,7 @@ def null_rows(self: Unlearning, lm, hook, p, store, nulls, quiet):
     )
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-plot
-_colours = dict(clamp="C0", gate="C2", zero="C1", random="0.65")
+_colours = dict(clamp="C0", gate="C2", zero="C1", random=grey)
 _labels = dict(
     clamp="clamp", gate="clamp behind the gate", zero="zero ablation", random="clamp, random latents"
 )
@@ -711,7 +712,7 @@ def _bars(envs):
     for row in ("zero_ablation", "random_latents", "random", "frozen", "supervised"):
         scores = [nulls[row]["unlearning_score"] for nulls in beside if row in nulls]
         if scores:
-            rows.append((row.replace("_", " "), sum(scores) / len(scores), None, "0.65"))
+            rows.append((row.replace("_", " "), sum(scores) / len(scores), None, grey))
     return rows
 
 
@@ -726,6 +727,7 @@ def _draw_bars(ax, rows):
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-plot-def
 @patch
+@housed
 def draw(
     self: Unlearning,
     envs: dict,  # name -> envelope
@@ -736,14 +738,14 @@ def draw(
     n = len(envs)
     columns = min(n + 1, 3)
     lines = -(-(n + 1) // columns)
-    size = 3.3 * columns, 2.9 * lines
-    fig, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    size = 3.3 * columns, 0.3 + max(2.9 * lines, 0.17 * (2 * n + 8))
+    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     axes = axes.flatten()
     for ax, (name, env) in zip(axes, envs.items()):
         _panel(ax, env, name)
         ax.set(xlabel="accuracy, to forget", ylabel="accuracy, retained")
-    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
     _draw_bars(axes[n], _bars(envs))
     for ax in axes[n + 1 :]:
         ax.axis("off")
+    legend_below(fig)
     return fig
