@@ -21,7 +21,7 @@ from .probes import *
 from ..split import apart
 from ..store import Store, digest
 from ..texts import pair_set, scr_pairs
-from ...style import height_for, housed, label_right, legend_below
+from ...style import grey, height_for, housed, label_right, legend_below
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-score
 def scr_score(
