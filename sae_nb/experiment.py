@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['parse_options', 'variant_args', 'listed', 'presets_of', 'Choice', 'choices', 'try_small', 'chosen_evaluators',
-           'chosen_nulls', 'Plan', 'memory_of', 'check_size', 'make_plan', 'Data', 'open_data', 'fresh_sae',
-           'train_runs', 'first_activations', 'evaluation_context', 'Results', 'evaluate_runs', 'experiment']
+           'chosen_nulls', 'Plan', 'make_plan', 'Data', 'open_data', 'fresh_sae', 'train_runs', 'first_activations',
+           'evaluation_context', 'Results', 'evaluate_runs', 'experiment']
 
 # %% ../nbs/10_experiment.ipynb #experiment-imports
 import copy
@@ -22,11 +22,13 @@ import torch
 from tqdm import tqdm
 
 from .acts import *
+from .command.lost_files import *
+from .command.sizes import check_size
 from .core import *
 from .data import open_text, read_labelled
 from .evals.base import Context, Nulls, flat
 from .evals.store import Store
-from .evals.suite import chosen, evaluate, evaluators, read_result
+from .evals.suite import chosen, evaluate, evaluators
 from .runs import *
 from .sae import *
 from .train import *
@@ -276,37 +278,6 @@ def _runs(p, choices, seeds, saes, **shared):
             config.update(variant_args=choice.args, params=public(p), **shared, **made_by)
             runs.append(Run(root() / "runs" / name, config))
     return runs
-
-# %% ../nbs/10_experiment.ipynb #experiment-size
-def memory_of(
-    device,  # torch.device or its name
-) -> int:  # Bytes
-    "All the memory a device has."
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_size(
-    p: Params,  # Parameters
-    n_saes: int,  # Trained side by side
-    d_in: int,  # Width of the activations
-    device,  # Where they are trained
-):
-    "An error if the SAEs, or a buffer of activations, cannot fit."
-    there = memory_of(device)
-    rows = max(p.buffer, 2 * p.batch // p.ctx) if p.model != "toy" else p.batch // p.ctx
-    for name, needs in [
-        ("d_sae", 4 * 4 * 2 * d_in * p.d_sae * n_saes),
-        ("buffer" if p.buffer == rows else "batch", 4 * d_in * rows * p.ctx),
-        ("eval_rows", 3 * 8 * p.eval_rows * p.ctx),
-    ]:
-        of = f" of ctx = {p.ctx:,}" if name in ("buffer", "eval_rows") else ""
-        if needs > there:
-            raise InputError(
-                f"{name} = {getattr(p, name):,}{of} needs {needs / 1e9:,.0f} GB where there are "
-                f"{there / 1e9:,.0f} (width {d_in}, {n_saes} SAEs); take less"
-            )
 
 # %% ../nbs/10_experiment.ipynb #experiment-l1
 def _check_l1(p, variants):
@@ -601,36 +572,10 @@ def evaluation_context(
         quiet=quiet,
     )
 
-# %% ../nbs/10_experiment.ipynb #experiment-todo
-def _metrics_of(run):
-    "What was reported of a run: its metrics or, if these are lost, those of the results that lie there."
-    metrics = read_metrics(run.folder)
-    if metrics is not None:
-        return metrics
-    return {
-        f"{path.stem}/{name}": value
-        for path in sorted((run.folder / "evals").glob("*.json"))
-        if (envelope := read_result(path))
-        for name, value in flat(envelope).items()
-    }
-
-
-def _say_missing(run, evaluators):
-    "One line about a finished run whose weights are gone."
-    if not run.finished or run.trained:
-        return
-    reported = {name.split("/")[0] for name in _metrics_of(run)}
-    missing = ", ".join(name for name in evaluators if name not in reported)
-    print(
-        f"runs/{run.name} is finished and its weights are not here"
-        + (f", so it cannot be evaluated by {missing}" if missing else "")
-        + "; -p resume False trains it again"
-    )
-
 # %% ../nbs/10_experiment.ipynb #experiment-metrics
 def _write_metrics(run, envelopes, trained):
     "Write metrics.json if there is anything new to say; with it, the run is finished."
-    before = _metrics_of(run)
+    before = metrics_of(run)
     metrics = {name: value for name, value in before.items() if name.split("/")[0] not in envelopes}
     for evaluator, envelope in envelopes.items():
         metrics.update({f"{evaluator}/{name}": value for name, value in flat(envelope).items()})
@@ -651,16 +596,7 @@ def _load_saes(plan, data, todo):
     "name of a run -> its SAE; all that have weights, if an evaluator looks at peers."
     with_peers = any(evaluator.with_peers for evaluator in plan.evaluators.values())
     runs = [run for run in plan.runs if run.trained] if with_peers and todo else todo
-    return {run.name: _load_sae(run, data) for run in runs}
-
-
-def _load_sae(run, data):
-    "The SAE of a run, or one line about how to have it again."
-    try:
-        return load(run.folder, data.device)
-    except Damaged as error:
-        way_out = f"train it again with -p resume False, or put a copy of runs/{run.name} in its place"
-        raise InputError(f"{str(error).rsplit('; ', 1)[0]}; {way_out}") from None
+    return {run.name: load_sae(run, data.device) for run in runs}
 
 
 def _measure(evaluator, todo, saes, shared):
@@ -703,13 +639,13 @@ def evaluate_runs(
     todo = [run for run in plan.runs if run.trained and (plan.evaluators or not run.finished)]
     with guarding(todo):
         for run in plan.runs:
-            _say_missing(run, plan.evaluators)
+            say_missing(run, plan.evaluators)
         for run in todo:
             run.own()
         saes = _load_saes(plan, data, todo)
         envelopes = _measure_all(plan, data, todo, saes, quiet)
         for run in todo:
-            _keep_files(run, saes[run.name])
+            keep_files(run, saes[run.name])
             _write_metrics(run, envelopes[run.name], _trained(run, saes[run.name]))
     for run in plan.runs:
         run.let_go()
@@ -718,27 +654,6 @@ def evaluate_runs(
     if failed:
         raise TrainingError("; ".join(failed))
     return Results(plan, envelopes)
-
-
-def _keep_files(run, sae):
-    "Write weights again that were deleted while they were evaluated, and a history that is not what it was."
-    if not run.trained:
-        print(f"runs/{run.name}: its weights were deleted meanwhile; they are written again")
-        write_json(run.folder / "config.json", sae.meta.get("config", run.config))
-        save(sae, run.folder, **sae.meta)
-    path = run.folder / "history.csv"
-    kept = kept_history(path)
-    if kept is not None and not (is_there(path) and _holds(path, kept)):
-        print(f"runs/{run.name}: history.csv was lost or damaged; it is written again")
-        write_text(path, kept)
-
-
-def _holds(path, text):
-    "Does a file hold this text? One that cannot be read is an error."
-    try:
-        return read_text(path) == text
-    except Damaged:
-        return False
 
 # %% ../nbs/10_experiment.ipynb #experiment-whole
 def experiment(
