@@ -28,7 +28,7 @@ def _fronts(sae, norm, attention):
     if norm != "none":
         sae.fronts["norm"] = norms[norm](sae.d_in)
     if attention != "none":
-        kind = "gated" if attention in ("reweight", True) else attention
+        kind = "gated" if attention == "reweight" else attention
         sae.fronts["attention"] = attentions[kind](sae.d_in, sae.gen)
 
 
@@ -61,7 +61,7 @@ _words = dict(
     grad_scale=["importance", "logged", "none"],
     skip_in=["always", "training"],
     norm=["none", *norms],
-    attention=["causal", "logged", "none", "reweight", False, True],
+    attention=["causal", "logged", "none", "reweight"],
     accumulate_of=["batches", "slices"],
 )
 
@@ -69,8 +69,7 @@ _words = dict(
 def _check(skip, reactivate_every, clip, init, init_scale="unit", **words):
     "One line for what cannot be."
     for option, word in words.items():
-        if word not in _words[option]:
-            one_of(option, word, [*map(str, _words[option])])
+        one_of(option, word, _words[option])
     if init != "unit" and init_scale != "unit":
         raise InputError(
             f"init = {init!r} draws the first encoder anew; leave init_scale = {init_scale!r} out"
@@ -107,7 +106,7 @@ def self_correcting(
     skip_in: str = "always",  # Where: "always", or in "training" alone
     grad_scale: str = "none",  # Gradients scaled by importance: "importance" or "logged"
     norm: str = "none",  # Before the encoder, see `fronts/norms`
-    attention: object = "none",  # Before the encoder: "logged", "causal" or "reweight"
+    attention: str = "none",  # Before the encoder: "logged", "causal" or "reweight"
     accumulate: int = 1,  # Gradients per update
     accumulate_of: str = "slices",  # Of one batch, or of whole "batches"
     seed: int = 0,  # Seeds the initial weights
@@ -120,7 +119,7 @@ def self_correcting(
     _check(skip, reactivate_every, clip, init, **scaled, **words)
     sae = first_weights(build(base, d_in, d_sae, seed=seed, **base_options), init)
     sae.skip, sae.skip_evaluated = skip, skip_in == "always"
-    _fronts(sae, norm, attention or "none")
+    _fronts(sae, norm, attention)
     _penalties(sae, penalty, ortho_coeff, tau, rank, reactivate_every)
     sae.trainers += _trainers(clip, adaptive_lr, grad_scale, accumulate, accumulate_of, reactivate_every)
     return sae
