@@ -106,13 +106,13 @@ def reads(
     for n, front in enumerate(fronts, 1):
         given = (mask, self.b_dec * front.units) if front.takes_b_dec else (mask,)
         seen = front.read(seen * front.units, *given) / front.units
-        if n == n_raw:
-            seen = seen - self.b_dec
         extra = front.add(centred * front.units, *given)
         if extra is not None:
             more.append((extra[0] / front.units, extra[1]))
         if self.listening and self.training and torch.is_grad_enabled():
             front.notes = {**front.notes, "read": seen, "add": more[-1][0] if extra is not None else None}
+        if n == n_raw:
+            seen = seen - self.b_dec
     return [(seen, self.W_enc), *more]
 
 # %% ../nbs/03_sae.ipynb #sae-pre
