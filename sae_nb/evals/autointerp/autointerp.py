@@ -6,8 +6,7 @@
 __all__ = ['lost', 'no_judge', 'no_labels', 'AutoInterpConfig', 'AutoInterp', 'checked', 'Rows', 'Fired', 'fired', 'Labels',
            'world_labels', 'halves', 'thresholds', 'overlaps', 'f1_of', 'kappa_of', 'describe_latents', 'summary',
            'permuted', 'probes', 'centres', 'Case', 'case_of', 'line', 'explain_prompt', 'score_prompt', 'refusal',
-           'read_explanation', 'read_numbers', 'rating', 'sample', 'detection_metrics', 'LabelJudge', 'label_judge',
-           'Scene', 'Found']
+           'read_explanation', 'read_numbers', 'rating', 'sample', 'detection_metrics', 'LabelJudge', 'Scene', 'Found']
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-imports
 import json
@@ -1223,7 +1222,7 @@ def detection_metrics(
     )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labeljudge
-class LabelJudge:
+class LabelJudge(LocalJudge):
     "Answers both kinds of question by labels of the world."
 
     def __init__(
@@ -1235,6 +1234,7 @@ class LabelJudge:
     ):
         self.data, self.lm, self.buffer = data, lm, buffer
         self.names = labels.all
+        LocalJudge.__init__(self, self.answer, f"labels-{digest(data.tokens, self.names, buffer)}")
         self.number = {name: i + 1 for i, name in enumerate(self.names)}
         ids = []
         n = 0
@@ -1288,17 +1288,6 @@ def answer(self: LabelJudge, messages):  # Text
     number = self.number[head.split(" whose ", 1)[1]]
     said = [i for i, text in enumerate(texts, 1) if (self.span(self.place[text]) == number).any()]
     return ", ".join(map(str, said)) or "None"
-
-# %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-labeljudge-judge
-def label_judge(
-    data: Rows,  # Text of the world
-    labels: Labels,  # Its descriptions
-    lm,  # Language model, for the tokens as strings
-    buffer: int = 10,  # Tokens on either side
-) -> LocalJudge:  # Answers both kinds of question
-    "A judge that describes by labels."
-    judge = LabelJudge(data, labels, lm, buffer)
-    return LocalJudge(judge.answer, f"labels-{digest(data.tokens, judge.names, buffer)}")
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-nojudge
 no_judge = (
@@ -1373,8 +1362,11 @@ class Found:
     numbers: dict  # name -> number or None
     why: dict  # name -> why it is missing
     records: dict  # Latent -> what is known of it
-    fired: Fired  # Where the latents fire
+    latents: Tensor  # Their numbers in the SAE, [n]
+    fired: Fired  # Where they fire
     key: str  # What the dictionary is called in the store
+    scene: Scene  # Text and labels it was found on
+    judge: object = None  # Whom to ask; None: nobody
     told: dict = None  # From `describe_latents`
     info: dict = field(default_factory=dict)  # Further numbers
     dropped: dict = field(default_factory=dict)  # Why latents have no score -> how many, and a sample
@@ -1474,21 +1466,19 @@ def _label_record(told, j, names):
 def by_labels(
     self: AutoInterp,
     found: Found,  # Filled in here
-    scene: Scene,  # Text and labels
-    latents: Tensor,  # Their numbers in the SAE, [n]
     keep: Store,  # Keeps what depends on the SAE
 ):
     "What labels say of a dictionary."
-    if scene.labels is None:
+    labels = found.scene.labels
+    if labels is None:
         found.why.update(dict.fromkeys(_label_names, no_labels))
         return
-    told = self.described(found.fired, scene, scene.labels, keep, [found.key, latents])
+    told = self.described(found.fired, found.scene, labels, keep, [found.key, found.latents])
     found.told = told
     found.numbers.update(summary(told))
     found.why["label_f1"] = "no description found on the first half occurs on the second"
-    names = scene.labels.all
-    for j, latent in enumerate(latents.tolist()):
-        found.records[latent].update(_label_record(told, j, names))
+    for j, latent in enumerate(found.latents.tolist()):
+        found.records[latent].update(_label_record(told, j, labels.all))
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-call-judge
 _options = dict(autointerp_score_swapped="judge_nulls", autointerp_score_saebench="compatible")
@@ -1517,17 +1507,15 @@ def _incomplete(records, used):
 def by_judge(
     self: AutoInterp,
     found: Found,  # Filled in here
-    scene: Scene,  # Model and text
-    latents: Tensor,  # Their numbers in the SAE, [n]
-    judge,  # Whom to ask; None: nobody
     keep: Store,  # Keeps answers
     quiet=True,  # No progress bars
 ):
     "What the judge says of a dictionary."
-    c = self.config
+    c, on = self.config, found.scene
     n_yes = c.n_top_ex_for_scoring + c.n_iw_sampled_ex_for_scoring
     try:
-        records, used, models = self.detection(judge, latents, found.fired, scene.lm, scene.data, keep, quiet)
+        asked = found.judge, found.latents, found.fired, on.lm, on.data
+        records, used, models = self.detection(*asked, keep, quiet)
     except InputError as e:
         found.incomplete = str(e)
         found.why.update(dict.fromkeys(_judge_names, str(e)))
@@ -1562,17 +1550,17 @@ def one(
     latents, f, alive = self.chosen(sae, key, scene.lm, scene.hook, scene.data, scene.store, keep, desc)
     density = (f.count / max(int((scene.data.mask > 0).sum()), 1)).tolist()
     records = {latent: dict(density=share) for latent, share in zip(latents.tolist(), density)}
-    found = Found(dict.fromkeys(_label_names + _judge_names), {}, records, f, key)
+    found = Found(dict.fromkeys(_label_names + _judge_names), {}, records, latents, f, key, scene, judge)
     if not len(latents):
         reason = "no latent fires often enough (dead_latent_threshold)"
         found.why = dict.fromkeys(found.numbers, reason)
         return found
     found.info = dict(latents=len(latents), share_alive=alive)
-    self.by_labels(found, scene, latents, keep)
+    self.by_labels(found, keep)
     if judge is None:
         found.why.update(dict.fromkeys(_judge_names, no_judge))
     else:
-        self.by_judge(found, scene, latents, judge, keep, quiet)
+        self.by_judge(found, keep, quiet)
     return found
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-main
@@ -1649,7 +1637,7 @@ def measure(
             rows[name] = summary(told)
             curves[name] = _curve(told)
         rows.update(part)
-    return self.report(found, scene, judge, rows, curves)
+    return self.report(found, rows, curves)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-report
 @patch
@@ -1691,8 +1679,11 @@ def _intervals(records, seed):
     return out
 
 
-def _asked(judge, found):
-    "Who was asked, and what became of it."
+def _asked(found):
+    "Who was asked, and what became of it; None if nobody was."
+    judge = found.judge
+    if judge is None:
+        return None
     temperature = judge.temperature if judge.takes["temperature"] else "left out: the model takes none"
     about = dict(model=judge.model, address=judge.host, temperature=temperature)
     about["answered_as"] = found.info.get("judge_models", [])
@@ -1720,12 +1711,10 @@ def _settled_rows(rows):
 def sizes(
     self: AutoInterp,
     found: Found,  # The SAE
-    scene: Scene,  # Text and labels
-    judge,  # Who was asked, or None
 ) -> dict:  # What was counted -> from `sized`
     "How much was used of what was asked for."
     c, info = self.config, found.info
-    n, tokens = len(found.records), int((scene.data.mask > 0).sum())
+    n, tokens = len(found.records), int((found.scene.data.mask > 0).sum())
     asked = n if c.n_latents is None else c.n_latents
     out = {
         "tokens": sized(tokens, max(c.total_tokens, tokens)),
@@ -1734,7 +1723,7 @@ def sizes(
     if found.told:
         tested = int(found.told["f1"].isfinite().sum())
         out["latents with a label"] = sized(tested, n, "what they are about occurs on one half only")
-    if judge is not None and "judge_requests" in info:
+    if found.judge is not None and "judge_requests" in info:
         dropped = {reason: entry["latents"] for reason, entry in found.dropped.items()}
         out["latents judged"] = sized(found.numbers["latents_scored"], n, "", **dropped)
         out["questions"] = sized(
@@ -1750,12 +1739,11 @@ def sizes(
 def report(
     self: AutoInterp,
     found: Found,  # The SAE
-    scene: Scene,  # Text and labels
-    judge,  # Who was asked, or None
     rows: dict,  # Row beside the SAE -> name -> number
     curves: dict,  # SAE or row -> quantiles of F1
 ) -> Measured:
     "All numbers, their intervals, reasons and what stands beside them."
+    scene, judge = found.scene, found.judge
     missing = {}
     numbers = settle(found.numbers, missing, "")
     extra = {name: numbers[name] for name in _judge_names[2:]} | found.info
@@ -1773,9 +1761,9 @@ def report(
         nulls=_settled_rows(self.judge_rows(numbers, rows)),
         extra={name: value for name, value in extra.items() if value is not None},
         intervals=_intervals(found.records, self.config.random_seed),
-        data=dict(curves=curves, judge=None if judge is None else _asked(judge, found)),
+        data=dict(curves=curves, judge=_asked(found)),
         incomplete=found.incomplete,
-        sizes=self.sizes(found, scene, judge),
+        sizes=self.sizes(found),
     )
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-flat
