@@ -127,7 +127,7 @@ def _standing(t):
 def after_loss(self: Diagnostics, t, o):
     "What the pass says, if its step has a row."
     self._counted += len(o.x)
-    t.sae.listening = t.next_row_due
+    t.sae.listening = t.next_row_due or (t.row_due and t.slices > 1)  # to the last slice
     if not t.row_due:
         return
     o.logs.update(about("in", o.x) | about_latents(o, t.sae.d_sae) | about("out", o.x_hat))

@@ -18,7 +18,7 @@ from ..trainers.accumulate import Accumulate
 from ..trainers.adaptive_lr import AdaptiveLR
 from ..trainers.clip import Clip
 from ..trainers.grad_scale import GradScale
-from ..trainers.reactivate import Reactivate
+from ..trainers.reactivate import LeaveDead, Reactivate
 from .first_weights import first_weights
 from .interference import EncoderGram, Interference
 
@@ -32,7 +32,7 @@ def _fronts(sae, norm, attention):
         sae.fronts["attention"] = attentions[kind](sae.d_in, sae.gen)
 
 
-def _trainers(clip, adaptive_lr, grad_scale, accumulate, accumulate_of, reactivate_every):
+def _trainers(clip, adaptive_lr, grad_scale, accumulate, accumulate_of, reactivate_every, leave_dead=False):
     "What is added to the training loop."
     trainers = [Clip(clip)]
     if grad_scale != "none":
@@ -43,6 +43,8 @@ def _trainers(clip, adaptive_lr, grad_scale, accumulate, accumulate_of, reactiva
         trainers.append(Accumulate(accumulate, accumulate_of))
     if reactivate_every:
         trainers.append(Reactivate(reactivate_every))
+    elif leave_dead:
+        trainers.append(LeaveDead())
     return trainers
 
 
@@ -100,6 +102,7 @@ def self_correcting(
     tau: float = 0.1,  # C_ij up to which a pair costs nothing
     rank: int = 32,  # Rows of the penalty's memory
     reactivate_every: int = 100,  # Updates between looks at dead latents; 0: never
+    leave_dead: bool = False,  # Then no other cure of the run either
     clip: float = 1.0,  # Largest gradient norm; 0: no clipping
     adaptive_lr: str = "none",  # Learning rate that follows clipping: "quiet" or "logged"
     skip: float = 0.0,  # Share of the input added to the reconstruction
@@ -115,13 +118,13 @@ def self_correcting(
     "Z-score thresholds, a penalty and reactivation, with log 004's changes as switches."
     words = dict(penalty=penalty, adaptive_lr=adaptive_lr, grad_scale=grad_scale, skip_in=skip_in)
     words |= dict(norm=norm, attention=attention, accumulate_of=accumulate_of)
-    scaled = {option: said for option, said in base_options.items() if option == "init_scale"}
-    _check(skip, reactivate_every, clip, init, **scaled, **words)
+    _check(skip, reactivate_every, clip, init, base_options.get("init_scale", "unit"), **words)
     sae = first_weights(build(base, d_in, d_sae, seed=seed, **base_options), init)
     sae.skip, sae.skip_evaluated = skip, skip_in == "always"
     _fronts(sae, norm, attention)
     _penalties(sae, penalty, ortho_coeff, tau, rank, reactivate_every)
-    sae.trainers += _trainers(clip, adaptive_lr, grad_scale, accumulate, accumulate_of, reactivate_every)
+    gradients = clip, adaptive_lr, grad_scale, accumulate, accumulate_of
+    sae.trainers += _trainers(*gradients, reactivate_every, leave_dead)
     return sae
 
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-skip
@@ -144,7 +147,8 @@ def skip_scores(
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-presets
 _common = dict(c=2.0, ortho_coeff=0.1, tau=0.1, rank=32, l1_coeff=0.04, error="norm", clip=0.0)
 _meant = dict(_common, reactivate_every=100)
-_as_coded = dict(_common, reactivate_every=0, penalty="encoder", two_sided=True, running="variance")
+_as_coded = dict(_common, reactivate_every=0, leave_dead=True)
+_as_coded |= dict(penalty="encoder", two_sided=True, running="variance")
 _rows = [  # number, what it adds, in options, and in options of the code where they are others
     (1, "z-score thresholds and a penalty", {}, dict(init="zeros")),
     (2, "first weights drawn, gradients clipped at norm 1", dict(init="normal", clip=1.0), {}),
