@@ -177,6 +177,8 @@ def _draw(ax, curves, look, texts):
     "Curves (tokens, number) with their names."
     for name, rows in curves.items():
         ax.plot(*zip(*rows), color=look[name].color, ls=look[name].ls, label=texts[name])
+    if "gradient" in ax.get_title("left"):
+        log_upwards(ax)
     label_right(ax, {name: rows[-1] for name, rows in curves.items()}, look, texts)
 
 
