@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import Front, Out
-from ..style import height_for, housed, in_tokens, label_right, looks, short_names
+from ..style import height_for, housed, in_tokens, label_right, log_upwards, looks, short_names
 from ..train import Trainer
 
 # %% ../../nbs/trainers/diagnostics.ipynb #diagnostics-numbers
