@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import *
 from ..sae import Front, Out
-from ..style import height_for, housed, in_tokens, label_right, looks, short_names
+from ..style import height_for, housed, in_tokens, label_right, log_upwards, looks, short_names
 from ..train import Trainer
 
 # %% ../../nbs/trainers/diagnostics.ipynb #diagnostics-numbers
@@ -177,6 +177,8 @@ def _draw(ax, curves, look, texts):
     "Curves (tokens, number) with their names."
     for name, rows in curves.items():
         ax.plot(*zip(*rows), color=look[name].color, ls=look[name].ls, label=texts[name])
+    if "gradient" in ax.get_title("left"):
+        log_upwards(ax)
     label_right(ax, {name: rows[-1] for name, rows in curves.items()}, look, texts)
 
 
