@@ -379,7 +379,7 @@ _preset = partial(
     ortho_coeff=0.1,
     tau=0.1,
 )
-_logged = partial(_preset, form="logged", init="normal")
+_logged = partial(_preset, form="logged", init="normal", leave_dead=True)
 
 _preset("run_1", "tau fixed at 0.1")
 _preset("run_2", "adaptive tau, from twice the mean score", tau_mode="mean")

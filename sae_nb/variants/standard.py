@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core import *
 from ..sae import *
 from ..trainers.clip import Clip
+from ..trainers.reactivate import LeaveDead
 from .first_weights import first_weights
 from .price import Price
 
@@ -39,11 +40,13 @@ class StandardSAE(SAE):
         seed: int = 0,  # Seeds the initial weights
         init: str = "unit",  # First weights: "unit", "normal" or "zeros", see `first_weights`
         clip: float = None,  # Largest gradient norm of a step; 0: no clipping; None: what the run says
+        leave_dead: bool = False,  # No cure for dead latents, whatever the run says
     ):
         super().__init__(d_in, d_sae, seed)
         self.error = one_of("error", error, ["norm", "squared"])
         self.decoder = one_of("decoder", decoder, ["unit", "free"])
         self.trainers += [] if clip is None else [Clip(clip)]
+        self.trainers += [LeaveDead()] if leave_dead else []
         first_weights(self, init)
         self.price = Price(usual_l1[error] if l1_coeff is None else l1_coeff, target_l0, d_sae)
 
@@ -136,4 +139,9 @@ def fold(self: StandardSAE, scale: float) -> SAE:
 _preset = partial(add_preset, "standard", l1_coeff=0.04, error="norm", clip=0.0)
 
 _preset("run_0", "the logs' baseline: error as a norm, fixed l1_coeff 0.04, no clipping")
-_preset("run_0_logged", "run_0 from weights that are all zero, as in the logs: it cannot learn", init="zeros")
+_preset(
+    "run_0_logged",
+    "run_0 from weights that are all zero, as in the logs: it cannot learn",
+    init="zeros",
+    leave_dead=True,
+)

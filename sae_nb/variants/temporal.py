@@ -291,7 +291,9 @@ _shared = dict(
     clip=0.0,
 )
 _meant = dict(_shared, padding="causal", separation="scales")
-_logged = dict(_shared, padding="same", separation="tokens", kernel_init="uniform", init="zeros")
+_logged = dict(
+    _shared, padding="same", separation="tokens", kernel_init="uniform", init="zeros", leave_dead=True
+)
 _preset = functools.partial(add_preset, "temporal")
 
 _preset("run_1", "four branches, nothing that separates them", **_meant | dict(separation="none"))
