@@ -265,10 +265,8 @@ def step(
     self.row_due, self.next_row_due = self.row_at(i), self.row_at(i + 1)
     sae.sparsity_scale = cfg.sparsity_factor(i)
     sae.progress = i / cfg.steps
-    if i % self.accumulate == 0:
-        self.opt.zero_grad(set_to_none=True)
-    for part in self._parts(batch):
-        o = self._gather(part, i)
+    for j, part in enumerate(self._parts(batch)):
+        o = self._gather(part, i, first=j == 0 and i % self.accumulate == 0)
     if (i + 1) % self.accumulate == 0 or i + 1 == cfg.steps:
         self.update(o, i)
     elif not torch.isfinite(o.loss.detach()):
@@ -279,13 +277,15 @@ def step(
 
 # %% ../nbs/04_train.ipynb #train-gather
 @patch
-def _gather(self: Trainee, part: Batch, i: int) -> Out:
+def _gather(self: Trainee, part: Batch, i: int, first: bool) -> Out:
     "Run a batch, or a slice of one, and add its gradient."
     o = self.sae.run(part.x, part.mask)
     if i % self.cfg.log_every == 0:
         self._check_signs(o)
     for trainer in self.trainers:
         trainer.after_loss(self, o)
+    if first:
+        self.opt.zero_grad(set_to_none=True)  # as late as can be: their memory is what the new ones get
     (o.loss / (self.accumulate * self.slices)).backward()
     self.silent = torch.where(o.fired, 0, self.silent + len(o.x))
     return o
