@@ -124,6 +124,8 @@ def _typed(parameter, value):
         typed = read(value)
     except (ValueError, KeyError, TypeError, OverflowError):
         raise InputError(f"{parameter.name} = {_shortly(value)} is not {kind}") from None
+    if type(parameter.default) is int and typed == int(typed):
+        return int(typed)  # `k` is a number of any kind, and 32 stays 32
     if "path" in parameter.metadata["notes"] and str(typed).startswith("~"):
         return os.path.expanduser(typed)
     return typed

@@ -160,10 +160,10 @@ def largest(
 # %% ../../nbs/speed/choose.ipynb #choose-batch
 def choose_batch(
     p: Pieces,  # Pre-activations
-    k: int,  # Per token, on average
+    k: float,  # Per token, on average
 ) -> tuple:  # (places, what stands there [n_on]); None: dense is shorter
-    "The `k * n_tokens` largest of the batch."
-    n = k * p.n_tokens
+    "The int(k n_tokens) largest of the batch."
+    n = int(k * p.n_tokens)
     if n > p.most:
         return None
     found = p.rough.largest(n) if p.rough and p.single else None

@@ -17,11 +17,11 @@ from .topk import TopKSAE, topk
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-function
 def batch_topk(
     z: Tensor,  # Pre-activations, [..., d_sae]
-    k: int,  # Latents kept per token, on average
+    k: float,  # Latents kept per token, on average
 ) -> tuple:  # (latents of the same shape, smallest value kept)
-    "Zero all but the `k` times n_tokens largest positive entries of the whole batch."
+    "Zero all but the int(k n_tokens) largest positive entries of the whole batch."
     n_tokens = z.numel() // z.shape[-1]
-    values, places = z.flatten().topk(k * n_tokens, sorted=False)
+    values, places = z.flatten().topk(int(k * n_tokens), sorted=False)
     f = torch.zeros_like(z).flatten().scatter(0, places, values.relu()).view_as(z)
     positive = values[values > 0]
     return f, (positive.min() if len(positive) else values.new_zeros(()))
@@ -33,12 +33,13 @@ class BatchTopKSAE(TopKSAE):
 
     scaled = ("b_enc", "b_dec", "threshold")
     road = "batchtopk"
+    whole_k = False
 
     def __init__(
         self,
         d_in: int,  # Width of the activations
         d_sae: int,  # Number of latents
-        k: int = 32,  # Latents kept per token, on average
+        k: float = 32,  # Latents kept per token, on average
         seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, k, seed)
@@ -57,7 +58,7 @@ def activate(
         self.follow(smallest.detach())
         return f
     if self.n_batches == 0:
-        return topk(z, self.k)
+        return topk(z, round(self.k))
     return torch.where(z > self.threshold, z, 0).relu()
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-follow

@@ -74,7 +74,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         self,
         d_in: int,  # Width of the activations
         d_sae: int,  # Number of latents
-        k: int = 32,  # Latents kept per token, on average
+        k: float = 32,  # Latents kept per token, on average
         prefixes=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1),  # Levels: shares of the latents, or numbers of them
         sampled: int = 0,  # Levels drawn anew for every batch, with the full one; 0: always `prefixes`
         weights=None,  # One weight per level; None: all alike

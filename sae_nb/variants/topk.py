@@ -26,11 +26,14 @@ def topk(
 def check_k(
     k,  # Latents per token
     d_sae: int,  # Latents there are
+    whole: bool = True,  # Must it be a whole number?
 ):  # `k`, if it makes sense
     "One line for a `k` that cannot be."
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+    kinds, kind = (int, "a whole number") if whole else ((int, float), "a number")
+    if not isinstance(k, kinds) or isinstance(k, bool) or not k >= 1:
         said = f"k = {k} is not a number of latents"
-        raise InputError(f"{said}; give a whole number from 1 to d_sae = {d_sae}")
+        batch = "; a share of a latent can be kept over a batch (batchtopk)" if isinstance(k, float) else ""
+        raise InputError(f"{said}; give {kind} from 1 to d_sae = {d_sae}{batch if whole else ''}")
     if k > d_sae:
         raise InputError(f"k = {k} is more than d_sae = {d_sae}; keep fewer latents or have more of them")
     return k
@@ -41,6 +44,7 @@ class TopKSAE(SAE):
     "SAE whose sparsity is a count: `k` latents per token."
 
     road = "topk"
+    whole_k = True  # False: `k` may be fractional
 
     def __init__(
         self,
@@ -50,7 +54,7 @@ class TopKSAE(SAE):
         seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, seed)
-        self.k = check_k(k, d_sae)
+        self.k = check_k(k, d_sae, self.whole_k)
 
 # %% ../../nbs/variants/topk.ipynb #topk-activate
 @patch

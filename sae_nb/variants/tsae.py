@@ -189,7 +189,7 @@ def forward(
 def tsae(
     d_in: int,  # Width of the activations
     d_sae: int,  # Number of latents
-    k: int = 32,  # Latents kept per token, on average
+    k: float = 32,  # Latents kept per token, on average
     high: float = 0.2,  # Share of the latents that are high-level, or their number
     weights=None,  # Weights of the two reconstructions, high-level and all; None: alike
     contrast_coeff: float = 0.05,  # Weight of the contrast, per nat, in shares of the activations' variance
