@@ -95,3 +95,9 @@ def refine(
 ) -> SAE:  # The base with its further looks
     "Refinement steps in the encoder of any variant."
     return add_refinements(build(base, d_in, d_sae, seed=seed, **base_options), refine, eta, learned)
+
+# %% ../../nbs/variants/refine.ipynb #refine-presets
+add_preset(
+    "refine", "one_step", "one step of 0.3 on Matryoshka, as on SynthSAEBench", base="matryoshka", eta=0.3
+)
+add_preset("refine", "lista", "three steps on BatchTopK, each with a size it learns", refine=3, learned=True)
