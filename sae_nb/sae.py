@@ -28,6 +28,7 @@ class SAE(nn.Module):
     "The frame of every variant. `activate` is what a variant must say."
 
     scaled = ("b_enc", "b_dec")  # weights measured in the units of x
+    remembers = ()  # buffers that `activate` moves in training; a refinement step has its own
     centres = True  # a run may put b_dec at the mean of its data before it begins
     road = ""  # a shorter way through training, declared by variants that have one; see below
 
@@ -39,6 +40,11 @@ class SAE(nn.Module):
         object.__setattr__(sae, "variant", vars(cls).get("registered"))  # a subclass does not inherit a name
         _check_road(cls)
         return sae
+
+    def __getattr__(self, name):
+        if name == "W_enc" and self.__dict__.get("_modules", {}).get("tie") is not None:
+            return self.tie.encoder(self)  # which has no weights of its own
+        return super().__getattr__(name)
 
     def __init__(
         self,
@@ -78,6 +84,9 @@ def _add_parts(self: SAE):
     self.fronts = nn.ModuleDict()
     self.penalties = nn.ModuleDict()
     self.trainers = []
+    self.refinements = nn.ModuleList()  # each a further look of the encoder, see `settle`
+    self.tie = None  # what makes the encoder out of the decoder; None: it has weights of its own
+    self.token_weights = []  # functions of the error of each token, see `token_mean`
     self.skip = 0.0  # share of the input that is added to the reconstruction
     self.skip_evaluated = True  # also where nothing is trained
     self.sparsity_scale = 1.0
@@ -149,13 +158,27 @@ def activate(
 
 # %% ../nbs/03_sae.ipynb #sae-encode
 @patch
+def settle(
+    self: SAE,
+    x: Tensor,  # Activations, [..., d_in]
+    z: Tensor,  # Pre-activations of them, [..., d_sae]
+) -> tuple:  # (pre-activations that were chosen from last, latents), same shape each
+    "Latents of pre-activations, after as many looks at what they miss as there are refinements."
+    for step in self.refinements:
+        with step.memory_of(self):
+            f = self.activate(z)
+        z = z + step(x - self.rebuild(f, x)) @ self.W_enc
+    return z, self.activate(z)
+
+
+@patch
 def encode(
     self: SAE,
     x: Tensor,  # Activations, [..., d_in]
     mask: Tensor = None,  # Document numbers, [...]
 ) -> Tensor:  # Latents, [..., d_sae]
     "Latents of `x`."
-    return self.activate(self.pre(x, mask))
+    return self.settle(x, self.pre(x, mask))[1]
 
 
 @patch
@@ -279,9 +302,34 @@ def pre_of(
 
 # %% ../nbs/03_sae.ipynb #sae-loss
 @patch
+def token_mean(
+    self: SAE,
+    errors: Tensor,  # What each token has in error, [n_tokens]
+) -> Tensor:  # Scalar
+    "Mean over tokens, each with its weight if there are weights; weights have no gradient."
+    for weigh in self.token_weights:
+        errors = weigh(errors.detach()) * errors
+    return errors.mean()
+
+
+@patch
+def error_term(
+    self: SAE,
+    o: Out,  # The pass
+    name: str,  # What the plain mean is called
+    errors: Tensor,  # What each token has in error, [n_tokens]
+) -> dict:  # The term
+    "A term of the loss; where tokens have weights, the plain mean is logged under its name."
+    if not self.token_weights:
+        return {name: errors.mean()}
+    o.logs[name] = errors.detach().mean().item()
+    return {f"weighted_{name}": self.token_mean(errors)}
+
+
+@patch
 def reconstruction(self: SAE, o: Out) -> dict:
     "Squared error summed over d_in, averaged over tokens."
-    return {"mse": (o.x - o.x_hat).pow(2).sum(-1).mean()}
+    return self.error_term(o, "mse", (o.x - o.x_hat).pow(2).sum(-1))
 
 
 @patch
@@ -317,7 +365,7 @@ def dense_pass(
     x = counted(x, mask)
     if self.training:
         z = self.calibrate(z, slice(None))
-    f = self.activate(z)
+    z, f = self.settle(x, z)
     return Out(x, z, f, self.rebuild(f, x), mask)
 
 # %% ../nbs/03_sae.ipynb #sae-run
@@ -431,8 +479,23 @@ def penalise(
 @patch
 def per_latent(self: SAE) -> list:  # [(parameter, dimension)]
     "Every parameter that has one entry per latent, with the dimension along which latents are counted."
-    own = [(self.W_dec, 0), (self.W_enc, 1), (self.b_enc, 0)]
+    encoder = [(self.W_enc, 1)] if self.tie is None else self.tie.per_latent()
+    own = [(self.W_dec, 0), *encoder, (self.b_enc, 0)]
     return own + [weight for front in self.fronts.values() for weight in front.per_latent()]
+
+# %% ../nbs/03_sae.ipynb #sae-tie
+@patch
+@torch.no_grad()
+def set_encoder(
+    self: SAE,
+    columns: Tensor,  # [d_in, n]
+    latents=slice(None),  # Which latents they are for: indices [n], or a slice
+):
+    "Give latents these encoder columns, or as much of them as a tie leaves free."
+    if self.tie is None:
+        self.W_enc[:, latents] = columns
+    else:
+        self.tie.set_encoder(columns, latents)
 
 # %% ../nbs/03_sae.ipynb #sae-allowed
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def stored(
     return o.values if places is None else (places, o.values)
 
 # %% ../../nbs/speed/roads.ipynb #roads-pieces
-def _pieces(sae, reads, c):
+def _pieces(sae, reads, c, first):
     "The pre-activations of an SAE, as rules choose from them."
     n = len(reads[0][0])
     most = pays(n, sae.d_in, sae.d_sae)
@@ -171,10 +171,11 @@ def _pieces(sae, reads, c):
     def make(latents):
         part, b = some_latents(reads, sae.b_enc, latents)
         out = scratch(n, len(b), b) if most >= 0 else None
-        return sae.calibrate(affine(part, b, c, out), latents)
+        z = affine(part, b, c, out)
+        return sae.calibrate(z, latents) if first else z
 
-    wide = sae.d_in >= settings().rough_from
-    rough = most >= 0 and n and wide and not sae.calibrates and rounds_well(sae.b_enc)
+    wide, seen = sae.d_in >= settings().rough_from, first and sae.calibrates
+    rough = most >= 0 and n and wide and not seen and rounds_well(sae.b_enc)
     if n * sae.d_sae > held:
         most = math.inf
     return Pieces(make, n, sae.d_sae, most, held, Rough(reads, sae.b_enc, c) if rough else None)
@@ -189,21 +190,32 @@ def road_pass(
     "A training pass along the road that the variant declares, or dense if that is shorter."
     reads, c = (sae.reads(x, mask), None) if sae.fronts else ([(x, sae.W_enc)], sae.b_dec)
     reads = [(counted(seen, mask), W) for seen, W in reads]
-    x = counted(x, mask)
-    made = reads, sae.b_enc, c
-    p = _pieces(sae, reads, c)
+    x, first = counted(x, mask), True
+    for step in sae.refinements:
+        with step.memory_of(sae):
+            o = _look(sae, x, mask, (reads, sae.b_enc, c), first)
+        (seen, W), *more = reads
+        seen = seen if c is None else seen - c
+        reads, c, first = [(seen + step(x - o.x_hat), W), *more], None, False
+    return _look(sae, x, mask, (reads, sae.b_enc, c), first)
+
+# %% ../../nbs/speed/roads.ipynb #roads-look
+def _look(sae, x, mask, made, first):
+    "One reading and one choice; `first`: nobody has seen this batch."
+    reads, b, c = made
+    p = _pieces(sae, reads, c, first)
     found = find("speed", sae.road)(sae, p)
     if found is None:
         return _dense(sae, x, mask, p, made)
     places, z = found
-    z = encode_active(places, z, sae.b_enc, reads, c)
+    z = encode_active(places, z, b, reads, c)
     values = sae.latent(z, places.at)
     x_hat = decode_active(places, values, sae.W_dec) + sae.b_dec
     return RoadOut(x, z, values, x_hat + sae.skip * x if sae.skip else x_hat, mask, places, made)
 
 
 def _dense(sae, x, mask, p, made):
-    "The rest of a pass in which much is on."
+    "The rest of a look in which much is on."
     reads, b, c = made
     z = p.piece(slice(0, sae.d_sae))
     z = encode_dense(z if p.most < 0 else z.clone(), b, reads, c)

@@ -45,7 +45,7 @@ def restart(
     rows = torch.nn.functional.normalize(directions.to(sae.W_dec), dim=-1)
     length = enc_norm * _mean_length_of_others(sae, idx)
     sae.W_dec[idx] = rows
-    sae.W_enc[:, idx] = (length * rows).T
+    sae.set_encoder((length * rows).T, idx)
     sae.b_enc[idx] = 0
     for module in sae.modules():
         if hasattr(module, "forget"):

@@ -32,6 +32,7 @@ class BatchTopKSAE(TopKSAE):
     "SAE that keeps `k` latents per token on average."
 
     scaled = ("b_enc", "b_dec", "threshold")
+    remembers = ("threshold", "n_batches")
     road = "batchtopk"
     whole_k = False
 
