@@ -126,7 +126,9 @@ def _add_ranks(self: MatryoshkaSAE, sort):
 def _add_aux(self: MatryoshkaSAE, aux):
     "AuxK for every level."
     if aux is not None and not 0 < aux < math.inf:
-        raise InputError(f"aux = {aux} is not a weight; give a number above 0, or None to leave AuxK to the run")
+        raise InputError(
+            f"aux = {aux} is not a weight; give a number above 0, or None to leave AuxK to the run"
+        )
     self.aux = aux is not None
     if self.aux:
         self.trainers.append(LevelAuxK(alpha=aux))
