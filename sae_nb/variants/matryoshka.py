@@ -163,7 +163,7 @@ def order(self: MatryoshkaSAE) -> Tensor:  # [d_sae], or None
 @patch
 @torch.no_grad()
 def renew(self: MatryoshkaSAE, o: Out):
-    "Move the running rates towards those of a batch: a mean of all batches at first, of about a hundred later."
+    "Move the running rates towards those of a batch: the mean of all, later of about a hundred."
     fired = o.per_latent((o.values > 0).to(self.rate)) / max(1, len(o.x))
     weight = (1 / self.n_batches.clamp_min(1)).clamp_min(0.01)
     self.rate.lerp_(fired, weight.to(self.rate))
