@@ -300,6 +300,21 @@ def pre_of(
     "Pre-activations of some latents on every token, with a graph."
     return self.z[:, latents]
 
+# %% ../nbs/03_sae.ipynb #sae-out-decode-blocks
+@patch
+def decode_blocks(
+    self: Out,
+    v: Tensor,  # In the form of `values`
+    W: Tensor,  # [d_sae, d]
+    stops: list,  # Where each block of latents ends, and the next begins; the first begins at 0
+    order: Tensor = None,  # Latents in the order in which blocks are cut, [d_sae]; None: as they lie
+):  # One [n_tokens, d] per block
+    "Weighted sums of rows of `W`, each over one block of latents."
+    blocks = [slice(first, stop) for first, stop in zip([0, *stops], stops)]
+    if order is not None:
+        blocks = [order[block] for block in blocks]
+    return [self.decode(v, W, block) for block in blocks]
+
 # %% ../nbs/03_sae.ipynb #sae-loss
 @patch
 def token_mean(

@@ -119,6 +119,21 @@ def decode(
     part, keep = self.places.between(*latents.indices(len(W))[:2])
     return decode_active(part, v[keep], W[latents])
 
+# %% ../../nbs/speed/roads.ipynb #roads-words-blocks
+@patch
+def decode_blocks(
+    self: RoadOut,
+    v: Tensor,  # In the form of `values`
+    W: Tensor,  # [d_sae, d]
+    stops: list,  # Where each block of latents ends
+    order: Tensor = None,  # Latents in the order in which blocks are cut, [d_sae]; None: as they lie
+):  # One [n_tokens, d] per block
+    "Weighted sums of rows of `W`, each over one block of latents; all blocks in one product."
+    if self.places is None or not stops:
+        return Out.decode_blocks(self, v, W, stops, order)
+    blocks, keep = self.places.blocks(stops, order)
+    return decode_active(blocks, v.index_select(0, keep), W).view(len(stops), len(self.x), -1)
+
 # %% ../../nbs/speed/roads.ipynb #roads-words-pre
 @patch
 def made_of(

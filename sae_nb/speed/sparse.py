@@ -155,6 +155,23 @@ def csr_t(self: Places, vals: Tensor) -> Tensor:
     shape = (self.d_sae, len(self))
     return torch.sparse_csr_tensor(starts, self.rows[order], vals[order], shape, check_invariants=False)
 
+# %% ../../nbs/speed/sparse.ipynb #sparse-places-blocks
+@patch
+def blocks(
+    self: Places,
+    stops: list,  # Where each block of latents ends, and the next begins; the first begins at 0
+    order: Tensor = None,  # Latents in the order in which blocks are cut, [d_sae]; None: as they lie
+) -> tuple:  # (places with one row for every block and token, block after block; which entries, [n_kept])
+    "Every token cut into the blocks its latents belong to; what is in none is left out."
+    ends = torch.tensor(stops, device=self.cols.device)
+    block = torch.bucketize(torch.arange(self.d_sae, device=self.cols.device), ends, right=True)
+    if order is not None:
+        block = torch.empty_like(block).index_copy_(0, order, block)
+    of_entry = self.at(block)
+    keep = of_entry.to(torch.int32).argsort(stable=True)[: (of_entry < len(stops)).sum()]
+    rows = of_entry[keep] * len(self) + self.rows[keep]
+    return places_of(rows, self.cols[keep], len(stops) * len(self), self.d_sae), keep
+
 # %% ../../nbs/speed/sparse.ipynb #sparse-dense-def
 def dense(
     a: Places,

@@ -6,13 +6,16 @@
 __all__ = ['nested_sizes', 'draw_sizes', 'MatryoshkaSAE']
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-imports
+import math
 from fractions import Fraction
 
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 
 from ..core import *
 from ..sae import *
+from ..trainers.auxk import LevelAuxK
 from .batchtopk import BatchTopKSAE
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-sizes
@@ -57,12 +60,15 @@ def draw_sizes(
     n_levels: int,  # Levels wanted, with the full one
     d_sae: int,  # Number of latents
     gen: torch.Generator,  # Source of chance, on the CPU
+    law: str = "pareto",  # "pareto", or "log": sizes from 2 on, alike on a logarithmic scale
 ) -> list:  # Numbers of latents, rising, the last one `d_sae`
     "Random levels, short ones more often."
     if n_levels == 1:
         return [d_sae]
-    chances = torch.arange(d_sae, dtype=torch.float64).sqrt().diff()
-    inner = torch.multinomial(chances, n_levels - 1, generator=gen) + 1
+    least = 2 if law == "log" else 1
+    ends = torch.arange(least - 1, d_sae, dtype=torch.float64)
+    chances = (ends + 1).log().diff() if law == "log" else ends.sqrt().diff()
+    inner = torch.multinomial(chances, n_levels - 1, generator=gen) + least
     return sorted(inner.tolist()) + [d_sae]
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-class
@@ -77,18 +83,55 @@ class MatryoshkaSAE(BatchTopKSAE):
         k: float = 32,  # Latents kept per token, on average
         prefixes=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1),  # Levels: shares of the latents, or numbers of them
         sampled: int = 0,  # Levels drawn anew for every batch, with the full one; 0: always `prefixes`
+        sampled_law: str = "pareto",  # How drawn levels are spread, "pareto" or "log"
+        sort: bool = False,  # Levels hold the latents that fire most, not those that lie first
+        detach: bool = False,  # What an inner level takes from those inside it carries no gradient
+        levels: str = "mean",  # The errors of the levels count by their "mean" or their "sum"
+        aux: float = None,  # Weight of AuxK level by level (`trainers/auxk`); None: AuxK is the run's
         weights=None,  # One weight per level; None: all alike
         seed: int = 0,  # Seeds the initial weights and the drawn levels
     ):
         super().__init__(d_in, d_sae, k, seed)
         self.sizes = nested_sizes(prefixes, d_sae)
-        self.sampled = sampled
-        if not isinstance(sampled, int) or not 0 <= sampled <= d_sae:
-            raise InputError(
-                f"sampled = {sampled} is not a number of levels; "
-                f"give 0 for fixed ones, or 1 to d_sae = {d_sae}"
-            )
+        self.sampled = _drawn(sampled, sampled_law, d_sae)
+        self.sampled_law = sampled_law
+        self.detach = detach
+        self.sums = one_of("levels", levels, ["mean", "sum"]) == "sum"
         self.weights = _level_weights(weights, sampled or len(self.sizes))
+        self._add_ranks(sort)
+        self._add_aux(aux)
+
+# %% ../../nbs/variants/matryoshka.ipynb #matryoshka-class-parts
+def _drawn(sampled, law, d_sae):
+    "How many levels are drawn, or an error."
+    one_of("sampled_law", law, ["pareto", "log"])
+    most = d_sae - (law == "log")
+    if not isinstance(sampled, int) or not 0 <= sampled <= most:
+        raise InputError(
+            f"sampled = {sampled} is not a number of levels; give 0 for fixed ones, "
+            f"or 1 to {most} (d_sae = {d_sae}, sampled_law {law})"
+        )
+    return sampled
+
+
+@patch
+def _add_ranks(self: MatryoshkaSAE, sort):
+    "Room for the rates by which latents are ranked."
+    self.sort = sort
+    if sort:
+        self.register_buffer("rate", torch.zeros(self.d_sae))
+
+
+@patch
+def _add_aux(self: MatryoshkaSAE, aux):
+    "AuxK for every level."
+    if aux is not None and not 0 < aux < math.inf:
+        raise InputError(
+            f"aux = {aux} is not a weight; give a number above 0, or None to leave AuxK to the run"
+        )
+    self.aux = aux is not None
+    if self.aux:
+        self.trainers.append(LevelAuxK(alpha=aux))
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-weights
 def _level_weights(weights, n_levels):
@@ -110,6 +153,21 @@ def _level_weights(weights, n_levels):
         )
     return numbers
 
+# %% ../../nbs/variants/matryoshka.ipynb #matryoshka-rank
+@patch(as_prop=True)
+def order(self: MatryoshkaSAE) -> Tensor:  # [d_sae], or None
+    "Latents in the order in which levels take them; None: as they lie."
+    return self.rate.argsort(descending=True, stable=True) if self.sort else None
+
+
+@patch
+@torch.no_grad()
+def renew(self: MatryoshkaSAE, o: Out):
+    "Move the running rates towards those of a batch: the mean of all, later of about a hundred."
+    fired = o.per_latent((o.values > 0).to(self.rate)) / max(1, len(o.x))
+    weight = (1 / self.n_batches.clamp_min(1)).clamp_min(0.01)
+    self.rate.lerp_(fired, weight.to(self.rate))
+
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-inner-levels
 @patch
 def inner_levels(
@@ -117,11 +175,11 @@ def inner_levels(
     o: Out,  # A pass
     sizes: list,  # Rising numbers of latents
 ):  # Yields reconstructions, [n_tokens, d_in], one per level
-    "Reconstructions from ever longer prefixes of a pass."
-    x_hat, first = self.b_dec, 0
-    for stop in sizes:
-        x_hat = x_hat + o.decode(o.values, self.W_dec, slice(first, stop))
-        first = stop
+    "Reconstructions from ever more latents of a pass."
+    below = self.b_dec
+    for block in o.decode_blocks(o.values, self.W_dec, sizes, self.order):
+        x_hat = below + block
+        below = x_hat.detach() if self.detach else x_hat
         yield x_hat
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-levels
@@ -129,18 +187,33 @@ def inner_levels(
 def levels(self: MatryoshkaSAE) -> list:
     "Levels of this pass; drawn in training only."
     if self.sampled and self.training:
-        return draw_sizes(self.sampled, self.d_sae, self.gen)
+        return draw_sizes(self.sampled, self.d_sae, self.gen, self.sampled_law)
     return self.sizes
 
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-levels-reconstruction
 @patch
 def reconstruction(self: MatryoshkaSAE, o: Out) -> dict:
-    "Mean over levels of the squared error."
+    "Mean or sum over levels of the squared error."
+    if self.sort and self.training:
+        self.renew(o)
     sizes = self.levels()
     x = o.x - self.skip * o.x if self.skip else o.x
-    errors = [(x - x_hat).pow(2).sum(-1).mean() for x_hat in self.inner_levels(o, sizes[:-1])]
+    residuals = [x - x_hat for x_hat in self.inner_levels(o, sizes[:-1])]
+    errors = [residual.pow(2).sum(-1).mean() for residual in residuals]
     full = SAE.reconstruction(self, o)["mse"]
     o.logs["mse"] = full.item()
+    if self.aux and self.training:
+        self.note_levels(o, sizes, [*residuals, o.x - o.x_hat])
     weights = self.weights if len(self.weights) == len(sizes) else [1.0] * len(sizes)
     weighted = [weight * error for weight, error in zip(weights, [*errors, full])]
-    return {"nested_mse": sum(weighted) / sum(weights)}
+    return {"nested_mse": sum(weighted) if self.sums else sum(weighted) / sum(weights)}
+
+
+@patch
+def note_levels(self: MatryoshkaSAE, o: Out, sizes, residuals):
+    "For `LevelAuxK`: which latents each level adds, and what it leaves."
+    order = self.order
+    if order is None:
+        order = torch.arange(self.d_sae, device=o.x.device)
+    added = [order[first:stop] for first, stop in zip([0, *sizes], sizes)]
+    o.notes["levels"] = [(latents, e.detach()) for latents, e in zip(added, residuals)]
