@@ -18,7 +18,7 @@ from .core import figure_text, short
 
 # %% ../nbs/01_style.ipynb #style-families
 families = dict(  # family -> variant: colour
-    count=dict(topk="#0072B2", batchtopk="#00456B", matryoshka="#56B4E9"),
+    count=dict(topk="#0072B2", batchtopk="#00456B", matryoshka="#56B4E9", matching_pursuit="#3FFAFD"),
     price=dict(standard="#E69F00", p_anneal="#B8962E", gated="#5A3D00", jumprelu="#F5CB6B"),
     pairs=dict(ortho="#009E73", ortsae="#005C43", interference="#79D1B3"),
     context=dict(
@@ -28,6 +28,7 @@ families = dict(  # family -> variant: colour
         moving_average="#42082B",
         tsae="#EDBAD6",
     ),
+    encoder=dict(refine="#8916F1", tied="#13015E", token_weights="#877CFD"),
     correction=dict(self_correcting="#D55E00", zscore="#EE8866"),
 )
 dark = "#222222"  # of what is known: the truth, a target, a threshold

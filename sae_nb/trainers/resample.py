@@ -44,8 +44,8 @@ def restart(
     sae = t.sae
     rows = torch.nn.functional.normalize(directions.to(sae.W_dec), dim=-1)
     length = enc_norm * _mean_length_of_others(sae, idx)
-    sae.W_dec[idx] = rows
     sae.set_encoder((length * rows).T, idx)
+    sae.W_dec[idx] = rows  # the last word where the two are one
     sae.b_enc[idx] = 0
     for module in sae.modules():
         if hasattr(module, "forget"):

@@ -75,11 +75,15 @@ class JumpReLUSAE(SAE):
         pace: float = 5.0,  # Learning rate of ln θ, in multiples of the loop's
         settle: float = 0.1,  # Share of training in which a target sets thresholds; 0: the first batch
         penalty: str = "step",  # "step" counts active latents, "tanh" is a smooth count
+        fall: float = 1.0,  # With `target_l0`: how many times the target L0 is steered to first
+        anneal: float = 0.5,  # Share of training over which it falls from there
+        set_up: bool = True,  # With `target_l0`: set thresholds from batches; if not, `threshold` is the start
         seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, seed)
         _check_positive(bandwidth=bandwidth, threshold=threshold, pace=pace)
-        self.price = Price(l0_coeff, target_l0, d_sae, "l0_coeff", settle)
+        self.price = Price(l0_coeff, target_l0, d_sae, "l0_coeff", settle, fall, anneal)
+        self.set_up = set_up
         self.bandwidth = bandwidth
         self.start = threshold
         self.pace = pace
@@ -121,7 +125,7 @@ def aim(cls: JumpReLUSAE, k, l1, given) -> dict:
 @patch(as_prop=True)
 def calibrates(self: JumpReLUSAE) -> bool:
     "While thresholds are set from batches."
-    return self.price.sets_up(self.progress)
+    return self.set_up and self.price.sets_up(self.progress)
 
 
 @patch
@@ -129,7 +133,7 @@ def calibrate(self: JumpReLUSAE, z, latents) -> Tensor:
     "The first training batches set the thresholds if L0 is steered."
     if not self.calibrates or not len(z):
         return z
-    cut = self.price.cut_between(z)
+    cut = self.price.cut_between(z, self.progress)
     raised = (self.start - cut).clamp_min(0)
     self.b_enc.data[latents] += raised
     self.slow_log_threshold.data[latents] = (cut + raised).log() / self.pace

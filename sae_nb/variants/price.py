@@ -37,6 +37,14 @@ def _check_coeff(name, coeff, target_l0):
         said = f"{name} = 0 leaves nothing to steer towards target_l0 = {target_l0}"
         raise InputError(f"{said}; give a start above 0")
 
+
+def _check_fall(fall, anneal, target_l0):
+    "One line for a beginning that cannot be, or that has nothing to fall to."
+    if not fall >= 1:
+        raise InputError(f"fall = {fall} is how many times target_l0 L0 begins at; give 1 or more")
+    if not 0 <= anneal <= 1:
+        raise InputError(f"anneal = {anneal} is a share of training; give 0 to 1")
+
 # %% ../../nbs/variants/price.ipynb #price-class
 class Price(nn.Module):
     "Weight of a sparsity term: fixed and warmed up, or steered so that L0 meets a target."
@@ -48,18 +56,35 @@ class Price(nn.Module):
         d_sae: int = None,  # Number of latents
         name: str = "l1_coeff",  # For messages
         settle: float = 0.0,  # With a target: share of training during which the SAE is set up from batches
+        fall: float = 1.0,  # With a target: how many times the target L0 is steered to first
+        anneal: float = 0.5,  # Share of training over which it falls from there to the target
     ):
         super().__init__()
         check_target(target_l0, d_sae)
         _check_coeff(name, coeff, target_l0)
         if not 0 <= settle <= 1:
             raise InputError(f"settle = {settle} is a share of training; give 0 to 1")
+        _check_fall(fall, anneal, target_l0)
         self.target_l0 = target_l0
+        self.fall = fall
+        self.anneal = anneal
         self.d_sae = d_sae
         self.settle = settle
         self.register_buffer("coeff", torch.tensor(float(coeff)))
         self.register_buffer("log_l0", torch.tensor(math.inf))  # infinite before the first step
         self.register_buffer("trend", torch.zeros(()))  # change of log_l0 per step, running mean
+
+# %% ../../nbs/variants/price.ipynb #price-wanted
+@patch
+def wanted(
+    self: Price,
+    progress: float,  # Share of training done
+) -> float:  # Latents per token
+    "Where L0 is steered now."
+    if self.fall == 1 or progress >= self.anneal:
+        return self.target_l0
+    start = min(self.fall * self.target_l0, self.d_sae or math.inf)
+    return start * (self.target_l0 / start) ** (progress / self.anneal)
 
 # %% ../../nbs/variants/price.ipynb #price-follow
 @patch
@@ -67,15 +92,16 @@ class Price(nn.Module):
 def follow(
     self: Price,
     l0: Tensor,  # Latents per token of the batch
+    progress: float = 1.0,  # Share of training done
     rate: float = 0.06,  # η, how fast the weight moves
     horizon: float = 40.0,  # h, steps looked ahead
 ):
-    "Move the weight towards where L0 would be `target_l0`."
+    "Move the weight towards where L0 would be what is wanted."
     log_l0 = l0.detach().float().clamp_min(1e-2).log().to(self.trend)
     if not self.log_l0.isinf():
         self.trend.lerp_((log_l0 - self.log_l0).clamp(-0.2, 0.2), 0.1)
     self.log_l0.copy_(log_l0)
-    ahead = log_l0 - math.log(self.target_l0) + horizon * self.trend
+    ahead = log_l0 - math.log(self.wanted(progress)) + horizon * self.trend
     self.coeff.mul_((rate * ahead.clamp(-1.5, 1.5)).exp())
 
 # %% ../../nbs/variants/price.ipynb #price-forward
@@ -87,7 +113,7 @@ def forward(
 ) -> Tensor:  # Scalar
     "The weight for this batch; in training a steered one moves first."
     if self.target_l0 and sae.training:
-        self.follow(o.l0)
+        self.follow(o.l0, sae.progress)
     weight = self.coeff.to(o.values.dtype)
     return weight * (1.0 if self.target_l0 else sae.sparsity_scale)
 
@@ -97,16 +123,17 @@ def forward(
 def cut(
     self: Price,
     z: Tensor,  # Pre-activations of some latents on a batch, [n_tokens, n]
+    progress: float = 1.0,  # Share of training done
 ) -> Tensor:  # [n]
     "Where each latent would have to be cut to be on for its share of the tokens."
-    return self._largest(z).amin(0).to(z.dtype)
+    return self._largest(z, progress).amin(0).to(z.dtype)
 
 
 @patch
-def _largest(self: Price, z):
+def _largest(self: Price, z, progress):
     "The largest of each latent: those of its share, and one more."
     z = z.detach().float()
-    share = round(len(z) * self.target_l0 / self.d_sae)
+    share = round(len(z) * self.wanted(progress) / self.d_sae)
     return z.topk(min(len(z), 1 + share), dim=0, sorted=False).values
 
 # %% ../../nbs/variants/price.ipynb #price-cut-between
@@ -115,9 +142,10 @@ def _largest(self: Price, z):
 def cut_between(
     self: Price,
     z: Tensor,  # Pre-activations of some latents on a batch, [n_tokens, n]
+    progress: float = 1.0,  # Share of training done
 ) -> Tensor:  # [n]
     "`cut`, moved halfway to the next larger pre-activation, so that no token sits on it."
-    largest = self._largest(z)
+    largest = self._largest(z, progress)
     edge = largest.amin(0)
     gap = torch.where(largest > edge, largest - edge, math.inf).amin(0).nan_to_num(posinf=0.0)
     return (edge + gap / 2).to(z.dtype)
