@@ -183,3 +183,15 @@ def forget(
 ):
     "Their thresholds are the lowest start again."
     self.slow_log_threshold.data[idx] = math.log(self.start) / self.pace
+
+# %% ../../nbs/variants/jumprelu.ipynb #jumprelu-preset
+add_preset(
+    "jumprelu",
+    "published",
+    "As in SynthSAEBench: smooth count, wide kernel, thresholds from 0.5, and a slow way down to L0",
+    penalty="tanh",
+    bandwidth=2.0,
+    threshold=0.5,
+    set_up=False,
+    fall=4.0,
+)
