@@ -23,7 +23,6 @@ from sae_nb.evals.base import (
     how_many,
     looks_of,
     metric_values,
-    option,
     sized,
 )
 from .codes import random_directions, random_sae
@@ -41,7 +40,7 @@ from sae_nb.style import (
 )
 from ..truth.ablate import Ablation
 from ..truth.counts import Detection, Fit, Thresholds, by_rate, feature_scores, pairing
-from ..truth.related import Absorption, depths, hedging, leakage, roots_of
+from ..truth.related import Absorption, hedging, leakage, roots_of
 from ..truth.synth import Fired, SynthWorld
 from ..variants.batchtopk import BatchTopKSAE
 
@@ -202,7 +201,7 @@ def _sibling_pairs(parent):
 
 
 def _tied_pairs(world, own):
-    "Pairs of features outside and atop trees that hidden causes tie most: as many as there are such features."
+    "The pairs of roots and features without a tree that hidden causes tie most."
     some = (own & (world.parent < 0)).nonzero()[:, 0]
     tie = world.ties[some] @ world.ties[some].T
     i, j = torch.triu_indices(len(some), len(some), 1, device=some.device)
@@ -549,7 +548,7 @@ def measure(self: SynthTruth, sae, ctx: Context):
 
 # %% ../../nbs/evals/synth_truth.ipynb #synthtruth-draw-rows
 def _rows(ax, rows, score, look, mark=None):
-    "One score: a row for every SAE, a grey line for what stands beside, and a mark for another number of the SAE."
+    "One score: a row for every SAE, a mark for another number, a grey line for what stands beside."
     for at, name in enumerate(look):
         draw_row(ax, at, rows[name].get(score), look[name])
         if mark and rows[name].get(mark) is not None:

@@ -84,7 +84,7 @@ def _asked(self: Ablation, fired):
 @patch
 def _count(self: Ablation, row, who, said, amount, fired):
     "Add what left each feature, and what there was; `said`: whether the latent silenced was on."
-    asked, token, n = self.features[who], fired.token, len(self.features)
+    asked, token = self.features[who], fired.token
     own, parent = (fired.feature == some[token] for some in (asked, self.parent[asked]))
     mine, spoken = fired.value.double() * own, said[token]
     pairs = (
