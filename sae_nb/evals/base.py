@@ -444,6 +444,7 @@ class Evaluator:
     headline = {}  # name -> +1 higher is better, -1 lower is, 0 neither
     glance = ()  # Names that the table of a run shows; None: all
     needs = ()  # Of "model", "toy", "batches"
+    on = ""  # Kind of known directions it is made for: "toy" or "synth"; empty: any
     with_nulls = True  # SAEs that learned nothing stand beside
     with_peers = False  # Looks at the SAEs beside the one under evaluation
     manner = ()  # Options that say how something is done and change no number

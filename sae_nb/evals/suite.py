@@ -22,25 +22,29 @@ def _asked(wanted):
     return list(dict.fromkeys(name for name in names if name))
 
 
+def _unfit(name, kind):
+    "Why an evaluator cannot run on known directions of a kind, or on a model; empty: it can."
+    cls = find("evals", name)
+    if not kind:
+        return f"known directions; run it with -p model {cls.on or 'toy'}" if "toy" in cls.needs else ""
+    if "model" in cls.needs:
+        return f"a language model; it cannot run with -p model {kind}"
+    other = cls.on and cls.on != kind
+    return f"known directions of another kind; run it with -p model {cls.on}" if other else ""
+
+
 def chosen(
     wanted: str,  # Comma-separated names, or "all"; empty: none
-    toy: bool = False,  # On known directions instead of a language model
+    toy="",  # Kind of known directions, "toy" or "synth"; empty: a language model; True: "toy"
 ) -> list:  # Names, each once
     "The evaluators a parameters cell asks for."
-    absent = "model" if toy else "toy"
-
-    def runs_here(name):
-        return absent not in find("evals", name).needs
-
+    kind = "toy" if toy is True else toy or ""
     if wanted.strip() == "all":
-        return [name for name in names("evals") if runs_here(name)]
+        return [name for name in names("evals") if not _unfit(name, kind)]
     for name in _asked(wanted):
         if ("evals", name) not in found:
             one_of("evaluator", name, names("evals"))
-        if not runs_here(name):
-            why = "a language model; it cannot run with -p model toy"
-            if not toy:
-                why = "known directions; run it with -p model toy"
+        if why := _unfit(name, kind):
             raise InputError(f"evaluator {name!r} needs {why}")
     return _asked(wanted)
 
