@@ -199,13 +199,13 @@ def reconstruction(self: MatryoshkaSAE, o: Out) -> dict:
     sizes = self.levels()
     x = o.x - self.skip * o.x if self.skip else o.x
     residuals = [x - x_hat for x_hat in self.inner_levels(o, sizes[:-1])]
-    errors = [residual.pow(2).sum(-1).mean() for residual in residuals]
-    full = SAE.reconstruction(self, o)["mse"]
-    o.logs["mse"] = full.item()
+    errors = [self.token_mean(residual.pow(2).sum(-1)) for residual in residuals]
+    full = (o.x - o.x_hat).pow(2).sum(-1)
+    o.logs["mse"] = full.mean().item()
     if self.aux and self.training:
         self.note_levels(o, sizes, [*residuals, o.x - o.x_hat])
     weights = self.weights if len(self.weights) == len(sizes) else [1.0] * len(sizes)
-    weighted = [weight * error for weight, error in zip(weights, [*errors, full])]
+    weighted = [weight * error for weight, error in zip(weights, [*errors, self.token_mean(full)])]
     return {"nested_mse": sum(weighted) if self.sums else sum(weighted) / sum(weights)}
 
 
