@@ -195,7 +195,7 @@ def chosen_evaluators(
     p: Params,  # Parameters
 ) -> dict:  # name -> evaluator
     "The evaluators that are asked for, with their settings."
-    wanted = chosen(p.evals, p.model == "toy")
+    wanted = chosen(p.evals, kind_of(p.model))
     asked = _add_probe_data(p, wanted, parse_options(p.eval_options))
     for_all = {n: getattr(p, n) for n in ("data_dir", "text_column", "label_column") if getattr(p, n)}
     short = bool(os.environ.get("SAE_NB_FAST"))
@@ -353,25 +353,39 @@ class Data:
         return self.lm.device if self.lm else "cpu"
 
 # %% ../nbs/10_experiment.ipynb #experiment-toy
-def _toy_data(plan):
-    "Known directions instead of a language model."
+def _known(model):
+    "The source of known directions that a model's name means, and a line about it."
     from sae_nb.toy import Toy
+    from sae_nb.truth.synth import SynthWorld
 
+    if kind_of(model) == "toy":
+        about = "toy: 256 known directions in 64 dimensions, 8 active"
+        return Toy(d_in=64, n_true=256, n_active=8, seed=0), about
+    size, number = synth_size(model)
+    world = SynthWorld(size, seed=number)
+    return (
+        world,
+        f"synthetic world {size}, number {number}: {world.n_true:,} features in {world.d_in} dimensions",
+    )
+
+
+def _known_data(plan):
+    "Known directions instead of a language model."
     p = plan.params
     if plan.rows and p.batch < p.ctx:
         raise InputError(
             f"batch = {p.batch} tokens is less than one row of {p.ctx}, and this SAE needs whole rows; "
             f"use a batch of at least {p.ctx}"
         )
-    toy = Toy(d_in=64, n_true=256, n_active=8, seed=0)
+    toy, about = _known(p.model)
     size = dict(batch=p.batch // p.ctx, T=p.ctx) if plan.rows else dict(batch=p.batch)
     test = toy.stream(**size, part="test")
     return Data(
         stream=toy.stream(**size, start=plan.seed * 10**6),
         held=[next(test) for _ in range(max(1, p.eval_rows * p.ctx // p.batch))],
-        hook="toy",
-        content=dict(model="toy", text=f"toy-{plan.seed}", rows=plan.rows),
-        about="toy: 256 known directions in 64 dimensions, 8 active",
+        hook=kind_of(p.model),
+        content=dict(model=p.model, text=f"{kind_of(p.model)}-{plan.seed}", rows=plan.rows),
+        about=about,
         toy=toy,
     )
 
@@ -429,7 +443,7 @@ def open_data(
 ) -> Data:
     "Load the model, open the text, start the runs."
     with guarding(plan.runs):
-        data = _toy_data(plan) if plan.params.model == "toy" else _lm_data(plan)
+        data = _known_data(plan) if kind_of(plan.params.model) else _lm_data(plan)
         for evaluator in plan.evaluators.values():
             evaluator.ready(data.lm)
         found = dict(hook=data.hook, d_in=data.stream.d_in, data=data.about)

@@ -10,21 +10,21 @@ __all__ = ['variant', 'model', 'hook', 'text', 'repeat', 'text_column', 'd_sae',
 
 # %% ../nbs/run.ipynb #run-parameters
 variant: str = "standard"  # registered variants, comma-separated, or all; ortho/jumprelu puts one on another
-model: str = "world"  # "world", "toy", a Hugging Face name, or a local model folder [path]
+model: str = "world"  # "world", "toy", "synth:1k", a Hugging Face name, or a local model folder [path]
 hook: str = ""  # e.g. "blocks.12.hook_resid_post"; empty: the model's default
 text: str = ""  # file, folder or hf:<data set>; empty: the model's default [path]
 repeat: bool = False  # a streamed text that ends begins again, in another order; files always do
 text_column: str = ""  # column that holds the text; empty: the source's default
-d_sae: int = 2048  # latents
-k: float = 32  # active latents per token; a fraction where they are counted over a batch or steered
+d_sae: int = 0  # latents; 0: 2048, on synth as 09_runs lists
+k: float = 0  # active latents per token, 0: 32; a fraction where they are counted over a batch or steered
 l1: float = 0.0  # L1 coefficient where there is one; 0: steered so that L0 meets k
 options: str = ""  # options of the variants, as words or JSON; see 10_experiment
 preset: str = ""  # named sets of options, comma-separated, or all; each variant takes those it has
 trainers: str = "auxk"  # additions to the loop, comma-separated, e.g. auxk,resample; see nbs/trainers
 diagnostics: bool = False  # gradients, activations, memory and speed in history.csv [not in weights]
-tokens: int = 1_000_000  # activations to train on
-batch: int = 2048  # tokens per step
-lr: float = 4e-3  # Adam's learning rate; for a hundred million tokens and more take 3e-4
+tokens: int = 0  # activations to train on; 0: a million
+batch: int = 0  # tokens per step; 0: 2048
+lr: float = 0.0  # Adam's learning rate, 0: 4e-3; for a hundred million tokens and more take 3e-4
 warmup_steps: int = -1  # rise of the learning rate; -1: a twentieth of the steps
 ctx: int = 128  # tokens per row
 buffer: int = 512  # rows harvested and shuffled at a time

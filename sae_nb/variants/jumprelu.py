@@ -75,9 +75,9 @@ class JumpReLUSAE(SAE):
         pace: float = 5.0,  # Learning rate of ln θ, in multiples of the loop's
         settle: float = 0.1,  # Share of training in which a target sets thresholds; 0: the first batch
         penalty: str = "step",  # "step" counts active latents, "tanh" is a smooth count
-        fall: float = 1.0,  # With `target_l0`: how many times the target L0 is steered to first
+        fall: float = 1.0,  # With `target_l0`: multiple of it that is steered to first
         anneal: float = 0.5,  # Share of training over which it falls from there
-        set_up: bool = True,  # With `target_l0`: set thresholds from batches; if not, `threshold` is the start
+        set_up: bool = True,  # With `target_l0`: set thresholds from batches; else all start alike
         seed: int = 0,  # Seeds the initial weights
     ):
         super().__init__(d_in, d_sae, seed)
