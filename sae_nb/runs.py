@@ -86,10 +86,10 @@ on_synth = {  # size of a synthetic world -> what is usual there
 
 
 def _fill(self):
-    "What was left at 0 is what is usual on the model."
+    "What was left at -1 is what is usual on the model."
     own = on_synth[synth_size(self.model)[0]] if kind_of(self.model) == "synth" else usual
     for name, value in own.items():
-        setattr(self, name, getattr(self, name) or value)
+        setattr(self, name, value if getattr(self, name) == -1 else getattr(self, name))
 
 
 _cell = [line for line in inspect.getsource(params).splitlines() if re.match(r"\w+: \w+ = ", line)]

@@ -901,7 +901,7 @@ def _told_early(given, folder):
 
 def _types_of(parameter):
     "(value, what it must arrive as or None) for a parameter."
-    usual = toy_run.get(parameter.name, parameter.default)
+    usual = toy_run.get(parameter.name, getattr(Params(), parameter.name))
     for value in never[parameter.type]:
         yield value, None
     for make in meaning[parameter.type]:
