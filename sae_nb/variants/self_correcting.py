@@ -21,6 +21,7 @@ from ..trainers.grad_scale import GradScale
 from ..trainers.reactivate import LeaveDead, Reactivate
 from .first_weights import first_weights
 from .interference import EncoderGram, Interference
+from .zscore import ZScoreSAE
 
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-norms
 def _fronts(sae, norm, attention):
@@ -32,7 +33,9 @@ def _fronts(sae, norm, attention):
         sae.fronts["attention"] = attentions[kind](sae.d_in, sae.gen)
 
 
-def _trainers(clip, adaptive_lr, grad_scale, accumulate, accumulate_of, reactivate_every, leave_dead=False):
+def _trainers(
+    clip, adaptive_lr, grad_scale, accumulate, accumulate_of, reactivate_every, leave_dead=False, enc_norm=1.0
+):
     "What is added to the training loop."
     trainers = [Clip(clip)]
     if grad_scale != "none":
@@ -42,7 +45,7 @@ def _trainers(clip, adaptive_lr, grad_scale, accumulate, accumulate_of, reactiva
     if accumulate != 1:
         trainers.append(Accumulate(accumulate, accumulate_of))
     if reactivate_every:
-        trainers.append(Reactivate(reactivate_every))
+        trainers.append(Reactivate(reactivate_every, enc_norm=enc_norm))
     elif leave_dead:
         trainers.append(LeaveDead())
     return trainers
@@ -124,7 +127,8 @@ def self_correcting(
     _fronts(sae, norm, attention)
     _penalties(sae, penalty, ortho_coeff, tau, rank, reactivate_every)
     gradients = clip, adaptive_lr, grad_scale, accumulate, accumulate_of
-    sae.trainers += _trainers(*gradients, reactivate_every, leave_dead)
+    enc_norm = 0.2 if isinstance(sae, ZScoreSAE) else 1.0
+    sae.trainers += _trainers(*gradients, reactivate_every, leave_dead, enc_norm)
     return sae
 
 # %% ../../nbs/variants/self_correcting.ipynb #selfc-skip
