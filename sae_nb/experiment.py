@@ -215,7 +215,7 @@ class Plan:
 
     params: Params  # What was asked
     training: TrainConfig  # Of all SAEs
-    trainers: list  # Names of what is added to the loop
+    trainers: list  # Names of what is added to the loop, where it fits
     evaluators: dict  # name -> evaluator
     nulls: tuple  # Names of the SAEs that know nothing
     runs: list  # One for each variant, preset and seed
@@ -265,7 +265,7 @@ def _company(sae, seed, seeds, rows):
     return shared, "rows" if rows and not sae.sequential else ""
 
 # %% ../nbs/10_experiment.ipynb #experiment-runs-of
-def _runs(p, choices, seeds, saes, **shared):
+def _runs(p, choices, seeds, saes, joining, **shared):
     "A folder for every choice and seed, with its config."
     several = len(choices) * len(seeds) > 1
     rows = any(sae.sequential for sae in saes)
@@ -275,7 +275,8 @@ def _runs(p, choices, seeds, saes, **shared):
         for seed in seeds:
             name = _run_name(p, choice, seed, several, *_company(sae, seed, seeds, rows))
             config = dict(name=name, variant=choice.variant, preset=choice.preset, seed=seed)
-            config.update(variant_args=choice.args, params=public(p), **shared, **made_by)
+            config.update(variant_args=choice.args, params=public(p), **shared)
+            config.update(trainers=joining[choice.label], **made_by)
             runs.append(Run(root() / "runs" / name, config))
     return runs
 
@@ -302,6 +303,24 @@ def _trainers(p):
     return list(dict.fromkeys(wanted))
 
 
+def _joining(trainers, choices, saes, training):
+    "Which trainers join each choice; a line for a watcher that some leave out, an error if all do."
+    joining = {choice.label: [] for choice in choices}
+    for name in trainers:
+        watcher = find("trainers", name)()
+        lacks = {choice.label: watcher.lacks(sae) for choice, sae in zip(choices, saes)}
+        check_fits(watcher, name, lacks)
+        without = {label: lack for label, lack in lacks.items() if lack}
+        if without:
+            lack = next(iter(without.values()))
+            print(f"{name} is left out of {in_words(without)} ({len(without)} of {len(lacks)}): {lack}")
+        for label in lacks.keys() - without:
+            joining[label].append(name)
+    for choice, sae in zip(choices, saes):
+        Trainee(copy.deepcopy(sae), training, joining[choice.label], choice.label)  # an error if one cannot
+    return joining
+
+
 def _greet(evaluators, runs):
     "Are those there whom evaluators ask?"
     if all(run.finished for run in runs):
@@ -326,9 +345,8 @@ def make_plan(
     wanted = choices(p, variants)
     check_size(p, len(wanted) * len(seeds), 1, pick_device(p.device))
     small = [try_small(choice, p.d_sae) for choice in wanted]
-    for choice, sae in zip(wanted, small):
-        Trainee(copy.deepcopy(sae), training, trainers, choice.label)  # an error if a trainer cannot join it
-    runs = _runs(p, wanted, seeds, small, training=asdict(training), trainers=trainers)
+    joining = _joining(trainers, wanted, small, training)
+    runs = _runs(p, wanted, seeds, small, joining, training=asdict(training))
     _greet(evaluators, runs)
     return Plan(p, training, trainers, evaluators, nulls, runs, rows=any(sae.sequential for sae in small))
 
@@ -529,7 +547,8 @@ def train_runs(
     data.stream.load_state(data.origin)
     with guarding(todo):
         trainees = [
-            Trainee(fresh_sae(run, data), plan.training, plan.trainers, run.name, run.folder) for run in todo
+            Trainee(fresh_sae(run, data), plan.training, run.config["trainers"], run.name, run.folder)
+            for run in todo
         ]
         for trainee in [] if quiet else trainees:
             _tell(trainee, plan.trainers)

@@ -6,8 +6,9 @@
 __all__ = ['metrics', 'table_metrics', 'RunFiles', 'read_run', 'read_runs', 'rows_of', 'run_looks', 'interval', 'grad_mean',
            'branch_mean', 'draw_runs', 'draw_failures', 'draw_bars', 'last', 'training_analysis', 'run_comparison',
            'null_levels', 'metric_bars', 'ablation_figures', 'combined', 'draw_points', 'ablation_numbers',
-           'ablation_table', 'as_tex', 'write_table', 'branch_table', 'read_pairs', 'overlap_by_lag', 'pair_stability',
-           'absorption_costs', 'absorption_figure', 'restarts_of', 'random_rank', 'restart_figure', 'unlearning_figure']
+           'ablation_table', 'as_tex', 'write_table', 'branch_table', 'read_pairs', 'overlap_by_lag', 'mean_curve',
+           'pair_stability', 'absorption_costs', 'absorption_figure', 'restarts_of', 'random_rank', 'restart_figure',
+           'unlearning_figure']
 
 # %% ../../nbs/reports/figures.ipynb #figures-imports
 import fnmatch
@@ -432,13 +433,16 @@ def _tex(text):
 
 
 def as_tex(
-    table,  # DataFrame of text
+    table,  # DataFrame of text or rounded numbers; its index may have several levels
 ) -> str:  # A booktabs tabular
     "A table for LaTeX."
-    heads = [table.index.name or "", *table.columns]
-    lines = [r"\begin{tabular}{l" + "r" * len(table.columns) + "}", r"\toprule"]
+    heads = [*(name or "" for name in table.index.names), *table.columns]
+    columns = "l" * table.index.nlevels + "r" * len(table.columns)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     lines += [" & ".join(map(_tex, heads)) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(_tex, map(str, [row, *table.loc[row]]))) + r" \\" for row in table.index]
+    for row, values in zip(table.index, table.astype(object).values):
+        cells = [*(row if isinstance(row, tuple) else [row]), *values]
+        lines.append(" & ".join(_tex("" if cell != cell else str(cell)) for cell in cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -497,22 +501,58 @@ def overlap_by_lag(
     return pd.DataFrame(found, columns=["lag", "overlap", "random"])
 
 # %% ../../nbs/reports/figures.ipynb #figures-pairs-plot
-def _curve_panel(ax, curves, look, texts, missing):
-    "Curves (x, y) of several runs with their names, or what is missing."
-    for name, (x, y) in curves.items():
-        ax.plot(x, y, color=look[name].color, ls=look[name].ls, marker=".", ms=3)
+def _on_grid(grid, x, y, steps):
+    "A curve at the places of a grid; NaN before its beginning and after its end."
+    if not steps:
+        return np.interp(grid, x, y, left=np.nan, right=np.nan)
+    at = np.searchsorted(x, grid, "right") - 1
+    return np.where((at >= 0) & (grid <= x[-1]), y[at], np.nan)
+
+
+def mean_curve(
+    curves: list,  # (x, y), one per seed, x rising
+    steps: bool = False,  # A curve keeps its value up to the next x
+) -> tuple:  # x, mean, low and high
+    "Mean over seeds and its 95 % interval at every x; a seed counts as far as its curve goes."
+    curves = [(np.asarray(x, float), np.asarray(y, float)) for x, y in curves]
+    grid = np.unique(np.concatenate([x for x, _ in curves]))
+    values = np.array([_on_grid(grid, x, y, steps) for x, y in curves])
+    return grid, *np.array([interval(at) for at in values.T]).T
+
+# %% ../../nbs/reports/figures.ipynb #figures-curve-panel
+def _draw_curve(ax, curves, look, steps):
+    "The curve of a row; with several seeds their mean, its interval as a band, and the seeds thin. Its end."
+    style = dict(color=look.color, ls=look.ls, drawstyle="steps-post" if steps else "default")
+    if len(curves) == 1:
+        ((x, y),) = curves
+        ax.plot(x, y, marker="" if steps else ".", ms=3, **style)
+        return list(x)[-1], list(y)[-1]
+    for x, y in curves:
+        ax.plot(x, y, lw=0.5, alpha=0.5, **style)
+    x, mean, low, high = mean_curve(curves, steps)
+    ax.plot(x, mean, marker="" if steps else ".", ms=3, **style)
+    ax.fill_between(x, low, high, color=look.color, alpha=0.15, lw=0, step="post" if steps else None)
+    return x[-1], mean[-1]
+
+
+def _curve_panel(ax, curves, runs, look, missing, steps=False):
+    "Curves (x, y) of several runs, by row and with their names, or what is missing."
     if not curves:
         return say(ax, missing)
-    ends = {name: (list(x)[-1], list(y)[-1]) for name, (x, y) in curves.items() if len(x)}
-    label_right(ax, ends, look, texts)
+    ends = {}
+    for row, own in rows_of(runs).items():
+        found = [curves[run.name] for run in own if run.name in curves and len(curves[run.name][0])]
+        if found:
+            ends[row] = _draw_curve(ax, found, look[row], steps)
+    label_right(ax, ends, look, short_names(rows_of(runs)))
 
-
+# %% ../../nbs/reports/figures.ipynb #figures-pair-stability
 @housed
 def pair_stability(
     runs: list,  # of RunFiles
 ):  # A figure of two panels
     "How much of the held pairs is new, and how alike sets are that lie apart."
-    look, texts = run_looks(runs), short_names([run.name for run in runs])
+    look = run_looks(runs)
     found = {run.name: read_pairs(run) for run in runs}
     found = {name: pairs for name, pairs in found.items() if pairs is not None and len(pairs) > 1}
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, height_for(len(found))))
@@ -521,8 +561,8 @@ def pair_stability(
     lags = {name: overlap_by_lag(pairs) for name, pairs in found.items()}
     left.set(ylim=(-0.03, 1.03), title="share of the pairs that is new")
     right.set(ylim=(-0.03, 1.03), title="overlap (Jaccard) by distance")
-    _curve_panel(left, new, look, texts, missing)
-    _curve_panel(right, {name: (lag.lag, lag.overlap) for name, lag in lags.items()}, look, texts, missing)
+    _curve_panel(left, new, runs, look, missing)
+    _curve_panel(right, {name: (lag.lag, lag.overlap) for name, lag in lags.items()}, runs, look, missing)
     if found:
         in_tokens(left)
         for lag in lags.values():
@@ -628,11 +668,21 @@ def restarts_of(
 
 
 def _lives(events):
-    "Tokens since the restart, and the share still firing; drawn as steps."
+    "Tokens since the restart, and the share still firing from then on."
     times, alive = survival(events.lived_tokens, events.ended)
     end = max(times[-1], events.lived_tokens.max())
-    x, y = np.r_[times, end], np.r_[alive, alive[-1]]
-    return np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
+    return np.r_[times, end], np.r_[alive, alive[-1]]
+
+
+def _looks(runs, events):
+    "run -> (updates, latents restarted): all looks at which a seed of its row restarted some."
+    found = {}
+    for own in rows_of(runs).values():
+        counts = {run.name: by_look(events[run.name]).restarted for run in own if run.name in events}
+        updates = sorted({update for count in counts.values() for update in count.index})
+        for name, count in counts.items():
+            found[name] = updates, count.reindex(updates, fill_value=0).values
+    return found
 
 
 def random_rank(
@@ -655,14 +705,13 @@ def _restart_curves(runs):
     "Of each panel of `restart_figure`: run -> (x, y)."
     events = {run.name: restarts_of(run) for run in runs}
     events = {name: log for name, log in events.items() if log is not None}
-    looked = {name: by_look(log).restarted for name, log in events.items()}
     dead, rank = [
         {run.name: found for run in runs if (found := _column(run, column))}
         for column in ("frac_dead", "effective_rank")
     ]
     return {
         "share still firing after a restart": {name: _lives(log) for name, log in events.items()},
-        "restarts per look": {name: (counts.index, counts.values) for name, counts in looked.items()},
+        "restarts per look": _looks(runs, events),
         "share of latents dead": dead,
         "effective rank": rank,
     }
@@ -677,17 +726,19 @@ def restart_figure(
     runs: list,  # of RunFiles
 ):  # A figure of four panels
     "What became of restarted latents, and of the dictionary."
-    look, texts = run_looks(runs), short_names([run.name for run in runs])
+    look = run_looks(runs)
     panels = _restart_curves(runs)
     fig, axes = plt.subplots(2, 2, figsize=(10.5, 2 * height_for(len(runs))))
     missing = (_none_restarted, _none_restarted, "no history", _no_rank)
     for ax, (title, curves), why in zip(axes.flat, panels.items(), missing):
         ax.set_title(title)
+        if title.startswith("share still firing"):
+            ax.set_ylim(-0.03, 1.03)
         if title == "share of latents dead":
-            ax.set_ylim(-0.001, max([0.05, *(1.05 * max(y) for _, y in curves.values())]))
+            ax.set_ylim(-0.001, max([0.05, *(1.05 * np.max(y) for _, y in curves.values())]))
         if title == "effective rank" and curves:
             ax.axhline(random_rank(runs), color=grey, ls="--", lw=1, label="(random)", zorder=0)
-        _curve_panel(ax, curves, look, texts, why)
+        _curve_panel(ax, curves, runs, look, why, steps=ax is axes[0, 0])
         if curves:
             in_tokens(ax)
     if panels["restarts per look"]:

@@ -41,12 +41,12 @@ def branch_statistics(
 class BranchWatch(Trainer):
     "Logs what branches say."
 
+    watches = "the variant temporal or one of its controls"
+
+    def lacks(self, sae):
+        return "" if "temporal" in sae.fronts else "no branches"
+
     def start(self, t, cfg):
-        if "temporal" not in t.sae.fronts:
-            raise InputError(
-                f"branch_watch has nothing to watch in {t.name}: it has no branches; use the variant "
-                "temporal or one of its controls, or leave it out"
-            )
         self._first = None  # what branches said before the first update, until a row has it
 
     def tensors(self):

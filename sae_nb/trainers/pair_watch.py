@@ -28,6 +28,8 @@ def jaccard(
 class PairWatch(Trainer):
     "Records which pairs of latents a penalty holds."
 
+    watches = "the variants ortho, interference or self_correcting"
+
     def __init__(
         self,
         every: int = None,  # Updates between records; None: a hundredth of training
@@ -43,12 +45,10 @@ class PairWatch(Trainer):
         self.sets = []  # pairs of each record, sorted
         self.rows = []  # what pair_watch.csv says of it
 
+    def lacks(self, sae):
+        return "" if {"ortho", "interference"} & set(sae.penalties) else "no pair penalty"
+
     def start(self, t, cfg):
-        if not {"ortho", "interference"} & set(t.sae.penalties):
-            raise InputError(
-                f"pair_watch has nothing to watch in {t.name}: it has no pair penalty; use the variants "
-                "ortho, interference or self_correcting, or leave it out"
-            )
         self.every = self.asked or max(1, cfg.steps // t.accumulate // 100)
         self.n = t.sae.d_sae
         self.per_update = cfg.batch
