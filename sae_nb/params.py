@@ -21,9 +21,7 @@ l1: float = 0.0  # L1 coefficient where there is one; 0: steered so that L0 meet
 options: str = ""  # options of the variants, as words or JSON; see 10_experiment
 preset: str = ""  # named sets of options, comma-separated, or all; each variant takes those it has
 trainers: str = "auxk"  # additions to the loop, comma-separated, e.g. auxk,resample; see nbs/trainers
-trainer_options: str = (
-    ""  # options of trainers, as words or JSON, e.g. anneal_k.k_start=13.4; see 10_experiment
-)
+trainer_options: str = ""  # options of trainers, as words or JSON; see 10_experiment
 diagnostics: bool = False  # gradients, activations, memory and speed in history.csv [not in weights]
 tokens: int = -1  # activations to train on; -1: a million
 batch: int = -1  # tokens per step; -1: 2048
