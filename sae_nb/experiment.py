@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['parse_options', 'variant_args', 'listed', 'presets_of', 'Choice', 'choices', 'try_small', 'chosen_evaluators',
-           'chosen_nulls', 'Plan', 'make_plan', 'Data', 'open_data', 'fresh_sae', 'train_runs', 'first_activations',
-           'evaluation_context', 'Results', 'evaluate_runs', 'experiment']
+           'chosen_nulls', 'Plan', 'fresh_trainers', 'make_plan', 'Data', 'open_data', 'fresh_sae', 'train_runs',
+           'first_activations', 'evaluation_context', 'Results', 'evaluate_runs', 'experiment']
 
 # %% ../nbs/10_experiment.ipynb #experiment-imports
 import copy
+import inspect
 import json
 import math
 import os
@@ -215,7 +216,7 @@ class Plan:
 
     params: Params  # What was asked
     training: TrainConfig  # Of all SAEs
-    trainers: list  # Names of what is added to the loop, where it fits
+    trainers: dict  # name -> options of what is added to the loop
     evaluators: dict  # name -> evaluator
     nulls: tuple  # Names of the SAEs that know nothing
     runs: list  # One for each variant, preset and seed
@@ -296,18 +297,46 @@ def _check_l1(p, variants):
 
 # %% ../nbs/10_experiment.ipynb #experiment-trainers
 def _trainers(p):
-    "Names of what is added to the loop."
+    "name -> options of what is added to the loop, all of it valid."
     wanted = listed(p.trainers) + ["diagnostics"] * p.diagnostics
     for name in wanted:
         find("trainers", name)
-    return list(dict.fromkeys(wanted))
+    own = {name: {} for name in wanted}
+    for name, options in _by_trainer(parse_options(p.trainer_options)):
+        own[one_of("trainer with options", name, own)].update(options)
+    return {name: _checked_trainer(name, options) for name, options in own.items()}
+
+
+def _by_trainer(asked):
+    "(name, {option: value}) for everything that was said."
+    for key, value in asked.items():
+        name, _, option = key.partition(".")
+        if not option and not isinstance(value, dict):
+            raise InputError(
+                f"trainer option {key!r} names no trainer; "
+                f'write it as auxk.{key} or {{"auxk": {{"{key}": ...}}}}'
+            )
+        yield name, {option: value} if option else value
+
+
+def _checked_trainer(name, options):
+    "Options that a trainer has, each of its kind."
+    who, known = f"trainer {name}", inspect.signature(find("trainers", name)).parameters
+    if options and not known:
+        raise InputError(f"{who} has no options; leave {', '.join(options)} out")
+    checked = {}
+    for option, value in options.items():
+        own = known[one_of(f"{who} option", option, known)]
+        allowed = declared(own.annotation, own.default)
+        checked[option] = check_option(who, option, value, allowed, own.default)
+    return checked
 
 
 def _joining(trainers, choices, saes, training):
     "Which trainers join each choice; a line for a watcher that some leave out, an error if all do."
     joining = {choice.label: [] for choice in choices}
-    for name in trainers:
-        watcher = find("trainers", name)()
+    for name, options in trainers.items():
+        watcher = find("trainers", name)(**options)
         lacks = {choice.label: watcher.lacks(sae) for choice, sae in zip(choices, saes)}
         check_fits(watcher, name, lacks)
         without = {label: lack for label, lack in lacks.items() if lack}
@@ -317,8 +346,21 @@ def _joining(trainers, choices, saes, training):
         for label in lacks.keys() - without:
             joining[label].append(name)
     for choice, sae in zip(choices, saes):
-        Trainee(copy.deepcopy(sae), training, joining[choice.label], choice.label)  # an error if one cannot
+        own = _made({name: trainers[name] for name in joining[choice.label]})
+        Trainee(copy.deepcopy(sae), training, own, choice.label)  # an error if one cannot
     return joining
+
+# %% ../nbs/10_experiment.ipynb #experiment-greet
+def fresh_trainers(
+    plan: Plan,  # From `make_plan`
+    run: Run,  # One of its runs
+) -> list:  # Trainers
+    "What is added to the loop of one SAE, made anew."
+    return _made({name: plan.trainers[name] for name in run.config["trainers"]})
+
+
+def _made(trainers):
+    return [find("trainers", name)(**options) for name, options in trainers.items()]
 
 
 def _greet(evaluators, runs):
@@ -547,7 +589,7 @@ def train_runs(
     data.stream.load_state(data.origin)
     with guarding(todo):
         trainees = [
-            Trainee(fresh_sae(run, data), plan.training, run.config["trainers"], run.name, run.folder)
+            Trainee(fresh_sae(run, data), plan.training, fresh_trainers(plan, run), run.name, run.folder)
             for run in todo
         ]
         for trainee in [] if quiet else trainees:

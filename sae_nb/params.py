@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['variant', 'model', 'hook', 'text', 'repeat', 'text_column', 'd_sae', 'k', 'l1', 'options', 'preset', 'trainers',
-           'diagnostics', 'tokens', 'batch', 'lr', 'warmup_steps', 'ctx', 'buffer', 'sink', 'seed', 'evals',
-           'eval_rows', 'eval_options', 'eval_nulls', 'probe_data', 'label_column', 'data_dir', 'device', 'dtype',
-           'checkpoint', 'cache', 'cache_gb', 'name', 'resume']
+           'trainer_options', 'diagnostics', 'tokens', 'batch', 'lr', 'warmup_steps', 'ctx', 'buffer', 'sink', 'seed',
+           'evals', 'eval_rows', 'eval_options', 'eval_nulls', 'probe_data', 'label_column', 'data_dir', 'device',
+           'dtype', 'checkpoint', 'cache', 'cache_gb', 'name', 'resume']
 
 # %% ../nbs/run.ipynb #run-parameters
 variant: str = "standard"  # registered variants, comma-separated, or all; ortho/jumprelu puts one on another
@@ -21,6 +21,7 @@ l1: float = 0.0  # L1 coefficient where there is one; 0: steered so that L0 meet
 options: str = ""  # options of the variants, as words or JSON; see 10_experiment
 preset: str = ""  # named sets of options, comma-separated, or all; each variant takes those it has
 trainers: str = "auxk"  # additions to the loop, comma-separated, e.g. auxk,resample; see nbs/trainers
+trainer_options: str = ""  # options of trainers, as words or JSON; see 10_experiment
 diagnostics: bool = False  # gradients, activations, memory and speed in history.csv [not in weights]
 tokens: int = -1  # activations to train on; -1: a million
 batch: int = -1  # tokens per step; -1: 2048

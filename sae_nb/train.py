@@ -115,7 +115,15 @@ def sparsity_factor(self: TrainConfig, step: int) -> float:
 class Trainer:
     "An addition to the loop. Methods not overridden do nothing."
 
-    moments = ("start", "after_loss", "after_backward", "after_step", "tensors", "load_tensors")
+    moments = (
+        "start",
+        "before_pass",
+        "after_loss",
+        "after_backward",
+        "after_step",
+        "tensors",
+        "load_tensors",
+    )
     replaces = ()
     revives = False  # True: brings latents back that have fallen silent
     watches = ""  # Of a watcher that does not fit every SAE: what it fits, e.g. "the variant temporal"
@@ -135,6 +143,9 @@ class Trainer:
 
     def start(self, t, cfg):
         "Called with the `Trainee` and its configuration."
+
+    def before_pass(self, t, i):
+        "Called with the `Trainee` and the number of the step, from 0, once per batch."
 
     def after_loss(self, t, o):
         "Called with the `Trainee` and the `Out` of the step, as are the next two."
@@ -214,7 +225,7 @@ def _all_trainers(self: Trainee, wanted):
     "Those of the run that the SAE's own do not replace, then the SAE's own."
     own = self.sae.trainers
     replaced = {name for t in own for name in (*t.replaces, getattr(t, "registered", None))}
-    kept = [t for t in wanted if t not in replaced]
+    kept = [t for t in wanted if (t if isinstance(t, str) else getattr(t, "registered", t)) not in replaced]
     return [find("trainers", t)() if isinstance(t, str) else t for t in kept] + list(own)
 
 
@@ -296,6 +307,8 @@ def step(
     self.row_due, self.next_row_due = self.row_at(i), self.row_at(i + 1)
     sae.sparsity_scale = cfg.sparsity_factor(i)
     sae.progress = i / cfg.steps
+    for trainer in self.trainers:
+        trainer.before_pass(self, i)
     for j, part in enumerate(self._parts(batch)):
         o = self._gather(part, i, first=j == 0 and i % self.accumulate == 0)
     if (i + 1) % self.accumulate == 0 or i + 1 == cfg.steps:
