@@ -44,7 +44,7 @@ class BatchTopKSAE(TopKSAE):
         d_sae: int,  # Number of latents
         k: float = 32,  # Latents kept per token, on average
         seed: int = 0,  # Seeds the initial weights
-        thresholds: str = "shared",  # After training: one for all, or "per_latent", a share of each latent's size
+        thresholds: str = "shared",  # After training: one for all, or "per_latent", a share of its size
     ):
         super().__init__(d_in, d_sae, k, seed)
         self.register_buffer("threshold", torch.zeros(()))
