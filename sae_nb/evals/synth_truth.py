@@ -106,18 +106,6 @@ def pieces(
         left, at = left - B, at + 1
 
 # %% ../../nbs/evals/synth_truth.ipynb #synthtruth-codes
-def _as_in_training(sae, encode):
-    "The result of `encode` in training mode; buffers keep their values."
-    kept = {name: value.clone() for name, value in sae.named_buffers()}
-    sae.training = True
-    try:
-        return encode()
-    finally:
-        sae.training = False
-        for name, value in sae.named_buffers():
-            value.copy_(kept[name])
-
-
 @dataclass
 class Codes:
     "What an SAE makes of a piece, flattened to tokens."
@@ -133,15 +121,17 @@ def codes(
 ) -> Codes:
     "Latents and pre-activations of a piece."
     mask = torch.ones(x.shape[:-1], dtype=torch.int64, device=x.device)
-    plain = type(sae).encode is SAE.encode
-    z = sae.pre(x, mask) if plain else None
+    z = sae.pre(x, mask) if type(sae).encode is SAE.encode else None
 
     def encode():
-        return sae.activate(z) if plain else sae.encode(x, mask=mask)
+        return (None, sae.encode(x, mask=mask)) if z is None else sae.settle(x, z)
 
-    used = encode()
-    chosen = _as_in_training(sae, encode) if isinstance(sae, BatchTopKSAE) else used
-    return Codes(*(v.reshape(-1, v.shape[-1]) for v in (used, chosen, chosen if z is None else z)))
+    last, used = encode()
+    chosen = used
+    if isinstance(sae, BatchTopKSAE):
+        with sae.choose_by_batch():
+            last, chosen = encode()
+    return Codes(*(v.reshape(-1, v.shape[-1]) for v in (used, chosen, chosen if last is None else last)))
 
 # %% ../../nbs/evals/synth_truth.ipynb #synthtruth-law
 def law(

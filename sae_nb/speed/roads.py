@@ -49,9 +49,28 @@ def batchtopk_road(sae: SAE, p: Pieces) -> tuple:
     "The batch's largest; the SAE learns how small they get."
     found = choose_batch(p, sae.k)
     if found is not None:
-        kept = found[1][found[1] > 0]
-        sae.follow(kept.min() if len(kept) else found[1].new_zeros(()))
+        sae.follow(_smallest(found[1]))
+        if getattr(sae, "own_thresholds", False):
+            _follow_sizes(sae, p, *found)
     return found
+
+# %% ../../nbs/speed/roads.ipynb #roads-sizes
+def _smallest(z):
+    "The smallest positive number; 0 if there is none."
+    positive = z[z > 0]
+    return positive.min() if len(positive) else z.new_zeros(())
+
+
+def _follow_sizes(sae, p, places, z):
+    "Tell of the sizes of what was kept, and where the batch would cut if all latents had the same size."
+    kept = z.relu()
+    shares = sae.follow_sizes(latent_sums(places, (kept > 0).to(kept)), latent_sums(places, kept))
+
+    def make(latents):
+        return p.piece(latents) * shares[latents].to(z)
+
+    relative = Pieces(make, p.n_tokens, p.d_sae, p.most, p.width * p.n_tokens)
+    sae.follow_factor(_smallest(choose_batch(relative, sae.k)[1]))
 
 # %% ../../nbs/speed/roads.ipynb #roads-out
 class RoadOut(Out):

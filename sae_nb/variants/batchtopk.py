@@ -6,13 +6,15 @@
 __all__ = ['batch_topk', 'BatchTopKSAE']
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-imports
+import contextlib
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import *
 from ..sae import *
-from .topk import TopKSAE, topk
+from .topk import TopKSAE, check_k, topk
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-function
 def batch_topk(
@@ -42,10 +44,25 @@ class BatchTopKSAE(TopKSAE):
         d_sae: int,  # Number of latents
         k: float = 32,  # Latents kept per token, on average
         seed: int = 0,  # Seeds the initial weights
+        thresholds: str = "shared",  # After training: one for all, or "per_latent", a share of its size
     ):
         super().__init__(d_in, d_sae, k, seed)
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("n_batches", torch.zeros((), dtype=torch.long))
+        self.batch_k = None  # see `choose_by_batch`
+        self.own_thresholds = one_of("thresholds", thresholds, ["shared", "per_latent"]) == "per_latent"
+        if self.own_thresholds:
+            self._add_sizes()
+
+# %% ../../nbs/variants/batchtopk.ipynb #batchtopk-sizes
+@patch
+def _add_sizes(self: BatchTopKSAE):
+    "Room for the size of each latent, and for the share of it that a threshold is."
+    self.register_buffer("mean_on", torch.zeros(self.d_sae))
+    self.register_buffer("n_fired", torch.zeros(self.d_sae))
+    self.register_buffer("factor", torch.zeros(()))
+    self.scaled += ("mean_on",)
+    self.remembers += ("mean_on", "n_fired", "factor")
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-activate
 @patch
@@ -53,14 +70,18 @@ def activate(
     self: BatchTopKSAE,
     z: Tensor,  # Pre-activations, [..., d_sae]
 ) -> Tensor:  # Latents, same shape
-    "The batch's largest in training, those above the threshold afterwards."
+    "The batch's largest in training, those above their threshold afterwards."
     if self.training:
         f, smallest = batch_topk(z, self.k)
         self.follow(smallest.detach())
+        if self.own_thresholds:
+            self._follow_dense(z.detach(), f.detach())
         return f
+    if self.batch_k is not None:
+        return batch_topk(z, self.batch_k)[0]
     if self.n_batches == 0:
         return topk(z, round(self.k))
-    return torch.where(z > self.threshold, z, 0).relu()
+    return torch.where(z > self.latent_thresholds, z, 0).relu()
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-follow
 @patch
@@ -73,3 +94,70 @@ def follow(
     self.n_batches += 1
     weight = max(1 / self.n_batches.item(), 0.1)
     self.threshold.lerp_(smallest.to(self.threshold), weight)
+
+# %% ../../nbs/variants/batchtopk.ipynb #batchtopk-own
+@patch
+@torch.no_grad()
+def follow_sizes(
+    self: BatchTopKSAE,
+    counts: Tensor,  # Tokens on which each latent was kept, [d_sae]
+    sums: Tensor,  # Sum of what was kept of it, [d_sae]
+) -> Tensor:  # What makes pre-activations shares of sizes, [d_sae]; 0 for latents that were never kept
+    "Move the sizes of latents towards what a batch kept."
+    counts, sums = counts.to(self.n_fired), sums.to(self.mean_on)
+    self.n_fired.mul_(0.99).add_(counts)
+    by = (sums - counts * self.mean_on) / self.n_fired
+    self.mean_on.add_(torch.where(counts > 0, by, 0))
+    return torch.where(self.n_fired > 0, 1 / self.mean_on, 0)
+
+
+@patch
+@torch.no_grad()
+def follow_factor(
+    self: BatchTopKSAE,
+    smallest: Tensor,  # Smallest share of its size at which a latent would be kept, scalar
+):
+    "Move the share that thresholds are; after `follow`."
+    self.factor.lerp_(smallest.to(self.factor), max(1 / self.n_batches.item(), 0.1))
+
+
+@patch
+def _follow_dense(self: BatchTopKSAE, z, f):
+    "Sizes and share from all pre-activations and latents."
+    z, f = (v.reshape(-1, self.d_sae) for v in (z, f))
+    shares = self.follow_sizes((f > 0).sum(0), f.sum(0))
+    self.follow_factor(batch_topk(z * shares.to(z), self.k)[1])
+
+# %% ../../nbs/variants/batchtopk.ipynb #batchtopk-latent-thresholds
+@patch(as_prop=True)
+def latent_thresholds(self: BatchTopKSAE) -> Tensor:  # [d_sae]
+    "What each latent must exceed when no batch decides."
+    if not self.own_thresholds:
+        return self.threshold.expand(self.d_sae)
+    return torch.where(self.n_fired > 0, self.factor * self.mean_on, self.threshold)
+
+
+@patch
+@torch.no_grad()
+def forget(
+    self: BatchTopKSAE,
+    idx: Tensor,  # Latents that start again, [n]
+):
+    "Their sizes are those of other latents now."
+    for memory in (self, *self.refinements) if self.own_thresholds else ():
+        memory.mean_on[idx] = 0
+        memory.n_fired[idx] = 0
+
+# %% ../../nbs/variants/batchtopk.ipynb #batchtopk-by-batch
+@patch
+@contextlib.contextmanager
+def choose_by_batch(
+    self: BatchTopKSAE,
+    k: float = None,  # Latents kept per token, on average; None: as in training
+):
+    "Inside, an SAE in evaluation keeps the largest of each batch, whatever its thresholds."
+    before, self.batch_k = self.batch_k, self.k if k is None else check_k(k, self.d_sae, whole=False)
+    try:
+        yield
+    finally:
+        self.batch_k = before

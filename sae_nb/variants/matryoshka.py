@@ -90,8 +90,9 @@ class MatryoshkaSAE(BatchTopKSAE):
         aux: float = None,  # Weight of AuxK level by level (`trainers/auxk`); None: AuxK is the run's
         weights=None,  # One weight per level; None: all alike
         seed: int = 0,  # Seeds the initial weights and the drawn levels
+        thresholds: str = "shared",  # After training: one for all latents, or "per_latent" (`batchtopk`)
     ):
-        super().__init__(d_in, d_sae, k, seed)
+        super().__init__(d_in, d_sae, k, seed, thresholds)
         self.sizes = nested_sizes(prefixes, d_sae)
         self.sampled = _drawn(sampled, sampled_law, d_sae)
         self.sampled_law = sampled_law
