@@ -163,7 +163,7 @@ class Trainer:
     def load_tensors(self, ts):
         "Take back what `tensors` gave."
 
-# %% ../nbs/04_train.ipynb #train-fits
+# %% ../nbs/04_train.ipynb #train-joins
 def in_words(names) -> str:
     "a, b and c; of many the first four and how many more."
     names = list(names)
