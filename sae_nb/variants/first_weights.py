@@ -21,9 +21,12 @@ def first_weights(
     if one_of("init", init, ["normal", "unit", "zeros"]) == "unit":
         return sae
     g = rng("first weights", sae.seed)
-    for weight in (sae.W_enc, sae.W_dec):
-        drawn = torch.randn(weight.shape, generator=g) / len(weight) ** 0.5
-        weight.copy_(drawn if init == "normal" else torch.zeros(()))
+    encoder, decoder = (
+        torch.randn(shape, generator=g) / shape[0] ** 0.5 if init == "normal" else torch.zeros(shape)
+        for shape in ((sae.d_in, sae.d_sae), (sae.d_sae, sae.d_in))
+    )
+    sae.set_encoder(encoder)  # as much of it as a tie leaves free
+    sae.W_dec.copy_(decoder)
     for bias in (sae.b_enc, sae.b_dec):
         bias.zero_()
     sae.centres = False  # no run moves b_dec to where its data are

@@ -99,6 +99,11 @@ def _branches(sae, include_input, init, dilations, kernel, *rest, **how):
             f"include_input = False puts branches in the place of what the base reads through {there}; "
             "use include_input = True, or another base"
         )
+    if not include_input and "W_enc" not in sae._parameters:
+        raise InputError(
+            f"include_input = False gives each branch a share of the encoder, and {sae.variant} reads along "
+            "its decoder's rows; use include_input = True, or a base with an encoder of its own"
+        )
     first_weights(sae, init)
     kind = Branches if include_input else BranchesOnly
     front = kind(sae.d_in, sae.d_sae, dilations, kernel, *rest, gen=sae.gen, seed=sae.seed, **how)
