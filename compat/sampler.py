@@ -44,7 +44,7 @@ def world_of(name, kind=None):
 
 
 def pairs_of(parent, roots):
-    "Pairs of features by what they are to each other: kind -> [n, 2]. Of the first and the second kind none come."
+    "Pairs of features by what they are to each other: kind -> [n, 2]; the first two never come."
     chance = random.Random("pairs of features")
     kids = [i for i in range(len(parent)) if parent[i] >= 0]
     alone = [i for i in range(roots, len(parent)) if parent[i] < 0]
@@ -179,7 +179,7 @@ def gaps(name, kind=None, n=N_OURS):
     theirs = json.loads(FIXTURE.read_text())["worlds"][name]
     w = world_of(name)
     if not np.allclose(fingerprint({k: getattr(w, k) for k in vars(w)}), theirs["fingerprint"], rtol=1e-4):
-        sys.exit(f"{FIXTURE.name} was drawn from another world {name}: write it again, as {__file__} says")
+        raise ValueError(f"{FIXTURE.name} is of another world {name}; {__file__} says how to draw anew")
     tally = ours(name, kind, n)
     sums = {key: np.array(v, dtype=np.float64) for key, v in theirs["sums"].items()}
     return differences(tally.sums, sums, tally.n, theirs["n"])
@@ -207,8 +207,8 @@ def compare():
 
 def their_world(path):
     "SAELens's own model of one world: its rates, tree and sizes from its settings; the rest is handed over."
-    from safetensors import safe_open
     from sae_lens import synthetic as s
+    from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         v, told = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import *
-from ..sae import Out
+from ..sae import Allowed, Out, check_option
 from ..speed.choose import Pieces, choose_topk
 from ..speed.sparse import affine, decode_active, encode_active, encode_dense, pays
 from ..train import Trainer
@@ -27,9 +27,9 @@ class AuxK(Trainer):
         k_aux: int = None,  # Dead latents used per token; None: d_in / 2
         relax: float = 0.02,  # Share of a dead latent's negative bias that is removed per step
     ):
-        self.alpha = alpha
-        self.k_aux = k_aux
-        self.relax = relax
+        self.alpha = check_option("auxk", "alpha", alpha, Allowed(float, 0), 1 / 32)
+        self.k_aux = check_option("auxk", "k_aux", k_aux, Allowed(int, 1, optional=True), None)
+        self.relax = check_option("auxk", "relax", relax, Allowed(float, 0), 0.02)
 
 # %% ../../nbs/trainers/auxk.ipynb #auxk-explained
 def explained(

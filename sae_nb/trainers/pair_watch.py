@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import *
+from ..sae import Allowed, check_option
 from ..train import Trainer
 
 # %% ../../nbs/trainers/pair_watch.ipynb #pair-watch-jaccard
@@ -39,7 +40,7 @@ class PairWatch(Trainer):
             raise InputError(f"every = {every} is not a number of steps; give at least 1")
         self.asked = every
         self.every = every or 1
-        self.heaviest = heaviest
+        self.heaviest = check_option("pair_watch", "heaviest", heaviest, Allowed(int, 1), 1000)
         self.n = 0  # latents
         self.steps = []  # updates before each record
         self.sets = []  # pairs of each record, sorted

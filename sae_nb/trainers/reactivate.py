@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import *
+from ..sae import Allowed, check_option
 from ..speed.roads import entries
 from ..speed.sparse import Places
 from ..train import Trainer
@@ -39,8 +40,8 @@ class Reactivate(Trainer):
             raise InputError(f"until = {until} is a share of training; give 0 to 1")
         self.every = every
         self.until = until
-        self.heaviest = heaviest
-        self.enc_norm = enc_norm
+        self.heaviest = check_option("reactivate", "heaviest", heaviest, Allowed(int, 1), 1000)
+        self.enc_norm = check_option("reactivate", "enc_norm", enc_norm, Allowed(float, 0), 1.0)
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-start
 @patch

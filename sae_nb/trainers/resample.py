@@ -10,6 +10,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import *
+from ..sae import Allowed, check_option
 from ..train import Trainer
 
 # %% ../../nbs/trainers/resample.ipynb #resample-class
@@ -25,9 +26,10 @@ class Resample(Trainer):
         enc_norm: float = 0.2,  # Length of a new encoder column, in units of the living ones' mean
         until: float = 0.8,  # Share of training after which nothing is restarted
     ):
-        self.every_tokens = every_tokens
-        self.enc_norm = enc_norm
-        self.until = until
+        often = Allowed(int, 1, optional=True)
+        self.every_tokens = check_option("resample", "every_tokens", every_tokens, often, None)
+        self.enc_norm = check_option("resample", "enc_norm", enc_norm, Allowed(float, 0), 0.2)
+        self.until = check_option("resample", "until", until, Allowed(float, 0, 1), 0.8)
 
     def start(self, t, cfg):
         self._every = max(1, (self.every_tokens or 2 * cfg.dead_after_tokens) // cfg.batch)

@@ -9,6 +9,7 @@ __all__ = ['worlds', 'rare', 'n_piece', 'Fired', 'nominal_rates', 'raised_rates'
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -210,6 +211,13 @@ def _roots(self: SynthWorld, causes, gen):
 
 # %% ../../nbs/truth/synth.ipynb #synth-children
 @patch
+def _winner(self: SynthWorld, sizes, gen):
+    "Which of the siblings that are on stays, any of them alike, [m, 1]."
+    chance = torch.rand(sizes.shape, generator=gen, device=self.device)
+    return torch.where(sizes > 0, chance, -1.0).argmax(1, keepdim=True)
+
+
+@patch
 def _children(self: SynthWorld, causes, token, feature, value, gen):
     "Children that are on below features that are."
     kids = self.eldest[feature][:, None] + torch.arange(self.branching, device=self.device)
@@ -217,8 +225,7 @@ def _children(self: SynthWorld, causes, token, feature, value, gen):
     noise = torch.randn(kids.shape, generator=gen, device=self.device)
     on = tied + self.sigma[kids] * noise > self.threshold[kids]
     sizes = self._sized(kids, gen) * on
-    chance = torch.rand(kids.shape, generator=gen, device=self.device)
-    winner = torch.where(sizes > 0, chance, -1.0).argmax(1, keepdim=True)
+    winner = self._winner(sizes, gen)
     kept = sizes.gather(1, winner)[:, 0] * (value / self.size[feature])
     return _positive(token, kids.gather(1, winner)[:, 0], kept)
 
@@ -246,9 +253,15 @@ rare = 2.2  # noise above which cells are found by jumping
 n_piece = 64  # tokens whose cells are looked at together
 
 
+def _places(mask):
+    "Where a mask [n] is True; on a CPU numpy is the quicker to say."
+    on_cpu = mask.device.type == "cpu"
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if on_cpu else mask.nonzero()[:, 0]
+
+
 def _loners_on(c, gen):
     "Cells whose noise exceeds `c`, [n], and which."
-    low = (c < rare).nonzero()[:, 0]
+    low = _places(c < rare)
     noise = torch.randn(len(low), generator=gen, device=c.device)
     low = low[noise > c[low]]
     q = 0.5 * math.erfc(rare / math.sqrt(2))
