@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['its_base', 'wanted', 'titles', 'by_choice', 'beside', 'digits', 'slack', 'ideas', 'most', 'published', 'compared',
            'its_l0', 'way_of', 'by_way', 'groups', 'Pass', 'plan', 'count_saes', 'seeds_of', 'methods_in', 'page_state',
-           'work_folder', 'run_plan', 'setting_of', 'method_of', 'column_of', 'points_of', 'missing_seeds',
-           'read_points', 'over_seeds', 'near', 'beside_rows', 'truth_table', 'at_l0', 'seeds_at', 'one_setting',
-           'differences', 'better_than', 'ranked', 'against', 'panels_of', 'curves', 'draw_better', 'ours_for',
-           'same_share', 'beside_published', 'order_alike', 'published_table', 'write_truth']
+           'work_folder', 'run_notebook', 'run_plan', 'setting_of', 'method_of', 'column_of', 'points_of',
+           'missing_seeds', 'read_points', 'over_seeds', 'near', 'beside_rows', 'truth_table', 'at_l0', 'seeds_at',
+           'one_setting', 'differences', 'better_than', 'ranked', 'against', 'panels_of', 'curves', 'draw_better',
+           'ours_for', 'same_share', 'beside_published', 'order_alike', 'published_table', 'write_truth']
 
 # %% ../../nbs/reports/truth.ipynb #truth-imports
+import functools
 import json
 import shlex
 from itertools import combinations
@@ -23,25 +24,29 @@ import pandas as pd
 from scipy.stats import kendalltau
 
 from ..core import *
-from ..experiment import parse_options
-from .figures import RunFiles, interval, read_runs
+from ..experiment import listed, parse_options
+from .figures import RunFiles, interval, read_runs, write_table
 from ..runs import Params, kind_of, noted, params_from
 from ..sae import build, options, presets, sparsity_options
 from ..style import *
 
 # %% ../../nbs/reports/truth.ipynb #truth-kinds
+@functools.cache
 def way_of(
     variant: str,  # Registered name
 ) -> str:  # "along", "whole" or "fraction"
     "How L0 can be asked of a variant, and whether it needs sequences."
-    sae = build(variant, 8, 64, **sparsity_options(variant, 4))
-    if sae.sequential:
+    if build(variant, 8, 64, **sparsity_options(variant, 4)).sequential:
         return "along"
-    return "whole" if getattr(sae, "whole_k", False) else "fraction"
+    try:
+        build(variant, 8, 64, **sparsity_options(variant, 4.5))
+    except InputError:  # it takes 4 and not 4.5
+        return "whole"
+    return "fraction"
 
 
 def by_way() -> dict:  # "along", "whole", "fraction" -> variants
-    "Every registered variant; one that can stand on BatchTopK does, where its own base counts in whole numbers."
+    "Every registered variant, on BatchTopK where its own base would count in whole numbers."
     found = dict(along=[], whole=[], fraction=[])
     for variant in names("variants"):
         way = way_of(variant)
@@ -121,7 +126,7 @@ def count_saes(
 
 def seeds_of(one):
     "The seeds of a pass."
-    return one.given["seed"].split(",")
+    return listed(one.given["seed"])
 
 
 def methods_in(
@@ -160,7 +165,7 @@ def work_folder(
     ours = [up for up in here.parents if b"lib_name = sae_nb" in _settings(up)]
     if ours:
         raise InputError(
-            f"folder = {str(folder)!r} lies within the project {ours[0].name}/, and runs would go to its runs/; "
+            f"folder = {str(folder)!r} lies within the project {ours[0].name}/, and runs would go there; "
             "name a folder outside, or none"
         )
     (here / "runs").mkdir(parents=True, exist_ok=True)
@@ -171,6 +176,16 @@ def _settings(folder):
     "What lies in settings.ini; nothing if there is none."
     path = folder / "settings.ini"
     return path.read_bytes() if is_there(path) else b""
+
+
+def run_notebook() -> str:
+    "Where run.ipynb lies."
+    path = root() / "nbs" / "run.ipynb"
+    if not is_there(path):
+        raise InputError(
+            f"{Path.cwd()} is not in a clone of sae-nb, where nbs/run.ipynb lies; go there first"
+        )
+    return str(path)
 
 # %% ../../nbs/reports/truth.ipynb #truth-drive
 def run_plan(
@@ -183,7 +198,7 @@ def run_plan(
 
     for one in passes:
         params_from(one.given)  # an error now rather than after hours
-    here, notebook, ended = work_folder(folder), str(root() / "nbs" / "run.ipynb"), {}
+    here, notebook, ended = work_folder(folder), run_notebook(), {}
     for one in passes:
         page = here / "runs" / f"{one.name}.ipynb"
         if page_state(page, one.given) != "done":
@@ -207,7 +222,9 @@ def setting_of(
     "The world, and what differs from what is usual there."
     asked = config["params"]
     usual = Params(model=asked["model"])
-    others = [name for name in asked if name not in _method | noted("not in weights") and hasattr(usual, name)]
+    others = [
+        name for name in asked if name not in _method | noted("not in weights") and hasattr(usual, name)
+    ]
     differ = [f"{name}={asked[name]}" for name in others if asked[name] != getattr(usual, name)]
     return " ".join([asked["model"], *differ])
 
@@ -223,7 +240,7 @@ def method_of(
     words += [f"{o}={v}" for o, v in own.items() if o not in ("k", "target_l0")]
     trainers = config.get("trainers", [])
     words += [f"+{name}" for name in trainers if name not in ("auxk", "diagnostics")]
-    words += ["-auxk"] if "auxk" not in p.get("trainers", "auxk") else []
+    words += ["-auxk"] if "auxk" not in listed(p.get("trainers", "auxk")) else []
     words += [p["trainer_options"]] if p.get("trainer_options") and trainers else []
     return " ".join(word for word in words if word)
 
@@ -254,8 +271,10 @@ def column_of(
 # %% ../../nbs/reports/truth.ipynb #truth-points-of
 def _point(run):
     "A run as a row."
-    read = {name[len("synth_truth/") :]: v for name, v in run.metrics.items() if name.startswith("synth_truth/")}
-    config, wants = run.config, {c: column_of(m, c) for c in ("batch", "threshold") for m in titles}
+    read = {
+        name[len("synth_truth/") :]: v for name, v in run.metrics.items() if name.startswith("synth_truth/")
+    }
+    config = run.config
     names = [column_of(metric, choice) for choice in ("batch", "threshold") for metric in titles]
     nulls = [f"null_{row}/{name}" for row in beside for name in titles]
     return dict(
@@ -275,14 +294,13 @@ def points_of(
     runs: list,  # of RunFiles
 ):  # pandas.DataFrame, one row per run
     "What was measured on synthetic worlds; what is left out is said."
-    told = {run.name: _why_not(run) for run in runs}
-    kept = [run for run in runs if not told[run.name]]
-    for why in dict.fromkeys(filter(None, told.values())):
-        some = [name for name, reason in told.items() if reason == why]
-        print(f"left out, {why}: {_few(some)}")
+    told = [(run, _why_not(run)) for run in runs]
+    kept = [run for run, why in told if not why]
+    for why in dict.fromkeys(why for _, why in told if why):
+        print(f"left out, {why}: {_few([run.name for run, reason in told if reason == why])}")
     if not kept:
         raise InputError(
-            f"none of {len(runs)} runs is finished and evaluated by synth_truth; make some with run_plan(plan())"
+            f"none of {len(runs)} runs is finished and evaluated by synth_truth; make some with run_plan"
         )
     points = pd.DataFrame([_point(run) for run in kept])
     _check_alike(points)
@@ -349,7 +367,7 @@ def read_points(
     pattern: str = "*",  # Which runs
 ):  # pandas.DataFrame
     "The points of a folder."
-    return points_of(read_runs(Path(folder or root()) / "runs", pattern))
+    return points_of(read_runs(Path(folder or root()).expanduser() / "runs", pattern))
 
 # %% ../../nbs/reports/truth.ipynb #truth-over
 def over_seeds(
@@ -422,7 +440,11 @@ def truth_table(
     seeds = every.groupby(rows).seeds.first()
     below = [row for row in table.index if row not in set(order)]
     table = table[list(titles.values())].assign(seeds=seeds).loc[[*order, *below]]
-    return table.droplevel("setting") if points.setting.nunique() == 1 else table.sort_index(level=0, sort_remaining=False)
+    return (
+        table.droplevel("setting")
+        if points.setting.nunique() == 1
+        else table.sort_index(level=0, sort_remaining=False)
+    )
 
 # %% ../../nbs/reports/truth.ipynb #truth-at
 slack = 0.03  # Share of an L0 by which a point may miss it
@@ -492,7 +514,7 @@ def better_than(
     metric: str = "f1",  # One of `titles`
     choice: str = "batch",  # "batch" or "threshold"
 ):  # pandas.DataFrame of text: rows better (+) or worse (-) than columns, one sign for each L0
-    "Who is better than whom: + or - where the interval excludes 0, = where it does not, . where nothing is known."
+    "Who is better than whom: + or - where the interval excludes 0, else =; . where nothing is known."
     methods = ranked(points, metric, choice)
     signs = pd.DataFrame("", index=methods, columns=methods)
     for l0 in l0s:
@@ -525,7 +547,9 @@ def against(
     columns = {}
     for l0 in l0s:
         table = seeds_at(points, l0, metric, choice)
-        apart = {other: interval((table[method] - table[other]).tolist()) for other in table if other != method}
+        apart = {
+            other: interval((table[method] - table[other]).tolist()) for other in table if other != method
+        }
         columns[f"L0 {l0:g}"] = {other: _text(metric, *ends) for other, ends in apart.items()}
     others = [other for other in ranked(points, metric, choice) if other != method]
     return pd.DataFrame(columns).loc[others].rename_axis(f"{titles[metric]} of {method} over")
@@ -551,16 +575,23 @@ def _family(variant):
 def panels_of(
     points,  # From `points_of`, of one setting
 ) -> list:  # (title, methods)
-    "Methods by family, in panels that can be read."
+    "Methods by family, in panels that can be read; a variant of many forms apart."
     methods = points.drop_duplicates("method").set_index("method").variant
     if len(methods) <= most + 1:
         return [("", list(methods.index))]
-    found = []
-    for title in [*ideas.values(), "others"]:
-        own = sorted((m for m in methods.index if _family(methods[m]) == title), key=lambda m: (methods[m], m))
-        size = -(-len(own) // max(1, -(-len(own) // most)))  # as even as can be
-        found += [(title, own[at : at + size]) for at in range(0, len(own), size or 1)]
-    return found
+    forms, shared = methods.groupby(methods).groups, {}
+    for variant in sorted(forms):
+        alone = f"{_family(variant)}: {variant}" if len(forms[variant]) > 3 else _family(variant)
+        shared.setdefault(alone, []).extend(sorted(forms[variant]))
+    order = [*ideas.values(), "others"]
+    titles_ = sorted(shared, key=lambda title: (order.index(title.split(":")[0]), title))
+    return [(title, some) for title in titles_ for some in _evenly(shared[title])]
+
+
+def _evenly(methods):
+    "Lists of at most `most`, as even as can be."
+    size = -(-len(methods) // -(-len(methods) // most))
+    return [methods[at : at + size] for at in range(0, len(methods), size)]
 
 # %% ../../nbs/reports/truth.ipynb #truth-curve
 def _draw_method(ax, own, column, x, look, label):
@@ -586,19 +617,37 @@ def _draw_beside(ax, points, metric, choice):
         if len(means):
             means = means.sort_values(x)
             level = means[column] if row == "random" else [means[column].mean()] * len(means)
-            ax.plot(means[x], level, color=grey, ls=dashes[row], lw=1, label=f"({row})", zorder=0)
+            said = f"({row}) {means[column].mean():.2f}"
+            ax.plot(means[x], level, color=grey, ls=dashes[row], lw=1, label=said, zorder=0)
+
+
+def _panel_looks(methods, variants):
+    "Forms of one variant differ in lightness and marker."
+    look, seen = looks(methods, variants), {}
+    for method in methods:
+        own = seen.setdefault(variants[method], [])
+        own.append(method)
+        if len(own) > 1:
+            start = markers.index(look[own[0]].marker)
+            look[method] = look[method]._replace(marker=markers[(start + len(own) - 1) % len(markers)])
+    return look
 
 # %% ../../nbs/reports/truth.ipynb #truth-curves
-def _panel(ax, points, methods, metric, choice, look, reference):
-    "The curves of some methods."
+def _panel(ax, points, methods, metric, choice, reference):
+    "The curves of some methods, seen near."
     x, column = column_of("l0", choice), column_of(metric, choice)
-    if reference and reference not in methods:
+    look = _panel_looks(methods, dict(zip(points.method, points.variant)))
+    if reference not in methods and reference in set(points.method):
         own = points[points.method == reference]
-        _draw_method(ax, own, column, x, look[reference]._replace(color=pale, marker=""), reference)
+        _draw_method(ax, own, column, x, Look(pale, "", "-"), reference)
     for method in methods:
         _draw_method(ax, points[points.method == method], column, x, look[method], method)
     _draw_beside(ax, points, metric, choice)
-    ax.xaxis.set_major_locator(plt.MaxNLocator(5))
+    low, high = points[column].min(), points[column].max()
+    ax.set_ylim(low - 0.1 * (high - low) - 0.01, high + 0.1 * (high - low) + 0.01)
+    left, right = points[x].min(), points[x].max()
+    ax.set_xlim(left - 0.05 * max(right - left, 4), right + 0.05 * max(right - left, 4))
+    ax.xaxis.set_major_locator(plt.MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 @housed
@@ -616,11 +665,11 @@ def curves(
     ]
     n = min(len(every), 2)
     high = height_for(most + 1 + len(beside), 2.6)
-    fig, axes = plt.subplots(-(-len(every) // n), n, figsize=(5.2 * n, high * -(-len(every) // n)), squeeze=False)
+    fig, axes = plt.subplots(
+        -(-len(every) // n), n, figsize=(5.2 * n, high * -(-len(every) // n)), squeeze=False
+    )
     for ax, (setting, own, title, methods) in zip(axes.flat, every):
-        variants = dict(zip(own.method, own.variant))
-        look = looks(sorted(variants, key=lambda m: (variants[m], m)), variants)
-        _panel(ax, own, methods, metric, choice, look, reference if reference in variants else "")
+        _panel(ax, own, methods, metric, choice, reference)
         ax.set(title=": ".join(filter(None, [setting, title])), xlabel="L0", ylabel=titles[metric])
     for ax in axes.flat[len(every) :]:
         ax.set_visible(False)
@@ -633,13 +682,23 @@ def curves(
 # %% ../../nbs/reports/truth.ipynb #truth-matrix
 def _signed(points, l0, metric, choice):
     "Mean difference of rows over columns, and whether its interval excludes 0."
-    methods = [m for m in ranked(points, metric, choice) if seeds_at(points, l0, metric, choice)[m].notna().any()]
+    known = seeds_at(points, l0, metric, choice).notna().any()
+    methods = [method for method in ranked(points, metric, choice) if known[method]]
     means = pd.DataFrame(np.nan, index=methods, columns=methods)
     clear = pd.DataFrame(False, index=methods, columns=methods)
     for line in differences(points, l0, metric, choice).dropna(subset="mean").itertuples():
         means.loc[line.a, line.b], means.loc[line.b, line.a] = line.mean, -line.mean
         clear.loc[line.a, line.b] = clear.loc[line.b, line.a] = line.low > 0
     return means, clear
+
+
+def _write_difference(ax, i, j, mean, clear, n, widest):
+    "A sign where a difference is clear; among few methods the number, in parentheses where it is not."
+    text = ("+" if mean > 0 else "−") if clear else ""
+    if n <= 8:
+        text = f"{mean:+.3f}".replace("-", "−") if clear else f"({mean:+.3f})".replace("-", "−")
+    ink_ = "white" if abs(mean) > 0.6 * widest else "black"
+    ax.text(j, i, text, ha="center", va="center", fontsize=7, color=ink_)
 
 
 @housed
@@ -652,11 +711,11 @@ def draw_better(
     "The difference of every two methods at an L0."
     means, clear = _signed(points, l0, metric, choice)
     n, widest = len(means), np.nanmax(np.abs(means.to_numpy()), initial=1e-3)
-    side = max(2.4, 0.24 * n)
+    side = max(2.4, (0.5 if n <= 8 else 0.24) * n)
     fig, ax = plt.subplots(figsize=(side + 3.2, side + 1.2))
     drawn = ax.imshow(means, cmap="PuOr_r", vmin=-widest, vmax=widest)
-    for i, j in zip(*np.nonzero(clear.to_numpy())):
-        ax.text(j, i, "+" if means.iloc[i, j] > 0 else "−", ha="center", va="center", fontsize=7)
+    for i, j in zip(*np.nonzero(np.isfinite(means.to_numpy()))):
+        _write_difference(ax, i, j, means.iloc[i, j], clear.iloc[i, j], n, widest)
     labels = [figure_text(m) for m in means]
     ax.set_xticks(range(n), labels, rotation=90)
     ax.set_yticks(range(n), labels)
@@ -730,8 +789,10 @@ def order_alike(
     choice: str = "batch",  # "batch" or "threshold"
 ):  # pandas.DataFrame, one row per published L0 and metric
     "Is the published order ours?"
-    found, methods = [], ours_for(points)
-    for (l0, metric), own in beside_published(points, choice).dropna(subset="mean").groupby(["l0", "metric"], sort=False):
+    found = []
+    for (l0, metric), own in (
+        beside_published(points, choice).dropna(subset="mean").groupby(["l0", "metric"], sort=False)
+    ):
         apart = differences(points[points.method.isin(own.method)], own.here.iloc[0], metric, choice)
         theirs = own.set_index("method").published
         alike = [theirs[pair.a] > theirs[pair.b] for pair in apart.dropna(subset="mean").itertuples()]
