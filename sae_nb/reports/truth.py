@@ -420,6 +420,13 @@ def beside_rows(
     return pd.DataFrame(found)
 
 # %% ../../nbs/reports/truth.ipynb #truth-table-def
+def _best_first(every, rows):
+    "Rows by setting, then those that stand beside last, the others by F1."
+    f1 = every[every.metric == "F1"].set_index(rows)["mean"]
+    order = list(dict.fromkeys(every.setting))
+    return sorted(f1.index, key=lambda row: (order.index(row[0]), is_null(row[1]), -f1[row]))
+
+
 def truth_table(
     points,  # From `points_of`
     l0: float = None,  # Which L0; None: all that were asked for
@@ -429,22 +436,14 @@ def truth_table(
     some = points if l0 is None else near(points, l0)
     if not len(some):
         raise InputError(f"no run was asked for an L0 near {l0:g}; there are {sorted(set(points.asked))}")
-    found = over_seeds(some, choice)
     rows = ["setting", "method"] + ["asked"] * (l0 is None)
-    f1 = found[found.metric == "F1"].set_index(rows)["mean"].reset_index()
-    order = f1.sort_values(["setting", "mean"], ascending=[True, False])[rows].apply(tuple, axis=1).tolist()
     added = beside_rows(some).assign(low=np.nan, high=np.nan, seeds="", asked="")
-    every = pd.concat([found, added.dropna(subset="mean")])
+    every = pd.concat([over_seeds(some, choice), added.dropna(subset="mean")])
     every["text"] = [_text(*line) for line in every[["metric", "mean", "low", "high"]].values]
     table = every.pivot(index=rows, columns="metric", values="text").fillna("")
-    seeds = every.groupby(rows).seeds.first()
-    below = [row for row in table.index if row not in set(order)]
-    table = table[list(titles.values())].assign(seeds=seeds).loc[[*order, *below]]
-    return (
-        table.droplevel("setting")
-        if points.setting.nunique() == 1
-        else table.sort_index(level=0, sort_remaining=False)
-    )
+    table = table[list(titles.values())].assign(seeds=every.groupby(rows).seeds.first())
+    table = table.loc[_best_first(every, rows)]
+    return table.droplevel("setting") if points.setting.nunique() == 1 else table
 
 # %% ../../nbs/reports/truth.ipynb #truth-at
 slack = 0.03  # Share of an L0 by which a point may miss it
