@@ -26,7 +26,7 @@ from scipy.stats import kendalltau
 from ..core import *
 from ..experiment import listed, parse_options
 from .figures import RunFiles, interval, read_runs, write_table
-from ..runs import Params, kind_of, noted, params_from
+from ..runs import Params, kind_of, params_from
 from ..sae import build, options, presets, sparsity_options
 from ..style import *
 
@@ -213,20 +213,17 @@ def run_plan(
     return pd.DataFrame(dict(state=ended)).rename_axis("page")
 
 # %% ../../nbs/reports/truth.ipynb #truth-setting
-_method = {"variant", "model", "preset", "seed", "k", "l1", "options", "trainers", "trainer_options"}
+_budget = ("d_sae", "tokens", "batch", "lr", "warmup_steps")
 
 
 def setting_of(
     config: dict,  # config.json of a run
 ) -> str:  # Such as "synth:1k" or "synth:1k tokens=6e+06"
-    "The world, and what differs from what is usual there."
+    "The world, and what of width and training differs from what is usual there."
     asked = config["params"]
     usual = Params(model=asked["model"])
-    others = [
-        name for name in asked if name not in _method | noted("not in weights") and hasattr(usual, name)
-    ]
-    differ = [f"{name}={asked[name]}" for name in others if asked[name] != getattr(usual, name)]
-    return " ".join([asked["model"], *differ])
+    differ = {name: asked[name] for name in _budget if name in asked and asked[name] != getattr(usual, name)}
+    return " ".join([asked["model"], *(f"{name}={value:g}" for name, value in differ.items())])
 
 
 def method_of(
