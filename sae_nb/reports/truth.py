@@ -6,9 +6,9 @@
 __all__ = ['its_base', 'wanted', 'titles', 'by_choice', 'beside', 'digits', 'slack', 'ideas', 'most', 'published', 'compared',
            'its_l0', 'way_of', 'by_way', 'groups', 'Pass', 'plan', 'count_saes', 'seeds_of', 'methods_in', 'page_state',
            'work_folder', 'run_notebook', 'run_plan', 'setting_of', 'method_of', 'column_of', 'points_of',
-           'missing_seeds', 'read_points', 'over_seeds', 'near', 'beside_rows', 'truth_table', 'at_l0', 'seeds_at',
-           'one_setting', 'differences', 'better_than', 'ranked', 'against', 'panels_of', 'curves', 'draw_better',
-           'ours_for', 'same_share', 'beside_published', 'order_alike', 'published_table', 'write_truth']
+           'missing_seeds', 'read_points', 'over_seeds', 'near', 'middle_of', 'beside_rows', 'truth_table', 'at_l0',
+           'seeds_at', 'one_setting', 'differences', 'better_than', 'ranked', 'against', 'panels_of', 'curves',
+           'draw_better', 'ours_for', 'same_share', 'beside_published', 'order_alike', 'published_table', 'write_truth']
 
 # %% ../../nbs/reports/truth.ipynb #truth-imports
 import functools
@@ -108,11 +108,12 @@ def plan(
     "The passes that make a table."
     all_groups, passes = groups(along), {}
     chosen = [one_of("group", name, all_groups) for name in only or all_groups]
+    stream = f"-data={seeds[0]}" if seeds[0] else ""
     for l0 in l0s or wanted[one_of("world with L0s of its own", model, wanted)]:
         for name in chosen:
             k = float(round(l0) if name in ("whole", "orthogonal") else l0)
             given = dict(model=model, evals="synth_truth", seed=",".join(map(str, seeds)), k=k)
-            page = f"truth-{model.replace(':', '.')}-{name}-{k:g}"
+            page = f"truth-{model.replace(':', '.')}-{name}-{k:g}{stream}"
             passes[page] = Pass(page, given | all_groups[name] | more)
     return list(passes.values())
 
@@ -395,6 +396,17 @@ def near(
     off = (points.asked - l0).abs()
     nearest = off.groupby([points.setting, points.method]).transform("min")
     return points[(off == nearest) & (off < 0.5)]
+
+
+def middle_of(
+    points,  # From `points_of`
+):  # Those points
+    "The points nearest to the L0 that is asked for first in each world, else to the middle one there is."
+    first = {
+        setting: wanted.get(setting.split()[0], [own.asked.median()])[0]
+        for setting, own in points.groupby("setting")
+    }
+    return pd.concat([near(points[points.setting == setting], l0) for setting, l0 in first.items()])
 
 
 def _text(metric, mean, low, high):
@@ -819,12 +831,11 @@ def published_table(
 # %% ../../nbs/reports/truth.ipynb #truth-write
 def write_truth(
     points,  # From `points_of`
-    l0: float = 5.6,  # Of the table
     folder=None,  # None: latex/ of the project
 ) -> list:  # Files
-    "The table at one L0 and every number; for each setting the published scores beside ours."
+    "The table at the middle L0 and every number; for each setting the published scores beside ours."
     every = pd.concat([over_seeds(points), over_seeds(points, "threshold")])
-    files = [*write_table("truth", truth_table(points, l0), every, folder)]
+    files = [*write_table("truth", truth_table(middle_of(points)).droplevel("asked"), every, folder)]
     for setting, own in points.groupby("setting", sort=False):
         if ours_for(own):
             name = f"truth-published-{setting.replace(':', '-').replace(' ', '-').replace('=', '-')}"
