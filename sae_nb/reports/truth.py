@@ -6,9 +6,10 @@
 __all__ = ['its_base', 'wanted', 'titles', 'by_choice', 'beside', 'digits', 'slack', 'ideas', 'most', 'published', 'compared',
            'its_l0', 'way_of', 'by_way', 'groups', 'Pass', 'plan', 'count_saes', 'seeds_of', 'methods_in', 'page_state',
            'work_folder', 'run_notebook', 'run_plan', 'setting_of', 'method_of', 'column_of', 'points_of',
-           'missing_seeds', 'read_points', 'over_seeds', 'near', 'middle_of', 'beside_rows', 'truth_table', 'at_l0',
-           'seeds_at', 'one_setting', 'differences', 'better_than', 'ranked', 'against', 'panels_of', 'curves',
-           'draw_better', 'ours_for', 'same_share', 'beside_published', 'order_alike', 'published_table', 'write_truth']
+           'missing_seeds', 'same_methods', 'read_points', 'over_seeds', 'near', 'middle_of', 'beside_rows',
+           'truth_table', 'at_l0', 'seeds_at', 'one_setting', 'differences', 'better_than', 'ranked', 'against',
+           'panels_of', 'curves', 'draw_better', 'ours_for', 'same_share', 'beside_published', 'order_alike',
+           'published_table', 'write_truth']
 
 # %% ../../nbs/reports/truth.ipynb #truth-imports
 import functools
@@ -284,6 +285,7 @@ def _point(run):
         seed=run.seed,
         stream=(config.get("content") or {}).get("text", ""),
         tokens=read.get("size/tokens"),
+        weights=(read_if_whole(run.folder / "status.json") or {}).get("weights"),
         **{name: read.get(name, np.nan) for name in dict.fromkeys([*names, *nulls])},
     )
 
@@ -303,8 +305,7 @@ def points_of(
     points = pd.DataFrame([_point(run) for run in kept])
     _check_alike(points)
     points = _once(points)
-    said = missing_seeds(points)
-    if said:
+    for said in filter(None, (missing_seeds(points), same_methods(points))):
         print(said)
     return points
 
@@ -358,6 +359,16 @@ def missing_seeds(
             if gone:
                 lack.append(f"{method} at {asked:g} on {setting} ({', '.join(map(str, gone))})")
     return f"seeds missing in {len(lack)} rows: {_few(lack)}" if lack else ""
+
+
+def same_methods(
+    points,  # From `points_of`
+) -> str:  # One line; empty if there are none
+    "Which methods ended with the same weights, and so are one."
+    there = points.dropna(subset="weights")
+    groups = there.groupby(["setting", "stream", "seed", "weights"]).method.unique()
+    pairs = list(dict.fromkeys(" and ".join(methods) for methods in groups if len(methods) > 1))
+    return f"the same weights: {_few(pairs)}" if pairs else ""
 
 
 def read_points(
