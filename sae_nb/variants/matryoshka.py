@@ -8,6 +8,7 @@ __all__ = ['nested_sizes', 'draw_sizes', 'MatryoshkaSAE']
 # %% ../../nbs/variants/matryoshka.ipynb #matryoshka-imports
 import math
 from fractions import Fraction
+from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -218,3 +219,22 @@ def note_levels(self: MatryoshkaSAE, o: Out, sizes, residuals):
         order = torch.arange(self.d_sae, device=o.x.device)
     added = [order[first:stop] for first, stop in zip([0, *sizes], sizes)]
     o.notes["levels"] = [(latents, e.detach()) for latents, e in zip(added, residuals)]
+
+# %% ../../nbs/variants/matryoshka.ipynb #matryoshka-presets
+_preset = partial(add_preset, "matryoshka", prefixes=(1 / 32, 1 / 8, 1 / 2, 1))
+_published = partial(_preset, levels="sum", aux=1.0)
+
+_published("published", "as on SynthSAEBench: four widths, the sum of their errors, AuxK at each")
+_preset("mean_of_levels", "published, with the mean of the errors", aux=1.0)
+_preset("aux_once", "published, with AuxK for the whole SAE only", levels="sum")
+_published("sorted", "published, levels by firing rate", sort=True)
+_published("detached", "published, inner levels detached", detach=True)
+_published("sorted_detached", "published, levels by firing rate, inner ones detached", sort=True, detach=True)
+_published(
+    "drawn",
+    "sorted_detached, with five widths drawn for every batch",
+    sort=True,
+    detach=True,
+    sampled=5,
+    sampled_law="log",
+)
