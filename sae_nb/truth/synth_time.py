@@ -190,4 +190,4 @@ def block(self: SynthTime, B, T, gen):
     if T == 1:
         return SynthWorld.block(self, B, T, gen)
     f = self.spells(B, T, gen).fired(B, T, self.n_true)
-    return (f.times(self.directions) + self.b).view(B, T, self.d_in), f
+    return self.activations(f, gen).view(B, T, self.d_in), f
