@@ -417,16 +417,17 @@ def _known(model):
     "The source of known directions that a model's name means, and a line about it."
     from sae_nb.toy import Toy
     from sae_nb.truth.synth import SynthWorld
+    from sae_nb.truth.synth_time import SynthTime
 
     if kind_of(model) == "toy":
         about = "toy: 256 known directions in 64 dimensions, 8 active"
         return Toy(d_in=64, n_true=256, n_active=8, seed=0), about
-    size, number = synth_size(model)
-    world = SynthWorld(size, seed=number)
-    return (
-        world,
-        f"synthetic world {size}, number {number}: {world.n_true:,} features in {world.d_in} dimensions",
-    )
+    size, number, word = synth_size(model)
+    world = SynthTime(size, number, noise=in_time[word]) if word else SynthWorld(size, number)
+    lasts = f" that last {', '.join(map(str, world.times))} tokens" if word else ""
+    noise = f", noise of {world.noise:g}" if world.noise else ""
+    what = f"{world.n_true:,} features{lasts} in {world.d_in} dimensions{noise}"
+    return world, f"synthetic world {size}, number {number}: {what}"
 
 
 def _known_data(plan):

@@ -139,7 +139,7 @@ def law(
 ) -> list:  # For `Store.get`
     "What a world's tokens depend on."
     parts = world.directions, world.b, world.parent, world.raised, world.ties, world.size, world.sd
-    return [*parts, world.seed]
+    return [*parts, world.seed, world.noise]
 
 
 def how_often(

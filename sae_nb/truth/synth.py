@@ -143,13 +143,14 @@ class SynthWorld(Source):
         depth: int = 3,  # Levels below the roots
         parent_cos: float = None,  # Cosine of child and parent; None: as they fell
         apart_steps: int = 100,  # Steps of spreading directions; 0: random ones
+        noise: float = 0.0,  # Standard deviation of noise on every coordinate; the law has none
         device="cpu",  # Where batches are drawn
     ):
         size = worlds[one_of("synthetic world", name, worlds)]
         asked = dict(n_true=n_true, d_in=d_in, roots=roots, d_sae=d_sae)
         for key, value in asked.items():
             setattr(self, key, size[key] if value is None else value)
-        self.name, self.seed, self.device = name, seed, device
+        self.name, self.seed, self.noise, self.device = name, seed, noise, device
         self._hang(branching, depth)
         self._draw_world(parent_cos, apart_steps)
 
@@ -308,10 +309,23 @@ def draw(
 
 
 @patch
+def activations(
+    self: SynthWorld,
+    f: Fired,  # What is on
+    gen: torch.Generator,  # Source of noise
+) -> Tensor:  # [n, d_in]
+    "What a reader sees of it."
+    x = f.times(self.directions) + self.b
+    if self.noise:
+        x += self.noise * torch.randn(x.shape, generator=gen, device=self.device)
+    return x
+
+
+@patch
 def block(self: SynthWorld, B, T, gen):
     "Activations [B, T, d_in] and what is on, as tokens in rows."
     f = self.draw(B * T, gen)
-    return (f.times(self.directions) + self.b).view(B, T, self.d_in), f
+    return self.activations(f, gen).view(B, T, self.d_in), f
 
 # %% ../../nbs/truth/synth.ipynb #synth-sample
 @patch
