@@ -201,6 +201,9 @@ def housed(
 
     return _draw
 
+# %% ../nbs/01_style.ipynb #style-panels
+_drawn_later = ("set_title", "legend", "plot", "errorbar", "axhline", "axvline")
+
 
 @housed
 def panels(
@@ -210,7 +213,11 @@ def panels(
     "`plt.subplots` in the house's style."
     import matplotlib.pyplot as plt
 
-    return plt.subplots(*args, **kwargs)
+    fig, axes = plt.subplots(*args, **kwargs)
+    for ax in fig.axes:
+        for method in _drawn_later:
+            setattr(ax, method, housed(getattr(ax, method)))
+    return fig, axes
 
 # %% ../nbs/01_style.ipynb #style-spread
 def spread(
