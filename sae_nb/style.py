@@ -194,10 +194,13 @@ def housed(
 
     @functools.wraps(draw)
     def _draw(*args, **kwargs):
+        import matplotlib
         import matplotlib.pyplot as plt
 
         with plt.rc_context(style()):
-            return draw(*args, **kwargs)
+            made, shows = draw(*args, **kwargs), plt.isinteractive()
+        matplotlib.interactive(shows)
+        return made
 
     return _draw
 
