@@ -194,12 +194,18 @@ def housed(
 
     @functools.wraps(draw)
     def _draw(*args, **kwargs):
+        import matplotlib
         import matplotlib.pyplot as plt
 
         with plt.rc_context(style()):
-            return draw(*args, **kwargs)
+            made, shows = draw(*args, **kwargs), plt.isinteractive()
+        matplotlib.interactive(shows)
+        return made
 
     return _draw
+
+# %% ../nbs/01_style.ipynb #style-panels
+_drawn_later = ("set_title", "legend", "plot", "errorbar", "axhline", "axvline")
 
 
 @housed
@@ -210,7 +216,11 @@ def panels(
     "`plt.subplots` in the house's style."
     import matplotlib.pyplot as plt
 
-    return plt.subplots(*args, **kwargs)
+    fig, axes = plt.subplots(*args, **kwargs)
+    for ax in fig.axes:
+        for method in _drawn_later:
+            setattr(ax, method, housed(getattr(ax, method)))
+    return fig, axes
 
 # %% ../nbs/01_style.ipynb #style-spread
 def spread(

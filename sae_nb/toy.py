@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .core import Batch, InputError, rng
+from .style import panels
 
 # %% ../nbs/01_toy.ipynb #toy-generator
 parts = {"truth": 0, "train": 1, "test": 2}
@@ -291,7 +292,7 @@ def plot_cosines(
     titles: tuple = ("before", "after"),  # What to write above
 ):  # The figure
     "Cosines of latents (rows) with true directions (columns), two dictionaries side by side."
-    fig, axes = plt.subplots(1, 2, figsize=(7, 3.2), sharex=True, sharey=True, layout="constrained")
+    fig, axes = panels(1, 2, figsize=(7, 3.2), sharex=True, sharey=True)
     for ax, W, title in zip(axes, (before, after), titles):
         C = _cosine_rows(W, directions)
         image = ax.imshow(C, vmin=0, vmax=1, cmap="Greys", aspect="auto", interpolation="nearest")

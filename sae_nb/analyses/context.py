@@ -19,6 +19,7 @@ from ..core import *
 from ..evals.running import Running, ratio_se
 from ..fronts.branches import Branches
 from ..sae import *
+from ..style import colour_of, looks, name_curves, pale, panels
 from ..train import TrainConfig, Trainee, TrainingError, train
 
 # %% ../../nbs/analyses/context.ipynb #context-parts
@@ -277,13 +278,14 @@ def draw_norms(
     history: list,  # Training history
 ):
     "Norm of every branch against tokens."
+    names = [str(dilation) for dilation in dilations]
     tokens = [row["tokens"] / 1000 for row in history]
+    look = dict(zip(dilations, looks(names, dict.fromkeys(names, "temporal")).values()))
     for r, dilation in enumerate(dilations):
         norms = [row[f"branch_{r}_norm"] for row in history]
-        ax.plot(tokens, norms, lw=1.2, label=f"dilation {dilation}")
-    ax.set(xlabel="tokens, thousands", ylabel="norm of the branch")
-    ax.set_ylim(0)
-    ax.legend(frameon=False, fontsize=7)
+        ax.plot(tokens, norms, color=look[dilation].color, label=f"dilation {dilation}")
+    ax.set(xlabel="tokens, thousands", ylabel="norm of the branch", ylim=(0, None))
+    name_curves(ax)
 
 # %% ../../nbs/analyses/context.ipynb #context-draw-lags
 def draw_lags(
@@ -295,8 +297,8 @@ def draw_lags(
     relative = torch.stack([mass[lag] / mass[0] for lag in lags]).cpu()
     low, median, high = relative.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=1)
     names = [str(lag) for lag in lags]
-    ax.plot(names, median, "k.-", lw=1.2)
-    ax.fill_between(names, low, high, color="k", alpha=0.15)
+    ax.plot(names, median, ".-", color=colour_of("temporal"))
+    ax.fill_between(names, low, high, color=colour_of("temporal"), alpha=0.15, lw=0)
     ax.set(xlabel="lag, tokens", ylabel="weight relative to lag 0")
     ax.set_ylim(0)
 
@@ -308,8 +310,8 @@ def draw_shares(
 ):
     "Share of the variance of z by branch, a box over latents."
     boxes = [branch.tolist() for branch in shares.cpu()]
-    ax.boxplot(boxes, tick_labels=dilations, showfliers=False, medianprops=dict(color="k"))
-    ax.axhline(0, color="k", lw=0.6, ls=":")
+    ax.boxplot(boxes, tick_labels=dilations, showfliers=False, medianprops=dict(color=colour_of("temporal")))
+    ax.axhline(0, color=pale, lw=0.8, zorder=0)
     ax.set(xlabel="dilation of the branch", ylabel="share of the variance of z")
 
 # %% ../../nbs/analyses/context.ipynb #context-plot-context
@@ -320,13 +322,11 @@ def plot_context(
     mask: Tensor = None,  # Document numbers, [B, T]
 ):  # The figure
     "Branch norms over training, reading strength by lag, and share of pre-activation variance by branch."
-    fig, axes = plt.subplots(1, 3, figsize=(9.6, 2.5), layout="constrained")
+    fig, axes = panels(1, 3, figsize=(11, 2.5))
     dilations = front_of(sae).dilations
     _, p = branch_parts(sae, x, mask)
     draw_norms(axes[0], dilations, history)
     draw_lags(axes[1], lag_mass(sae))
     draw_shares(axes[2], dilations, variance_shares(p.float())[1:])
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig

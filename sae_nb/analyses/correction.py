@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from ..core import *
+from ..style import height_for, in_tokens, label_right, looks, panels, short_names
 from ..trainers.correction_watch import DictionaryWatch
 from ..variants.interference import follow
 
@@ -48,18 +49,18 @@ def plot_watch(
     histories: dict,  # Name -> rows of a history with `DictionaryWatch`, as from `read_history`
 ):  # The figure
     "Thresholds, effective rank and mean largest cosine against tokens, for several histories."
-    fig, axes = plt.subplots(1, 3, figsize=(11, 2.6), layout="constrained")
-    for c, (name, history) in enumerate(histories.items()):
-        draw_watch(axes, name, history, f"C{c}")
+    look = looks(histories)
+    fig, axes = panels(1, 3, figsize=(11, height_for(len(histories))))
+    for name, history in histories.items():
+        draw_watch(axes, name, history, look[name].color)
     titles = ("threshold: median, 5 to 95 %", "effective rank of the decoder", "mean largest cosine")
     for ax, title in zip(axes, titles):
-        ax.set_title(title, fontsize=10, loc="left")
-        ax.set_xlabel("tokens")
-        ax.xaxis.set_major_locator(plt.MaxNLocator(4))
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_title(title)
+        in_tokens(ax)
     if not axes[0].lines:
         axes[0].set_visible(False)
-    axes[2].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ends = {name: trace(history, "nearest_cos")[-1] for name, history in histories.items()}
+    label_right(axes[2], ends, look)
     plt.close(fig)
     return fig
 
@@ -130,27 +131,28 @@ def summarize_restarts(
 # %% ../../nbs/analyses/correction.ipynb #correction-plot-looks
 def draw_lives(
     ax,  # matplotlib axes
-    name: str,  # For the legend
     events: pd.DataFrame,  # See `Reactivate.events`
-):
+    color: str,  # Of the line
+) -> tuple:  # Where it ends
     "Share of restarted latents still firing."
     times, alive = survival(events.lived_tokens, events.ended)
     end = max(times[-1], events.lived_tokens.max())
-    label = f"{name}, {len(events)} restarts"
-    ax.step(np.r_[times, end], np.r_[alive, alive[-1]], where="post", label=label)
+    ax.step(np.r_[times, end], np.r_[alive, alive[-1]], where="post", color=color)
     ax.set(ylim=(0, 1.03), xlabel="tokens since the restart", ylabel="share still firing")
+    return end, alive[-1]
 
 
 def draw_looks(
     ax,  # matplotlib axes
     events: pd.DataFrame,  # See `Reactivate.events`
     every: int,  # Updates between looks; a look that restarted nothing is drawn at 0
+    color: str,  # Of the lines
 ):
     "Restarts by look, and how many of them were of latents restarted before."
     looks = by_look(events)
     looks = looks.reindex(np.arange(looks.index.min(), looks.index.max() + 1, every), fill_value=0)
-    (line,) = ax.plot(looks.index, looks.restarted, ".-")
-    ax.plot(looks.index, looks.again, ":", color=line.get_color())
+    ax.plot(looks.index, looks.restarted, ".-", color=color)
+    ax.plot(looks.index, looks.again, ":", color=color)
     ax.set(xlabel="update", ylabel="restarted (dotted: again)", ylim=(0, None))
 
 # %% ../../nbs/analyses/correction.ipynb #correction-plot-survival
@@ -158,17 +160,16 @@ def plot_survival(
     logs: dict,  # Name -> events
 ):  # The figure
     "Share of restarted latents still alive, and restarts per look."
-    fig, axes = plt.subplots(1, 2, figsize=(9.5, 2.6), layout="constrained")
+    logs = {name: events for name, events in logs.items() if len(events)}
+    fig, axes = panels(1, 2, figsize=(10.5, height_for(len(logs))))
     updates = [events["update"].unique() for events in logs.values()] or [np.ones(1, int)]
     every = np.gcd.reduce(np.concatenate(updates))
+    look, ends = looks(logs), {}
     for name, events in logs.items():
-        if len(events):
-            draw_lives(axes[0], name, events)
-            draw_looks(axes[1], events, every)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    lines = axes[0].get_legend_handles_labels()
-    axes[1].legend(*lines, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        ends[name] = draw_lives(axes[0], events, look[name].color)
+        draw_looks(axes[1], events, every, look[name].color)
+    texts = {name: f"{text}, {len(logs[name])} restarts" for name, text in short_names(logs).items()}
+    label_right(axes[0], ends, look, texts)
     plt.close(fig)
     return fig
 

@@ -8,13 +8,13 @@ __all__ = ['directions', 'read_batches', 'usage', 'compare_dictionaries', 'draw_
 # %% ../../nbs/analyses/diversity.ipynb #diversity-imports
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from torch import Tensor
 
 from ..core import *
 from ..metrics import *
+from ..style import Look, height_for, label_right, looks, panels, short_names
 
 # %% ../../nbs/analyses/diversity.ipynb #diversity-dictionary
 def directions(
@@ -92,26 +92,26 @@ def compare_dictionaries(
 # %% ../../nbs/analyses/diversity.ipynb #diversity-plot-near
 def draw_neighbours(
     ax,  # matplotlib axes
-    name: str,  # For the legend; a dictionary whose name begins with "(" is a null
     W: Tensor,  # Decoder, [d_sae, d_in]
-):
+    look: Look,  # Of the curve
+) -> tuple:  # Where it ends
     "Distribution of each latent's largest cosine with another."
     cos = nearest_cos(W).sort().values.cpu()
-    null = dict(color="grey", ls="--") if name.startswith("(") else {}
-    ax.plot(cos, torch.linspace(0, 1, len(cos)), lw=1.2, label=name, **null)
+    ax.plot(cos, torch.linspace(0, 1, len(cos)), color=look.color, ls=look.ls)
     ax.set(xlabel="largest cosine with another row", ylabel="share of latents", title="nearest neighbours")
+    return cos[-1].item(), 1
 
 
 def draw_density(
     ax,  # matplotlib axes
-    name: str,  # For the legend, which also counts dead latents
     density: Tensor,  # Share of tokens on which each latent fires, [d_sae]
-):
-    "Densities of the latents, in falling order."
+    look: Look,  # Of the curve
+) -> tuple:  # Where it ends
+    "Densities of the latents that fire, in falling order."
     live = density[density > 0].sort(descending=True).values
-    dead = len(density) - len(live)
-    ax.plot(range(1, len(live) + 1), live, lw=1.2, label=f"{name}, {dead} dead")
+    ax.plot(range(1, len(live) + 1), live, color=look.color, ls=look.ls)
     ax.set(xlabel="latents by density", ylabel="share of tokens", yscale="log", title="density")
+    return (len(live), live[-1].item()) if len(live) else (1, ax.get_ylim()[0])
 
 # %% ../../nbs/analyses/diversity.ipynb #diversity-plot
 def plot_dictionaries(
@@ -121,14 +121,13 @@ def plot_dictionaries(
 ):  # The figure
     "Distribution of each latent's nearest neighbour, and of its density."
     if axes is None:
-        _, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for name, sae in saes.items():
-        draw_neighbours(axes[0], name, sae.W_dec)
-    decoder = next(iter(saes.values())).W_dec
-    draw_neighbours(axes[0], "(random)", random_like(decoder, 0))
-    for name, shares in density.items():
-        draw_density(axes[1], name, shares)
-    for ax in axes:
-        ax.legend(frameon=False, fontsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
+        _, axes = panels(1, 2, figsize=(10.5, height_for(len(saes) + 1, 3)))
+    decoders = {name: sae.W_dec for name, sae in saes.items()}
+    decoders["(random)"] = random_like(next(iter(decoders.values())), 0)
+    look = looks(decoders | density)
+    near = {name: draw_neighbours(axes[0], W, look[name]) for name, W in decoders.items()}
+    often = {name: draw_density(axes[1], shares, look[name]) for name, shares in density.items()}
+    dead = {name: f"{text}, {(density[name] == 0).sum()} dead" for name, text in short_names(density).items()}
+    label_right(axes[0], near, look)
+    label_right(axes[1], often, look, dead)
     return axes[0].figure

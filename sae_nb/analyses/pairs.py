@@ -10,7 +10,6 @@ __all__ = ['selectors', 'stability', 'turnover', 'lifetimes', 'draw_stability', 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-imports
 import copy
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -20,6 +19,18 @@ from ..core import *
 from ..metrics import cosines, unit
 from ..sae import SAE
 from ..speed.pairs import pair_scores
+from sae_nb.style import (
+    dark,
+    grey,
+    height_for,
+    in_tokens,
+    legend_beside,
+    looks,
+    name_curves,
+    pale,
+    panels,
+    spare,
+)
 from ..toy import Toy
 from ..train import Trainer
 from ..trainers.pair_watch import PairWatch, jaccard
@@ -71,16 +82,16 @@ def draw_stability(
     axes,  # Three matplotlib axes
     watch: PairWatch,  # After training
     color: str,  # Of its lines
-    name: str,  # For the legend
+    name: str,  # What stands at their ends
 ) -> pd.DataFrame:  # As `stability` gives it, for the second half of training
     "One watch: overlap by lag, turnover over training, and how long pairs stay."
     overlap, change = stability(watch, since=0.5), turnover(watch)
     stays = lifetimes(watch).records.value_counts().sort_index()
     smooth = change.new.rolling(max(1, len(change) // 20), min_periods=1).mean()
     at_least = stays[::-1].cumsum()[::-1] / stays.sum()
-    axes[0].plot(overlap.steps, overlap.jaccard, f"{color}.-", label=name)
-    axes[1].plot(change.steps, smooth, color)
-    axes[2].step(stays.index * watch.every, at_least, color, where="post")
+    axes[0].plot(overlap.steps, overlap.jaccard, ".-", color=color)
+    axes[1].plot(change.steps, smooth, color=color)
+    axes[2].step(stays.index * watch.every, at_least, color=color, where="post", label=name)
     return overlap
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-plot-stability-all
@@ -88,17 +99,16 @@ def plot_stability(
     watches: dict,  # Name -> PairWatch
 ):  # The figure
     "Overlap by lag, turnover over training, and how long pairs stay, for several watches."
-    fig, axes = plt.subplots(1, 3, figsize=(10, 2.7), layout="constrained")
-    for c, (name, watch) in enumerate(watches.items()):
-        overlap = draw_stability(axes, watch, f"C{c}", name)
-    axes[0].plot(overlap.steps, overlap.null, "k:", lw=1, label="random sets")
+    fig, axes = panels(1, 3, figsize=(11.5, height_for(len(watches), 2.7)))
+    for name, look in looks(watches).items():
+        overlap = draw_stability(axes, watches[name], look.color, name)
+    axes[0].plot(overlap.steps, overlap.null, "--", color=grey, lw=1, label="(random sets)")
     axes[0].set(xscale="log", xlabel="steps apart (second half of training)", ylabel="Jaccard overlap")
     axes[0].set_ylim(-0.02, 1.03)
-    axes[0].legend(frameon=False, fontsize=7)
     axes[1].set(xlabel="step", ylabel="share of the set that is new", ylim=(-0.02, 1.03))
     axes[2].set(xscale="log", yscale="log", xlabel="steps held", ylabel="share of stays\nat least as long")
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
+    name_curves(axes[0])
+    name_curves(axes[2])
     return fig
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-snapshots
@@ -194,18 +204,17 @@ def plot_scores(
     P: int = None,  # Pairs selected; the lowest selected score is marked
 ):  # The figure
     "How many pairs score more than s."
-    fig, ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
-    for c, (name, S) in enumerate(matrices.items()):
-        scores = upper(S).sort(descending=True).values.cpu()
+    fig, ax = panels(figsize=(5.6, height_for(len(matrices), 2.8)))
+    for name, look in looks(matrices).items():
+        scores = upper(matrices[name]).sort(descending=True).values.cpu()
         n_positive = int((scores > 0).sum())
         share = np.arange(1, n_positive + 1) / len(scores)
-        ax.plot(scores[:n_positive], share, f"C{c}", label=name)
+        ax.plot(scores[:n_positive], share, color=look.color, ls=look.ls, label=name)
         if P and P <= n_positive:
-            ax.plot(scores[P - 1], P / len(scores), f"C{c}o", ms=5)
-    ax.axvline(tau, color="k", lw=0.8, ls=":")
+            ax.plot(scores[P - 1], P / len(scores), "o", color=look.color, ms=5)
+    ax.axvline(tau, color=dark, lw=0.8, ls=":")
     ax.set(yscale="log", xlabel="score s", ylabel="share of pairs\nscoring more")
-    ax.legend(frameon=False, fontsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
+    legend_beside(ax)
     return fig
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-tau
@@ -213,14 +222,14 @@ def plot_tau(
     histories: dict,  # Name -> list of history rows
 ):  # The figure
     "The threshold, and the mean score of the selected pairs, over training."
-    fig, ax = plt.subplots(figsize=(4.6, 2.4), layout="constrained")
-    for c, (name, history) in enumerate(histories.items()):
-        rows = pd.DataFrame(history)
-        ax.plot(rows.tokens, rows.tau, f"C{c}", label=f"{name}: τ")
-        ax.plot(rows.tokens, rows.top_score, f"C{c}", lw=0.8, ls="--", label=f"{name}: selected")
-    ax.set(xlabel="tokens", ylabel="score", ylim=(0, None))
-    ax.legend(frameon=False, fontsize=7, ncol=2)
-    ax.spines[["top", "right"]].set_visible(False)
+    fig, ax = panels(figsize=(5.6, height_for(2 * len(histories))))
+    for name, look in looks(histories).items():
+        rows = pd.DataFrame(histories[name])
+        ax.plot(rows.tokens, rows.tau, color=look.color, label=f"{name}: τ")
+        ax.plot(rows.tokens, rows.top_score, color=look.color, lw=0.8, ls="--", label=f"{name}: selected")
+    ax.set(ylabel="score", ylim=(0, None))
+    in_tokens(ax)
+    name_curves(ax)
     return fig
 
 # %% ../../nbs/analyses/pairs.ipynb #pairs-relations
@@ -322,18 +331,16 @@ def plot_follow(
     fraction: float = 0.001,  # Share of pairs that is selected; drawn as a line
 ):  # The figure
     "A pair's fate, and its place in the selectors' lists."
-    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    fig, axes = panels(1, 2, figsize=(11, 2.8))
     fate = dict(silence="parent's silence with child", leak="parent in child's row", cofire="co-firing")
-    for c, (column, label) in enumerate(fate.items()):
-        axes[0].plot(pair.step, pair[column], f"C{c + 5}", label=label)
-    for c, by in enumerate(selectors):
-        axes[1].plot(pair.step, pair[by].clip(lower=2e-4), f"C{c}", label=by)
-    axes[1].axhline(fraction, color="grey", lw=0.8)
-    axes[1].axhline(0.5, color="k", lw=0.8, ls=":", label="random, on average")
+    for (column, label), color in zip(fate.items(), spare[3:]):
+        axes[0].plot(pair.step, pair[column], color=color, label=label)
+    for by, look in looks(selectors).items():
+        axes[1].plot(pair.step, pair[by].clip(lower=2e-4), color=look.color, label=by)
+    axes[1].axhline(fraction, color=pale, lw=0.8, zorder=0)
+    axes[1].axhline(0.5, color=grey, lw=0.8, ls="--", label="(random), on average")
     axes[0].set(xlabel="step", ylim=(-0.3, 1.05))
     axes[1].set(xlabel="step", ylabel="place in the list (0 first)", yscale="log")
-    axes[0].legend(frameon=False, fontsize=7)
-    axes[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
+        name_curves(ax)
     return fig

@@ -25,12 +25,23 @@ from tqdm import tqdm
 
 from ..core import InputError, register, rng
 from ..data import WorldSource
-from .base import Context, Evaluator, Measured, any_seed, fraction, how_many, option, sized
+from sae_nb.evals.base import (
+    Context,
+    Evaluator,
+    Measured,
+    any_seed,
+    fraction,
+    how_many,
+    looks_of,
+    option,
+    sized,
+)
 from .codes import bootstrap, dictionary_sae, latents_of, wilson
 from .split import families, plain_word
 from .store import Store
 from ..lm import LM, what_counts
 from ..metrics import unit
+from ..style import dark, grey, ink, legend_below, pale, panels, short_names
 from ..world import sets as W
 
 # %% ../../nbs/evals/absorption.ipynb #abs-config
@@ -1124,27 +1135,29 @@ def _proxy_and_truth(rows):
     return proxy, truth
 
 
-def _draw_letters(ax, rows, random):
+def _draw_letters(ax, rows, random, color):
     "Every letter of an SAE; `random`: letter -> score of the random SAE."
     proxy, truth = _proxy_and_truth(rows)
     ix = [alphabet.index(row["letter"]) for row in rows]
-    ax.bar(ix, [row["main_f1"] for row in rows], color=".9", width=0.8, label="F1 of the main latents")
+    ax.bar(
+        ix, [row["main_f1"] for row in rows], color=pale, alpha=0.5, width=0.8, label="F1 of the main latents"
+    )
     below = [score - row["low"] for score, row in zip(proxy, rows)]
     above = [row["high"] - score for score, row in zip(proxy, rows)]
-    ax.errorbar(ix, proxy, [below, above], fmt="C0.", ms=6, lw=1, label="full absorption")
+    ax.errorbar(ix, proxy, [below, above], fmt=".", color=color, ms=6, lw=1, label="full absorption")
     where = "text" if "n_text" in rows[0] else "prompts"
-    ax.plot(ix, truth, "o", mec="C3", mfc="none", ms=5, label=f"truth: silent in {where}")
-    label = "full absorption, random SAE" if random else ""
+    ax.plot(ix, truth, "o", mec=dark, mfc="none", ms=5, label=f"truth: silent in {where}")
+    label = "(random): full absorption" if random else ""
     at = [alphabet.index(letter) for letter in random]
-    ax.plot(at, list(random.values()), "_", color=".35", ms=8, label=label)
+    ax.plot(at, list(random.values()), "_", color=grey, ms=8, mew=1.5, label=label)
     ax.set(ylim=(-0.05, 1.05), xlim=(-0.8, 25.8), xticks=range(26), xticklabels=list(alphabet))
 
 
-def _draw_truth(ax, rows):
+def _draw_truth(ax, rows, color):
     "Proxy against truth."
     proxy, truth = _proxy_and_truth(rows)
-    ax.plot(truth, proxy, "C0.", ms=5)
-    ax.plot([0, 1], [0, 1], "k:", lw=1)
+    ax.plot(truth, proxy, ".", color=color, ms=5)
+    ax.plot([0, 1], [0, 1], ":", color=dark, lw=1)
     ax.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
 
 # %% ../../nbs/evals/absorption.ipynb #abs-plot-draw
@@ -1156,22 +1169,16 @@ def draw(
     "Letters of every SAE, with what the random one scores."
     found = {name: env["eval_result_unstructured"] for name, env in envs.items()}
     found = {name: data for name, data in found.items() if data.get("letters")}
-    fig, axes = plt.subplots(
-        len(found),
-        2,
-        figsize=(9.5, 0.5 + 1.75 * len(found)),
-        width_ratios=[4, 1],
-        squeeze=False,
-        layout="constrained",
-        sharex="col",
-    )
+    look, texts = looks_of(envs), short_names(found)
+    size = dict(figsize=(9.5, 0.5 + 1.75 * len(found)), width_ratios=[4, 1])
+    fig, axes = panels(len(found), 2, squeeze=False, sharex="col", **size)
     for (left, right), (name, data) in zip(axes, found.items()):
-        _draw_letters(left, data["letters"], data["null_letters"].get("random", {}))
-        _draw_truth(right, data["letters"])
-        left.set_ylabel(name)
+        color = look[name].color
+        _draw_letters(left, data["letters"], data["null_letters"].get("random", {}), color)
+        _draw_truth(right, data["letters"], color)
+        left.set_ylabel(texts[name], color=ink(color))
     axes[-1][1].set_xlabel("truth")
-    axes[0][1].set_title("full absorption\nagainst truth", fontsize=8)
-    handles = axes[0][0].get_legend_handles_labels()
-    fig.legend(*handles, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+    axes[0][1].set_title("proxy against truth")
+    legend_below(fig)
     plt.close(fig)
     return fig

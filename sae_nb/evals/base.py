@@ -28,7 +28,17 @@ from ..core import *
 from .codes import latents_of, null_saes
 from .store import Store, code_digest, digest, live_code, source_of
 from ..sae import build, check_option, declared
-from ..style import bare_rows, draw_nulls, draw_row, height_for, housed, legend_below, looks, name_rows
+from sae_nb.style import (
+    bare_rows,
+    draw_nulls,
+    draw_row,
+    height_for,
+    housed,
+    legend_below,
+    looks,
+    name_rows,
+    panels,
+)
 
 # %% ../../nbs/evals/base.ipynb #base-settle
 def settle(
@@ -580,14 +590,12 @@ def __call__(
 # %% ../../nbs/evals/base.ipynb #base-reasons
 def _reasons(envs, headline):
     "A figure that says why there is nothing to draw."
-    import matplotlib.pyplot as plt
-
     why = {}
     for name, env in envs.items():
         undefined = env["eval_result_unstructured"]["undefined"]
         for reason in dict.fromkeys(undefined[m] for m in headline if m in undefined):
             why.setdefault(reason, []).append(name)
-    fig, ax = plt.subplots(figsize=(8, 0.4 + 0.5 * len(why)))
+    fig, ax = panels(figsize=(8, 0.4 + 0.5 * len(why)))
     ax.axis("off")
     lines = [f"{', '.join(names)}: {reason}" for reason, names in why.items()]
     ax.text(0, 0.5, figure_text("\n".join(lines)), fontsize=8, va="center", wrap=True)
