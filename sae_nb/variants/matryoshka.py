@@ -87,6 +87,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         sampled_law: str = "pareto",  # How drawn levels are spread, "pareto" or "log"
         sort: bool = False,  # Levels hold the latents that fire most, not those that lie first
         detach: bool = False,  # What an inner level takes from those inside it carries no gradient
+        joint: float = 1.0,  # With `detach`: share of the full error that pulls at all latents
         levels: str = "mean",  # The errors of the levels count by their "mean" or their "sum"
         aux: float = None,  # Weight of AuxK level by level (`trainers/auxk`); None: AuxK is the run's
         weights=None,  # One weight per level; None: all alike
@@ -98,6 +99,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         self.sampled = _drawn(sampled, sampled_law, d_sae)
         self.sampled_law = sampled_law
         self.detach = detach
+        self.joint = _joint(joint, detach)
         self.sums = one_of("levels", levels, ["mean", "sum"]) == "sum"
         self.weights = _level_weights(weights, sampled or len(self.sizes))
         self._add_ranks(sort)
@@ -114,6 +116,17 @@ def _drawn(sampled, law, d_sae):
             f"or 1 to {most} (d_sae = {d_sae}, sampled_law {law})"
         )
     return sampled
+
+
+def _joint(joint, detach):
+    "A share, or an error."
+    if not 0 <= joint <= 1:
+        raise InputError(f"joint = {joint} is not a share of the full error; give 0 to 1")
+    if joint < 1 and not detach:
+        raise InputError(
+            f"joint = {joint} says how much is left uncut by detach; add detach=True, or leave it out"
+        )
+    return float(joint)
 
 
 @patch
@@ -200,15 +213,23 @@ def reconstruction(self: MatryoshkaSAE, o: Out) -> dict:
         self.renew(o)
     sizes = self.levels()
     x = o.x - self.skip * o.x if self.skip else o.x
-    residuals = [x - x_hat for x_hat in self.inner_levels(o, sizes[:-1])]
+    cut = sizes if self.joint < 1 else sizes[:-1]
+    residuals = [x - x_hat for x_hat in self.inner_levels(o, cut)]
     errors = [self.token_mean(residual.pow(2).sum(-1)) for residual in residuals]
     full = (o.x - o.x_hat).pow(2).sum(-1)
     o.logs["mse"] = full.mean().item()
     if self.aux and self.training:
-        self.note_levels(o, sizes, [*residuals, o.x - o.x_hat])
+        self.note_levels(o, sizes, [*residuals[: len(sizes) - 1], o.x - o.x_hat])
+    errors[len(sizes) - 1 :] = [self._whole(self.token_mean(full), *errors[len(sizes) - 1 :])]
     weights = self.weights if len(self.weights) == len(sizes) else [1.0] * len(sizes)
-    weighted = [weight * error for weight, error in zip(weights, [*errors, self.token_mean(full)])]
+    weighted = [weight * error for weight, error in zip(weights, errors)]
     return {"nested_mse": sum(weighted) if self.sums else sum(weighted) / sum(weights)}
+
+
+@patch
+def _whole(self: MatryoshkaSAE, full, cut=None):
+    "The full error, a share of it cut like an inner level's."
+    return full if cut is None else torch.lerp(cut, full, self.joint)
 
 
 @patch
