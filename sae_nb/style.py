@@ -18,7 +18,9 @@ from .core import figure_text, short
 
 # %% ../nbs/01_style.ipynb #style-families
 families = dict(  # family -> variant: colour
-    count=dict(topk="#0072B2", batchtopk="#00456B", matryoshka="#56B4E9", matching_pursuit="#3FFAFD"),
+    count=dict(
+        topk="#0072B2", batchtopk="#00456B", matryoshka="#56B4E9", matching_pursuit="#3FFAFD", best="#0F0FA5"
+    ),
     price=dict(standard="#E69F00", p_anneal="#B8962E", gated="#5A3D00", jumprelu="#F5CB6B"),
     pairs=dict(ortho="#009E73", ortsae="#005C43", interference="#79D1B3"),
     context=dict(
