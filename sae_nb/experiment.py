@@ -248,6 +248,7 @@ def _training(p):
         batch=p.batch,
         lr=p.lr,
         warmup_steps=None if p.warmup_steps < 0 else p.warmup_steps,
+        decay=p.decay,
         checkpoint_every=p.checkpoint,
     ).resolve()
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['variant', 'model', 'hook', 'text', 'repeat', 'text_column', 'd_sae', 'k', 'l1', 'options', 'preset', 'trainers',
-           'trainer_options', 'diagnostics', 'tokens', 'batch', 'lr', 'warmup_steps', 'ctx', 'buffer', 'sink', 'seed',
-           'evals', 'eval_rows', 'eval_options', 'eval_nulls', 'probe_data', 'label_column', 'data_dir', 'device',
-           'dtype', 'checkpoint', 'cache', 'cache_gb', 'name', 'resume']
+           'trainer_options', 'diagnostics', 'tokens', 'batch', 'lr', 'warmup_steps', 'decay', 'ctx', 'buffer', 'sink',
+           'seed', 'evals', 'eval_rows', 'eval_options', 'eval_nulls', 'probe_data', 'label_column', 'data_dir',
+           'device', 'dtype', 'checkpoint', 'cache', 'cache_gb', 'name', 'resume']
 
 # %% ../nbs/run.ipynb #run-parameters
 variant: str = "standard"  # registered variants, comma-separated, or all; ortho/jumprelu puts one on another
@@ -27,6 +27,7 @@ tokens: int = -1  # activations to train on; -1: a million
 batch: int = -1  # tokens per step; -1: 2048
 lr: float = -1.0  # Adam's learning rate, -1: 4e-3; for a hundred million tokens and more take 3e-4
 warmup_steps: int = -1  # rise of the learning rate; -1: a twentieth of the steps
+decay: float = 0.2  # share of the steps, the last ones, over which the learning rate falls to 0
 ctx: int = 128  # tokens per row
 buffer: int = 512  # rows harvested and shuffled at a time
 sink: float = 10.0  # tokens longer than this many median norms do not count, if there are any; 0: all count

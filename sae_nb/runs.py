@@ -218,7 +218,7 @@ def params_from(
 
 # %% ../nbs/09_runs.ipynb #runs-ranges
 _least = dict.fromkeys(("d_sae", "k", "tokens", "batch", "ctx", "buffer", "eval_rows"), 1)
-_least.update(dict.fromkeys(("l1", "lr", "sink", "checkpoint", "cache_gb"), 0), warmup_steps=-1)
+_least.update(dict.fromkeys(("l1", "lr", "decay", "sink", "checkpoint", "cache_gb"), 0), warmup_steps=-1)
 
 
 def _check_ranges(p):
