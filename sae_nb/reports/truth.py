@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['its_base', 'wanted', 'titles', 'by_choice', 'beside', 'digits', 'slack', 'ideas', 'most', 'published', 'compared',
-           'its_l0', 'way_of', 'by_way', 'groups', 'Pass', 'plan', 'count_saes', 'seeds_of', 'methods_in', 'page_state',
-           'work_folder', 'run_notebook', 'run_plan', 'setting_of', 'method_of', 'column_of', 'points_of',
-           'missing_seeds', 'same_methods', 'read_points', 'over_seeds', 'near', 'middle_of', 'beside_rows',
-           'truth_table', 'at_l0', 'seeds_at', 'one_setting', 'differences', 'better_than', 'ranked', 'against',
-           'panels_of', 'curves', 'draw_better', 'ours_for', 'same_share', 'beside_published', 'order_alike',
+           'its_l0', 'way_of', 'by_way', 'groups', 'kind_of_world', 'Pass', 'plan', 'count_saes', 'seeds_of',
+           'methods_in', 'page_state', 'work_folder', 'run_notebook', 'run_plan', 'setting_of', 'method_of',
+           'column_of', 'points_of', 'missing_seeds', 'same_methods', 'read_points', 'over_seeds', 'near', 'middle_of',
+           'beside_rows', 'truth_table', 'at_l0', 'seeds_at', 'one_setting', 'differences', 'better_than', 'ranked',
+           'against', 'panels_of', 'curves', 'draw_better', 'ours_for', 'same_share', 'beside_published', 'order_alike',
            'published_table', 'write_truth']
 
 # %% ../../nbs/reports/truth.ipynb #truth-imports
@@ -27,7 +27,7 @@ from scipy.stats import kendalltau
 from ..core import *
 from ..experiment import listed, parse_options
 from .figures import RunFiles, interval, read_runs, write_table
-from ..runs import Params, kind_of, params_from
+from ..runs import Params, kind_of, params_from, synth_size
 from ..sae import build, options, presets, sparsity_options
 from ..style import *
 
@@ -61,7 +61,7 @@ its_base = ("token_weights",)  # by default the same as what they stand on
 
 
 def groups(
-    along: bool = False,  # Those that look along a sequence instead
+    along: bool = False,  # Those that look along a sequence instead, for a world with time
 ) -> dict:  # name -> parameters that tell it apart
     "What can be trained in one pass."
     ways = by_way()
@@ -84,13 +84,26 @@ def groups(
     )
 
 # %% ../../nbs/reports/truth.ipynb #truth-plan
-wanted = {"synth:1k": (5.6, 4.2, 7.0, 5.0, 6.3, 3.5), "synth:4k": (12.2, 9.8, 15.4)}  # world -> L0s
+wanted = {  # world -> L0s
+    "synth:1k": (5.6, 4.2, 7.0, 5.0, 6.3, 3.5),
+    "synth:4k": (12.2, 9.8, 15.4),
+    "synth:1k-time": (5.6, 4.2, 7.0),
+}
+
+
+def kind_of_world(
+    model: str,  # Such as "synth:1k-time:3"
+) -> str:  # The same without its number, "synth:1k-time"
+    "Which law and size a world has."
+    size, _, word = synth_size(model)
+    return "-".join(filter(None, [f"synth:{size}", word]))
 
 
 class Pass(NamedTuple):
     "SAEs that are trained side by side."
 
     name: str  # Of its page
+    group: str  # One of `groups`
     given: dict  # Parameters of run.ipynb
 
     def __str__(self):
@@ -103,19 +116,19 @@ def plan(
     l0s=None,  # L0s to ask for; None: those of `wanted`
     seeds=range(5),  # Of the weights; the first also seeds the data, which a pass shares
     only=None,  # Names of groups; None: all
-    along: bool = False,  # Variants that look along a sequence, for a world with time
     **more,  # Further parameters of run.ipynb, the same for all
 ) -> list:  # of Pass
     "The passes that make a table."
-    all_groups, passes = groups(along), {}
+    world, passes = kind_of_world(model), {}
+    all_groups = groups(along="time" in world)
     chosen = [one_of("group", name, all_groups) for name in only or all_groups]
     stream = f"-data={seeds[0]}" if seeds[0] else ""
-    for l0 in l0s or wanted[one_of("world with L0s of its own", model, wanted)]:
+    for l0 in l0s or wanted[one_of("world with L0s of its own", world, wanted)]:
         for name in chosen:
             k = float(round(l0) if name in ("whole", "orthogonal") else l0)
             given = dict(model=model, evals="synth_truth", seed=",".join(map(str, seeds)), k=k)
             page = f"truth-{model.replace(':', '.')}-{name}-{k:g}{stream}"
-            passes[page] = Pass(page, given | all_groups[name] | more)
+            passes[page] = Pass(page, name, given | all_groups[name] | more)
     return list(passes.values())
 
 # %% ../../nbs/reports/truth.ipynb #truth-plan-count
@@ -414,7 +427,7 @@ def middle_of(
 ):  # Those points
     "The points nearest to the L0 that is asked for first in each world, else to the middle one there is."
     first = {
-        setting: wanted.get(setting.split()[0], [own.asked.median()])[0]
+        setting: wanted.get(kind_of_world(setting.split()[0]), [own.asked.median()])[0]
         for setting, own in points.groupby("setting")
     }
     return pd.concat([near(points[points.setting == setting], l0) for setting, l0 in first.items()])
