@@ -222,6 +222,7 @@ def panels(
     for ax in fig.axes:
         for method in _drawn_later:
             setattr(ax, method, housed(getattr(ax, method)))
+    fig.colorbar = housed(fig.colorbar)
     return fig, axes
 
 # %% ../nbs/01_style.ipynb #style-spread

@@ -44,7 +44,7 @@ from .codes import bootstrap, latents_of
 from .split import distinct, plain
 from .store import Store, blocks
 from ..sae import declared
-from ..style import grey, height_for, housed, label_right, legend_below
+from ..style import grey, height_for, housed, label_right, legend_below, pale
 from ..world import sets as W
 
 # %% ../../nbs/evals/ravel.ipynb #ravel-config
@@ -1202,9 +1202,9 @@ def _null_points(envs):
 # %% ../../nbs/evals/ravel.ipynb #ravel-plot-plane
 def _draw_nulls(ax, envs):
     "The line of one half, and the rows beside the SAEs."
-    ax.plot([0, 1], [1, 0], color=".8", lw=1, zorder=0)
+    ax.plot([0, 1], [1, 0], color=pale, lw=1, zorder=0)
     along = dict(rotation=-45, ha="left", va="top", rotation_mode="anchor")
-    ax.text(0.06, 0.88, "one half", color=".5", fontsize=7, **along)
+    ax.text(0.06, 0.88, "one half", color=grey, fontsize=7, **along)
     for row, (cause, isolation) in _null_points(envs).items():
         mark = _marks[row]
         ax.plot(cause, isolation, mark, color=grey, ms=_size(mark), label=f"({row})", ls="")
@@ -1256,7 +1256,7 @@ def _draw_attributes(ax, envs):
         table = env["eval_result_unstructured"]["per_attribute"].get("sae") or {}
         scores = {name: own["disentangle_score"] for name, own in table.items()}
         put(scores, marker=look[sae].marker, color=look[sae].color, ms=6, alpha=0.85)
-    ax.axvline(0.5, color=".8", lw=1, zorder=0)
+    ax.axvline(0.5, color=pale, lw=1, zorder=0)
     ax.set(yticks=range(len(names)), yticklabels=[name.replace("_", ": ", 1) for name in names])
     ax.set(xlabel="disentanglement", xlim=(0.35, 1.02))
     ax.invert_yaxis()

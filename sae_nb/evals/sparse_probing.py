@@ -42,7 +42,7 @@ from .codes import latents_of, mean_pool
 from .split import apart
 from .store import Store, blocks
 from .texts import Texts, saebench_sets, text_set, world_sets
-from ..style import grey, height_for, housed, label_right, legend_below
+from ..style import dark, grey, height_for, housed, label_right, legend_below, shade
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-config
 schema_ks = (1, 2, 5, 10, 20, 50, 100)  # The ones SAEBench's file has names for
@@ -915,7 +915,7 @@ def compare(
     return dict(difference=torch.stack([v.mean() for v in d]).mean().item(), low=lo, high=hi)
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot
-_grey = dict(random=(grey, "--"), frozen=(grey, "-."), residual=("k", "-"))
+_grey = dict(random=(grey, "--"), frozen=(grey, "-."), residual=(dark, "-"))
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-line
 def _line(ax, values, ks, **style):
@@ -930,7 +930,7 @@ def _null_lines(ax, nulls, ks):
     "The null dictionaries and the residual channels."
     for name, values in nulls.items():
         if name not in ("ceiling", "direction", "shuffled"):
-            color, dashes = _grey.get(name, ("0.6", "--"))
+            color, dashes = _grey.get(name, (grey, ":"))
             label = "residual channels" if name == "residual" else name
             _line(ax, values, ks, color=color, ls=dashes, lw=1, label=label)
 
@@ -941,11 +941,13 @@ def _levels(ax, nulls, k):
     direction = nulls["direction"].get("sae_top_1_test_accuracy")
     shuffled = nulls["shuffled"].get(f"sae_top_{k}_test_accuracy")
     if channels is not None:
-        ax.axhline(channels, color="k", ls=(0, (1, 1)), lw=1, label="all channels")
+        ax.axhline(channels, color=dark, ls=(0, (1, 1)), lw=1, label="all channels")
     if direction is not None:
-        ax.axhline(direction, color="0.3", ls=(0, (5, 1, 1, 1)), lw=1, label="difference of class means")
+        ax.axhline(
+            direction, color=shade(grey, -0.4), ls=(0, (5, 1, 1, 1)), lw=1, label="difference of class means"
+        )
     if shuffled is not None:
-        ax.plot([], [], " ", label=f"shuffled labels: {shuffled:.2f} at k = {k}")
+        ax.plot([], [], " ", color=grey, label=f"shuffled labels: {shuffled:.2f} at k = {k}")
 
 # %% ../../nbs/evals/sparse_probing.ipynb #sp-plot-against-k
 def _against_k(ax, envs, ks):
@@ -984,8 +986,8 @@ def _by_set(ax, envs, k):
         means = _set_means(env, sets, f"sae_top_{k}_test_accuracy")
         ax.plot(means, heights, look[name].marker, color=look[name].color, ms=5, alpha=0.85)
     for name, color, label in (
-        (f"llm_top_{k}_test_accuracy", "k", "best channel"),
-        ("llm_test_accuracy", "0.6", "all channels"),
+        (f"llm_top_{k}_test_accuracy", dark, "best channel"),
+        ("llm_test_accuracy", grey, "all channels"),
     ):
         ax.plot(_set_means(first, sets, name), heights, "|", color=color, ms=11, mew=1.5, label=label)
     ax.set_yticks(heights, [_set_label(s) for s in sets])

@@ -25,7 +25,7 @@ from sae_nb.evals.base import (
     sized,
 )
 from ..metrics import random_like, unit
-from ..style import grey, height_for, housed, short_names
+from ..style import grey, height_for, housed, pale, short_names
 
 # %% ../../nbs/evals/stability.ipynb #stab-nearest
 def nearest_rows(
@@ -160,7 +160,7 @@ def draw(
                 ls=look[name].ls,
                 label=f"{texts[name]} ({metric_values(env)['mean_max_cos']:.2f})",
             )
-    ax.axvline(self.config.shared, color=".8", lw=1, ls=":")
+    ax.axvline(self.config.shared, color=pale, lw=1, ls=":")
     ax.set(
         xlabel="largest cosine with the other SAE",
         ylabel="share of latents above",

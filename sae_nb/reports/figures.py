@@ -182,7 +182,7 @@ def draw_failures(
     for row, why in failures.items():
         place = dict(xy=(0.01, rows.index(row)), xycoords=("axes fraction", "data"))
         text = figure_text(why if len(why) <= 60 else why[:57] + "...")
-        ax.annotate(text, va="center", fontsize=6.5, color=".25", style="italic", **place)
+        ax.annotate(text, va="center", fontsize=6.5, color=dark, style="italic", **place)
 
 
 def _no_ticks(ax, numbers):
@@ -207,18 +207,11 @@ def draw_bars(
             continue
         draw_row(ax, at, mean, look[row])
         if np.isfinite(low):
-            ax.plot([low, high], [at, at], color="black", lw=1)
-            ax.plot(
-                values,
-                [at] * len(values),
-                look[row].marker,
-                color=look[row].color,
-                ms=3,
-                mec="white",
-                mew=0.4,
-            )
+            ax.plot([low, high], [at, at], color=dark, lw=1)
+            edge = dict(mec=shade(look[row].color, 1), mew=0.4)
+            ax.plot(values, [at] * len(values), look[row].marker, color=look[row].color, ms=3, **edge)
     ax.xaxis.set_major_locator(plt.MaxNLocator(4))
-    ax.axvline(0, color="black", lw=0.6)
+    ax.axvline(0, color=dark, lw=0.6)
     _no_ticks(ax, numbers)
     draw_failures(ax, failures, list(numbers))
 
@@ -263,6 +256,7 @@ def training_analysis(
     return fig
 
 # %% ../../nbs/reports/figures.ipynb #figures-comparison
+@housed
 def _bar_figure(runs, panels, width=3.4):
     "Panels of bars side by side, rows named once."
     look = run_looks(runs)
@@ -367,7 +361,7 @@ def draw_points(
 ):
     "A point for every seed, the interval of each row, a thin line through the means."
     means = [interval(values) for values in numbers.values()]
-    ax.plot([mean for mean, _, _ in means], range(len(means)), color=".8", lw=1, zorder=0)
+    ax.plot([mean for mean, _, _ in means], range(len(means)), color=pale, lw=1, zorder=0)
     for at, (row, values) in enumerate(numbers.items()):
         ax.plot(means[at][1:], [at, at], color=look[row].color, lw=1)
         ax.plot(values, [at] * len(values), look[row].marker, color=look[row].color, ms=4.5, ls="")

@@ -38,7 +38,7 @@ from sae_nb.evals.base import (
 from ..codes import bootstrap, latents_of, wilson
 from ..store import Store, blocks, digest
 from ...lm import what_counts
-from ...style import grey, housed, ink, legend_below
+from ...style import dark, grey, housed, ink, legend_below
 from ...world import sets as W
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-config
@@ -1835,7 +1835,7 @@ def _plot_dots(ax, envs, metric, label, rows):
     ax.set(yticks=range(0, -n, -1), yticklabels=names, xlabel=label, ylim=(-n + 0.5, 0.5))
     ax.grid(axis="x", alpha=0.3)
     for tick, name in zip(ax.get_yticklabels(), names):
-        tick.set_color(ink(look[name].color) if name in envs else "black")
+        tick.set_color(ink(look[name].color) if name in envs else dark)
 
 # %% ../../../nbs/evals/autointerp/autointerp.ipynb #autointerp-plot-draw
 _label_rows = ("probe", "frozen", "random", "residual", "permuted_documents")

@@ -25,6 +25,7 @@ from ..codes import bootstrap, latents_of, mean_pool, pooled
 from ..store import Store, blocks, digest
 from ..texts import Texts, saebench_sets, scr_pairs, world_sets
 from ...sae import Allowed, declared
+from ...style import dark, grey, shade
 from ...world import sets as W
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-config
@@ -633,12 +634,12 @@ def rows_beside(
 
 # %% ../../../nbs/evals/concepts/probes.ipynb #cprobes-lines
 null_lines = {
-    "random": ("0.55", "-"),
-    "frozen": ("0.35", "-"),
-    "shuffled labels": ("0.55", ":"),
-    "random latents": ("0.35", ":"),
-    "residual channels": ("0.45", "--"),
-    "known directions": ("k", "-."),
+    "random": (grey, "-"),
+    "frozen": (shade(grey, -0.4), "-"),
+    "shuffled labels": (grey, ":"),
+    "random latents": (shade(grey, -0.4), ":"),
+    "residual channels": (shade(grey, -0.2), "--"),
+    "known directions": (dark, "-."),
 }
 
 

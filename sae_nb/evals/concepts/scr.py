@@ -21,7 +21,7 @@ from .probes import *
 from ..split import apart
 from ..store import Store, digest
 from ..texts import pair_set, scr_pairs
-from ...style import grey, height_for, housed, label_right, legend_below
+from ...style import dark, grey, height_for, housed, label_right, legend_below, pale
 
 # %% ../../../nbs/evals/concepts/scr.ipynb #scr-score
 def scr_score(
@@ -425,7 +425,7 @@ def _draw_scores(ax, envs):
         if len(envs) <= 2 and ns:
             pairs = [intervals.get(f"scr_metric_threshold_{n}", (v, v)) for n, v in zip(ns, scores)]
             ax.fill_between(ns, *zip(*pairs), color=look[name].color, alpha=0.15, lw=0)
-    ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+    ax.axhline(0, color=pale, lw=0.8, zorder=0)
     low, high = ax.get_ylim()
     ax.set(xscale="log", xlabel="latents silenced, N", ylabel="SCR score (1: undone)")
     ax.set(ylim=(max(-1.5, low), min(1.6, high)))
@@ -435,7 +435,7 @@ def _draw_scores(ax, envs):
 def _draw_probes(ax, runs):
     "Accuracy of the biased probe, and of the clean one, for every pair."
     for i, run in enumerate(runs):
-        for what, y, color in (("class", i, grey), ("attribute", i + 0.15, "k")):
+        for what, y, color in (("class", i, grey), ("attribute", i + 0.15, dark)):
             biased, clean = run[f"biased_on_{what}"], run[what]
             ax.plot([biased, clean], [y, y], color=color, lw=1)
             ax.plot(biased, y, "o", color=color, ms=3.5)

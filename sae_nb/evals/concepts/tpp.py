@@ -22,7 +22,7 @@ from .probes import *
 from ..split import apart
 from ..store import Store, digest
 from ..texts import text_set
-from ...style import height_for, housed, label_right, legend_below
+from ...style import height_for, housed, label_right, legend_below, pale
 
 # %% ../../../nbs/evals/concepts/tpp.ipynb #tpp-score
 def tpp_scores(
@@ -457,8 +457,8 @@ def draw(
         if len(envs) <= 2:
             _draw_interval(left, env, look[name].color)
     limit = max(0.05, *right.get_xlim(), *right.get_ylim())
-    right.plot([0, limit], [0, limit], color="0.85", lw=0.8, zorder=0)
-    left.axhline(0, color="0.85", lw=0.8, zorder=0)
+    right.plot([0, limit], [0, limit], color=pale, lw=0.8, zorder=0)
+    left.axhline(0, color=pale, lw=0.8, zorder=0)
     left.set(xscale="log", xlabel="latents silenced, N", ylabel="TPP total\n(at most about 0.5)")
     right.set(xlabel="unintended: loss of the other probes", ylabel="intended: loss of its own")
     label_right(left, ends, look)
