@@ -89,7 +89,17 @@ def variant_args(
     "What `k`, `l1` and the options mean to one variant."
     has = options(variant, given.get("base"))
     own = {option: value for option, value in given.items() if option in has}
-    return sparsity_options(variant, p.k, p.l1, own)
+    nearest = "k" in p.left_open and _counts_whole(variant, has.get("base"))
+    return sparsity_options(variant, round(p.k) if nearest else p.k, p.l1, own)
+
+
+def _counts_whole(variant, base):
+    "Does the variant at the bottom of a stack take whole numbers only?"
+    name, base = parts_of(variant, base)
+    if base:
+        return _counts_whole(base, options(base).get("base"))
+    k = inspect.signature(find("variants", name)).parameters.get("k")
+    return k is not None and k.annotation is int
 
 # %% ../nbs/10_experiment.ipynb #experiment-listed
 def listed(

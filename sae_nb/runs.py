@@ -94,8 +94,9 @@ on_synth = {  # size of a synthetic world -> what is usual there
 def _fill(self):
     "What was left at -1 is what is usual on the model."
     own = on_synth[synth_size(self.model)[0]] if kind_of(self.model) == "synth" else usual
-    for name, value in own.items():
-        setattr(self, name, value if getattr(self, name) == -1 else getattr(self, name))
+    self.left_open = {name for name in own if getattr(self, name) == -1}
+    for name in self.left_open:
+        setattr(self, name, own[name])
 
 
 _cell = [line for line in inspect.getsource(params).splitlines() if re.match(r"\w+: \w+ = ", line)]
@@ -244,7 +245,9 @@ def fast(
 ) -> Params:  # The same, shortened
     "A minute-long version of a run, for tests."
     most = dict(tokens=60_000, d_sae=512, eval_rows=32, buffer=64)
-    return replace(p, **{name: min(size, getattr(p, name)) for name, size in most.items()})
+    quick = replace(p, **{name: min(size, getattr(p, name)) for name, size in most.items()})
+    quick.left_open = p.left_open
+    return quick
 
 # %% ../nbs/09_runs.ipynb #runs-public
 def public(
