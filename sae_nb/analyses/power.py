@@ -117,18 +117,21 @@ def absorbed_parents(
     return drawn[: round(share * len(parents))]
 
 
-def _take_over(z, f, parent, child, silenced):
-    "Multiple of the child that silences the parent, level of the child while off, what the parent wrote per unit."
-    on = f[:, child] > 0
-    both = on & (f[:, parent] > 0)
-    if not both.any():
-        raise InputError(
-            f"latents {parent} and {child} are never on together in the {len(f)} tokens given, so nothing can "
-            "be absorbed; leave the pair out or give more tokens"
-        )
-    level = z[~on, child].mean() if (~on).any() else 0.0
-    multiple = (z[both, parent] / (z[both, child] - level)).quantile(silenced)
-    return multiple, level, (f[both, parent] @ f[both, child]) / f[both, child].square().sum()
+def _thresholds(sae):
+    "What pre-activations have to exceed, [d_sae]."
+    known = getattr(sae, "latent_thresholds", getattr(sae, "threshold", 0.0))
+    return torch.as_tensor(known).detach().expand(sae.d_sae)
+
+
+def _teller(seen, size, on, both):
+    "The map [d] that gives `size` on the rows `both`, zero on other rows that are `on` and on the rest; all count alike."
+    groups = seen[both], seen[on & ~both]
+    squares = [some.T @ some for some in groups]
+    squares.append(seen.T @ seen - squares[0] - squares[1])
+    counts = int(both.sum()), int((on & ~both).sum()), int((~on).sum())
+    R = sum(square / max(1, n) for square, n in zip(squares, counts))
+    R += 1e-4 * R.diagonal().mean() * torch.eye(len(R), dtype=R.dtype)
+    return torch.linalg.solve(R, groups[0].T @ size[both] / counts[0])
 
 # %% ../../nbs/analyses/power.ipynb #power-absorbed
 @torch.no_grad()
@@ -138,17 +141,37 @@ def absorbed(
     share: float,  # Of the parents
     x: Tensor,  # Activations to read sizes off, [n_tokens, d_in]
     seed: int = 0,  # Draws the parents
-    silenced: float = 0.95,  # Share of the tokens with both on where the parent has to end at or below zero
+    silenced: float = 0.9,  # Share of the tokens with both on where the parent must end below its threshold
 ) -> SAE:  # A copy
     "A share of the parents absorbed by their children."
-    out, gone = _copy_of(sae), absorbed_parents(pairs, share, seed)
-    z, f = _copy_of(sae).pre(x), latents_of(sae, x)
-    for parent, child in pairs[torch.isin(pairs[:, 0], gone)].tolist():
-        multiple, level, a = _take_over(z, f, parent, child, silenced)
-        out.W_enc[:, parent] -= multiple * sae.W_enc[:, child]
-        out.b_enc[parent] -= multiple * (sae.b_enc[child] - level)
-        out.W_dec[child] += a * sae.W_dec[parent]
+    out = _copy_of(sae)
+    z, f, low = out.pre(x), latents_of(sae, x), _thresholds(sae)
+    seen = torch.cat([x - sae.b_dec, torch.ones(len(x), 1)], 1).double()
+    for parent in absorbed_parents(pairs, share, seed).tolist():
+        children, on = pairs[pairs[:, 0] == parent, 1], f[:, parent] > 0
+        both = on & (f[:, children] > 0).any(1)
+        _check_together(parent, children, both)
+        v = _teller(seen, f[:, parent].double(), on, both)
+        v *= 1.02 * ((z[both, parent] - low[parent]) / (seen[both] @ v)).clamp(0, 20).quantile(silenced)
+        out.W_enc[:, parent] -= v[:-1].to(z)
+        out.b_enc[parent] -= v[-1].to(z)
+        for child in children.tolist():
+            out.W_dec[child] += _per_unit(f[on, parent], f[on, child]) * sae.W_dec[parent]
     return out
+
+
+def _per_unit(parent, child):
+    "What the parent's latent is for each unit of the child's, where the child is on."
+    return (parent @ child) / child.square().sum().clamp(min=1e-12)
+
+
+def _check_together(parent, children, both):
+    "Refuse families that are never on together."
+    if not both.any():
+        raise InputError(
+            f"latent {parent} is never on together with {children.tolist()} in the {len(both)} tokens given, so "
+            "nothing can be absorbed; leave the pairs out or give more tokens"
+        )
 
 # %% ../../nbs/analyses/power.ipynb #power-came
 @torch.no_grad()
@@ -213,8 +236,6 @@ class Start:
     x: Tensor  # Activations to read sizes off, [n_tokens, d_in]
     ctx: Context  # What evaluations work with
     evaluators: dict  # name -> evaluator
-    silenced: float = 0.95  # See `absorbed`
-
 
 def latent_pairs(
     sae: SAE,  # Any SAE
@@ -267,7 +288,7 @@ def toy_start(
     seed: int,  # Of the toy and of what evaluations draw
 ) -> Start:
     "A toy with trees and with features that come together, and an SAE that knows all 64."
-    toy = StructuredToy(d_in=32, n_true=64, n_active=4, roots=8, branching=3, rank=4, apart_steps=50, seed=seed)
+    toy = StructuredToy(d_in=48, n_true=64, n_active=3, roots=8, branching=3, rank=4, apart_steps=50, seed=seed)
     x, f = toy.sample(20_000, part="train", at=10**8)
     return _known_start(knowing(x, f, toy.directions, toy.b), x, toy, torch.arange(64), "toy", seed)
 
@@ -351,7 +372,7 @@ def language_start(
     sae, n = planted(sae, W, b, seen), len(letters)
     pairs = sae.d_sae - 2 * n + torch.tensor([(i, n + i) for i in range(n)])
     ctx.peers = dict(peer=peer)
-    return Start(sae, pairs, x, ctx, every, silenced=0.5)
+    return Start(sae, pairs, x, ctx, every)
 
 # %% ../../nbs/analyses/power.ipynb #power-doses
 doses = dict(  # dose -> amounts, rising
@@ -370,7 +391,7 @@ def given(
     if dose == "none":
         return start.sae
     if dose == "absorbed":
-        return absorbed(start.sae, start.pairs, amount, start.x, seed, start.silenced)
+        return absorbed(start.sae, start.pairs, amount, start.x, seed)
     return dict(rotated=rotated, merged=merged)[dose](start.sae, amount, seed)
 
 
