@@ -240,6 +240,7 @@ class Start:
     ctx: Context  # What evaluations work with
     evaluators: dict  # name -> evaluator
 
+
 def latent_pairs(
     sae: SAE,  # Any SAE
     x: Tensor,  # Activations, [n_tokens, d_in]
@@ -291,7 +292,9 @@ def toy_start(
     seed: int,  # Of the toy and of what evaluations draw
 ) -> Start:
     "A toy with trees and with features that come together, and an SAE that knows all 64."
-    toy = StructuredToy(d_in=48, n_true=64, n_active=3, roots=8, branching=3, rank=4, apart_steps=50, seed=seed)
+    toy = StructuredToy(
+        d_in=48, n_true=64, n_active=3, roots=8, branching=3, rank=4, apart_steps=50, seed=seed
+    )
     x, f = toy.sample(20_000, part="train", at=10**8)
     return _known_start(knowing(x, f, toy.directions, toy.b), x, toy, torch.arange(64), "toy", seed)
 
@@ -420,7 +423,9 @@ def steps_of(
     "Every dose that fits, none first."
     asked = coarse if world == "language" else doses
     rising = [(dose, amount) for dose, amounts in asked.items() for amount in amounts]
-    return [("none", 0)] + [(dose, amount) for dose, amount in rising if dose != "merged" or 2 * amount <= d_sae]
+    return [("none", 0)] + [
+        (dose, amount) for dose, amount in rising if dose != "merged" or 2 * amount <= d_sae
+    ]
 
 # %% ../../nbs/analyses/power.ipynb #power-lines
 def read_lines(
@@ -435,7 +440,7 @@ def read_lines(
         except ValueError:
             cut += 1
     if cut:
-        print(f"{path}: {cut} of {len(lines)} lines are not whole and are left out")
+        print(f"{Path(path).name}: {cut} of {len(lines)} lines are not whole and are left out")
     return out
 
 
@@ -572,7 +577,9 @@ def curve_of(
     "A number along one dose."
     amounts = [0.0] + sorted(amount for name, amount in table.columns if name == dose)
     columns = [("none", 0.0)] + [(dose, amount) for amount in amounts[1:]]
-    return amounts, torch.tensor(table[columns].dropna().to_numpy(dtype=float, copy=True)).reshape(-1, len(columns))
+    return amounts, torch.tensor(table[columns].dropna().to_numpy(dtype=float, copy=True)).reshape(
+        -1, len(columns)
+    )
 
 # %% ../../nbs/analyses/power.ipynb #power-verdict
 def verdict(
@@ -660,7 +667,8 @@ def plot_power(
         ax.set(title=f"{evaluation}\n{number.replace('_', ' ')}", xticks=range(6))
     for ax in axes.flat[len(tables) :]:
         ax.axis("off")
-    for ax in axes[-1]:
+    for ax in axes.flat[max(0, len(tables) - across) : len(tables)]:
         ax.set_xlabel("dose")
+        ax.tick_params(labelbottom=True)
     legend_below(fig)
     return fig
