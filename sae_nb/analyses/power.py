@@ -34,7 +34,6 @@ from ..metrics import unit
 from ..sae import SAE, build
 from ..style import housed, legend_below, looks
 from ..train import train_sae
-from ..truth.counts import pairing
 from ..truth.structured import StructuredToy
 from ..truth.synth import SynthWorld
 
@@ -44,8 +43,8 @@ def _copy_of(sae):
     if sae.tie is not None or len(sae.fronts):
         what = "is tied to its decoder" if sae.tie is not None else "has a front"
         raise InputError(
-            f"the encoder of SAE {sae.variant!r} {what}, so a dose would not be what it says; give an SAE with "
-            "an encoder of its own and without fronts"
+            f"the encoder of SAE {sae.variant!r} {what}, so a dose would not be what it says; give "
+            "an SAE with an encoder of its own and without fronts"
         )
     return copy.deepcopy(sae).eval()
 
@@ -127,7 +126,7 @@ def _thresholds(sae):
 
 
 def _teller(seen, size, on, both):
-    "The map [d] that gives `size` on the rows `both`, zero on other rows that are `on` and on the rest; all count alike."
+    "The map [d] to `size` on the rows `both`, to zero on others that are `on` and on the rest, counted alike."
     groups = seen[both], seen[on & ~both]
     squares = [some.T @ some for some in groups]
     squares.append(seen.T @ seen - squares[0] - squares[1])
@@ -172,8 +171,8 @@ def _check_together(parent, children, both):
     "Refuse families that are never on together."
     if not both.any():
         raise InputError(
-            f"latent {parent} is never on together with {children.tolist()} in the {len(both)} tokens given, so "
-            "nothing can be absorbed; leave the pairs out or give more tokens"
+            f"latent {parent} is never on together with {children.tolist()} in the {len(both)} tokens given, "
+            "so nothing can be absorbed; leave the pairs out or give more tokens"
         )
 
 # %% ../../nbs/analyses/power.ipynb #power-came
