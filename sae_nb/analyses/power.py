@@ -126,7 +126,7 @@ def _thresholds(sae):
 
 
 def _teller(seen, size, on, both):
-    "The map [d] to `size` on the rows `both`, to zero on others that are `on` and on the rest, counted alike."
+    "The map [d] to `size` on the rows `both`, to zero on others that are `on` and on the rest, alike."
     groups = seen[both], seen[on & ~both]
     squares = [some.T @ some for some in groups]
     squares.append(seen.T @ seen - squares[0] - squares[1])
