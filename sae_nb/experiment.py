@@ -342,7 +342,7 @@ def _checked_trainer(name, options):
         checked[option] = check_option(who, option, value, allowed, own.default)
     return checked
 
-
+# %% ../nbs/10_experiment.ipynb #experiment-joining
 def _joining(trainers, choices, saes, training):
     "Which trainers join each choice; a line for a watcher that some leave out, an error if all do."
     joining = {choice.label: [] for choice in choices}

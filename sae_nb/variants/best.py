@@ -40,4 +40,4 @@ class BestSAE(MatryoshkaSAE):
             seed=seed,
             thresholds=thresholds,
         )
-        self.trainers.append(AnnealK(k_start or min(3.6 * k, d_sae), k_over))
+        self.trainers.append(AnnealK(min(3.6 * k, d_sae) if k_start is None else k_start, k_over))

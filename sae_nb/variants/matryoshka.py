@@ -218,18 +218,15 @@ def reconstruction(self: MatryoshkaSAE, o: Out) -> dict:
     errors = [self.token_mean(residual.pow(2).sum(-1)) for residual in residuals]
     full = (o.x - o.x_hat).pow(2).sum(-1)
     o.logs["mse"] = full.mean().item()
+    whole = self.token_mean(full)
+    if self.joint < 1:
+        residuals.pop()
+        whole = torch.lerp(errors.pop(), whole, self.joint)
     if self.aux and self.training:
-        self.note_levels(o, sizes, [*residuals[: len(sizes) - 1], o.x - o.x_hat])
-    errors[len(sizes) - 1 :] = [self._whole(self.token_mean(full), *errors[len(sizes) - 1 :])]
+        self.note_levels(o, sizes, [*residuals, o.x - o.x_hat])
     weights = self.weights if len(self.weights) == len(sizes) else [1.0] * len(sizes)
-    weighted = [weight * error for weight, error in zip(weights, errors)]
+    weighted = [weight * error for weight, error in zip(weights, [*errors, whole])]
     return {"nested_mse": sum(weighted) if self.sums else sum(weighted) / sum(weights)}
-
-
-@patch
-def _whole(self: MatryoshkaSAE, full, cut=None):
-    "The full error, a share of it cut like an inner level's."
-    return full if cut is None else torch.lerp(cut, full, self.joint)
 
 
 @patch
