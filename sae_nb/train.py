@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -526,12 +527,29 @@ def alive(
         raise TrainingError(trainees[0].failed)
     return left
 
+# %% ../nbs/04_train.ipynb #train-steps
+_small = 2**27  # tokens of a batch x inputs x latents: up to here one thread computes a step as fast as two
+
+
+def _is_small(t, batch):
+    "Has a trainee a thread of its own?"
+    return t.sae.W_dec.device.type == "cpu" and batch.x.numel() * t.sae.d_sae <= _small
+
+
+def _steps(trainees, batch, i):
+    "One step of each: the trainee and its pass."
+    works = [partial(_guarded, t, t.step, batch, i) for t in trainees]
+    own = [_is_small(t, batch) for t in trainees]
+    side_by_side = find("speed", "each_in_one")
+    passes = iter(side_by_side([work for work, is_small in zip(works, own) if is_small]))
+    return [(t, next(passes) if is_small else work()) for t, work, is_small in zip(trainees, works, own)]
+
 # %% ../nbs/04_train.ipynb #train-one-step
 def _one_step(trainees, stream, i, bar, on_log):
     "One batch for every SAE, with history and checkpoint where due."
     cfg = trainees[0].cfg
     batch = _next_batch(stream, i, cfg)
-    passes = [(t, _guarded(t, t.step, batch, i)) for t in alive(trainees)]
+    passes = _steps(alive(trainees), batch, i)
     left = alive(trainees)
     if left[0].row_due:
         rows = [t.log(o, i) for t, o in passes if not t.failed]

@@ -11,6 +11,7 @@ __all__ = ['Settings', 'settings', 'using', 'pays', 'on_gpu', 'Places', 'starts_
 import contextlib
 import functools
 import math
+import threading
 import warnings
 from dataclasses import dataclass, replace
 
@@ -361,7 +362,7 @@ def encode_dense(
     return _Dense.apply(z, b, c, *(t for pair in reads for t in pair))
 
 # %% ../../nbs/speed/sparse.ipynb #sparse-scratch
-_held = {}
+_of_thread = threading.local()
 
 
 def scratch(
@@ -370,11 +371,12 @@ def scratch(
     like: Tensor,  # Of this device and dtype
     what: str = "z",  # What it is for
 ) -> Tensor:  # [n, m], not initialised
-    "Memory that is used again and again."
+    "Memory that is used again and again, by one thread."
+    held = vars(_of_thread)
     key = like.device, like.dtype, what
-    if key not in _held or _held[key].numel() < n * m:
-        _held[key] = torch.empty(n * m, dtype=like.dtype, device=like.device)
-    return _held[key][: n * m].view(n, m)
+    if key not in held or held[key].numel() < n * m:
+        held[key] = torch.empty(n * m, dtype=like.dtype, device=like.device)
+    return held[key][: n * m].view(n, m)
 
 
 def by_columns(
