@@ -6,13 +6,15 @@
 __all__ = ['l0', 'l1', 'density', 'frac_dead', 'mse', 'explained_variance', 'explained_variance_legacy',
            'explained_variance_saebench', 'mse_saebench', 'l2_ratio', 'relative_reconstruction_bias', 'cossim',
            'loss_recovered', 'unit', 'cosines', 'max_cos', 'match', 'mcc', 'random_like', 'above_null', 'nearest_cos',
-           'effective_rank', 'best_feature', 'f1_detector', 'uniqueness']
+           'effective_rank', 'best_feature', 'f1_detector', 'uniqueness', 'mean_interval']
 
 # %% ../nbs/02_metrics.ipynb #metrics-imports
 import math
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import t as student
 from torch import Tensor
 
 from .core import InputError, rng
@@ -246,3 +248,15 @@ def uniqueness(
 ) -> float:  # 1 if no two latents share a feature
     "Different features claimed, per latent."
     return len(feature.unique()) / len(feature)
+
+# %% ../nbs/02_metrics.ipynb #metrics-interval
+def mean_interval(
+    values: list,  # One number per seed; what is None or not finite does not count
+) -> tuple:  # (mean, low, high); low and high are NaN with one seed, all are with none
+    "Mean and its 95 % interval."
+    values = [value for value in values if value is not None and math.isfinite(value)]
+    mean = float(np.mean(values)) if values else math.nan
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return mean, mean - half, mean + half

@@ -26,7 +26,8 @@ from scipy.stats import kendalltau
 
 from ..core import *
 from ..experiment import listed, parse_options
-from .figures import RunFiles, interval, read_runs, write_table
+from ..metrics import mean_interval
+from .figures import RunFiles, read_runs, write_table
 from ..runs import Params, kind_of, params_from, synth_size
 from ..sae import build, options, presets, sparsity_options
 from ..style import *
@@ -228,7 +229,7 @@ def run_plan(
     return pd.DataFrame(dict(state=ended)).rename_axis("page")
 
 # %% ../../nbs/reports/truth.ipynb #truth-setting
-_budget = ("d_sae", "tokens", "batch", "lr", "warmup_steps")
+_budget = ("d_sae", "tokens", "batch", "lr", "warmup_steps", "decay")
 
 
 def setting_of(
@@ -402,7 +403,7 @@ def over_seeds(
     for (setting, method, asked), row in points.groupby(["setting", "method", "asked"], sort=False):
         for metric in metrics:
             values = row[column_of(metric, choice)].tolist()
-            mean, low, high = interval(values)
+            mean, low, high = mean_interval(values)
             line = dict(setting=setting, method=method, variant=row.variant.iloc[0], asked=asked)
             line |= dict(choice=choice, metric=titles[metric], mean=mean, low=low, high=high)
             found.append(line | dict(seeds=int(np.isfinite(values).sum())))
@@ -533,7 +534,7 @@ def differences(
     table, found = seeds_at(points, l0, metric, choice), []
     for a, b in combinations(table, 2):
         apart = (table[a] - table[b]).dropna().tolist()
-        mean, low, high = interval(apart)
+        mean, low, high = mean_interval(apart)
         if mean < 0:
             a, b, mean, low, high = b, a, -mean, -high, -low
         found.append(dict(l0=l0, a=a, b=b, mean=mean, low=low, high=high, seeds=len(apart)))
@@ -580,7 +581,7 @@ def against(
     for l0 in l0s:
         table = seeds_at(points, l0, metric, choice)
         apart = {
-            other: interval((table[method] - table[other]).tolist()) for other in table if other != method
+            other: mean_interval((table[method] - table[other]).tolist()) for other in table if other != method
         }
         columns[f"L0 {l0:g}"] = {other: _text(metric, *ends) for other, ends in apart.items()}
     others = [other for other in ranked(points, metric, choice) if other != method]
@@ -629,7 +630,7 @@ def _evenly(methods):
 def _draw_method(ax, own, column, x, look, label):
     "Mean over seeds at each L0 asked for, with a band; seeds of a lone point as an error bar."
     rows = [row for _, row in own.groupby("asked")]
-    ends = np.array([interval(row[column].tolist()) for row in rows])
+    ends = np.array([mean_interval(row[column].tolist()) for row in rows])
     at = np.array([row[x].mean() for row in rows])
     order = at.argsort()
     at, (mean, low, high) = at[order], ends[order].T
@@ -810,7 +811,7 @@ def beside_published(
             table = seeds_at(points, here, metric, choice)
             for row in theirs[theirs.variant.isin(list(methods))].itertuples():
                 values = table[methods[row.variant]].dropna().tolist()
-                line = dict(zip(("mean", "low", "high"), interval(values)), seeds=len(values))
+                line = dict(zip(("mean", "low", "high"), mean_interval(values)), seeds=len(values))
                 line |= dict(l0=l0, here=here, variant=row.variant, method=methods[row.variant])
                 found.append(line | dict(metric=metric, published=getattr(row, metric)))
     return pd.DataFrame(found)
