@@ -91,7 +91,11 @@ on_synth = {  # size of a synthetic world -> what is usual there
 }
 
 
-usual_evals = {"": "core", "toy": "core,toy_truth", "synth": "core,synth_truth"}  # kind of model -> evaluators
+usual_evals = {
+    "": "core",
+    "toy": "core,toy_truth",
+    "synth": "core,synth_truth",
+}  # kind of model -> evaluators
 
 
 def _fill(self):

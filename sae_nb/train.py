@@ -528,7 +528,7 @@ def alive(
     return left
 
 # %% ../nbs/04_train.ipynb #train-steps
-_small = 2**27  # tokens of a batch x inputs x latents: up to here one thread computes a step as fast as two
+_small = 2**26  # tokens of a batch x inputs x latents: up to here a step has one thread
 
 
 def _is_small(t, batch):

@@ -68,7 +68,22 @@ class SynthTruth(Evaluator):
     on = "synth"
     with_nulls = False  # its rows are made from the truth
     headline = dict(f1=+1, mcc=+1, explained_variance=+1, l0=0, frac_dead=-1)
-    glance = None
+    glance = (
+        "f1",
+        "f1_at_threshold",
+        "precision",
+        "recall",
+        "mcc",
+        "uniqueness",
+        "explained_variance",
+        "l0",
+        "true_l0",
+        "frac_dead",
+        "absorption_depth_1",
+        "hedging",
+        "removed",
+        "removed_elsewhere",
+    )
     fast = dict(n_tokens=10_240, beside_tokens=5_120, probe_steps=60, ablated=20, ablated_tokens=4)
 
 
