@@ -342,6 +342,36 @@ def _checked_trainer(name, options):
         checked[option] = check_option(who, option, value, allowed, own.default)
     return checked
 
+# %% ../nbs/10_experiment.ipynb #experiment-gives-way
+def _gives_way(sae, asked):
+    "name of a trainer that was asked for -> the SAE's own that does its job"
+    own = {}
+    for trainer in sae.trainers:
+        for name in (*trainer.replaces, getattr(trainer, "registered", "")):
+            if name in asked:
+                own[name] = type(trainer).registered
+    return own
+
+
+def _check_heard(trainers, saes):
+    "An error if options of a trainer reach no SAE."
+    for name, said in trainers.items():
+        own = [_gives_way(sae, trainers).get(name) for sae in saes]
+        if said and all(own):
+            raise InputError(
+                f"{', '.join(f'{name}.{option}' for option in said)} in trainer_options changes nothing: "
+                f"{name} gives way to the SAE's own {own[0]}; see the variant's own options, or leave it out"
+            )
+
+
+def _tell(trainee, asked):
+    "Print which trainers an SAE replaces by its own."
+    options = {name: ", with its options" if asked[name] else "" for name in asked}
+    found = _gives_way(trainee.sae, asked).items()
+    pairs = [f"{name} gives way to its own {own}{options[name]}" for name, own in found]
+    if pairs:
+        print(f"{trainee.name}: {', '.join(pairs)}")
+
 # %% ../nbs/10_experiment.ipynb #experiment-joining
 def _joining(trainers, choices, saes, training):
     "Which trainers join each choice; a line for a watcher that some leave out, an error if all do."
@@ -398,6 +428,7 @@ def make_plan(
     wanted = choices(p, variants)
     check_size(p, len(wanted) * len(seeds), 1, pick_device(p.device))
     small = [try_small(choice, p.d_sae) for choice in wanted]
+    _check_heard(trainers, small)
     joining = _joining(trainers, wanted, small, training)
     runs = _runs(p, wanted, seeds, small, joining, training=asdict(training))
     _greet(evaluators, runs)
@@ -540,23 +571,6 @@ def fresh_sae(
     if mean is not None and sae.centres:
         sae.b_dec.data.copy_(mean * data.stream.scale)
     return sae
-
-# %% ../nbs/10_experiment.ipynb #experiment-gives-way
-def _gives_way(sae, asked):
-    "name of a trainer that was asked for -> the SAE's own that does its job"
-    own = {}
-    for trainer in sae.trainers:
-        for name in (*trainer.replaces, getattr(trainer, "registered", "")):
-            if name in asked:
-                own[name] = type(trainer).registered
-    return own
-
-
-def _tell(trainee, asked):
-    "Print which trainers an SAE replaces by its own."
-    pairs = [f"{name} gives way to its own {own}" for name, own in _gives_way(trainee.sae, asked).items()]
-    if pairs:
-        print(f"{trainee.name}: {', '.join(pairs)}")
 
 # %% ../nbs/10_experiment.ipynb #experiment-keep
 _last_columns = ("step", "tokens", "loss", "l0", "explained_variance", "frac_dead")
