@@ -256,6 +256,8 @@ def add(
 class BranchesOnly(Branches):
     "Branches that stand in the place of the token: the encoder reads nothing else."
 
+    instead = True
+
     def _add_weights(self, d_in, d_sae, kernel, seed):
         super()._add_weights(d_in, d_sae, kernel, seed)
         rest = self.W_ctx.detach()[1:]

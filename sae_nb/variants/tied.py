@@ -72,6 +72,11 @@ def tie_encoder(
     free = getattr(sae, "decoder", "unit") == "free"
     if sae.tie is not None:
         raise InputError(f"{sae.variant} is tied already; say there how")
+    if any(front.instead for front in sae.fronts.values()):
+        raise InputError(
+            f"the encoder of {sae.variant} reads branches in the place of the token, along directions that "
+            "are theirs; use include_input = True, or leave it untied"
+        )
     if free and tied == "full":
         raise InputError(
             "tied = 'full' needs decoder rows of length one; use tied = 'half' with decoder = 'free'"
