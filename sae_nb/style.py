@@ -96,7 +96,7 @@ def _shades(colour, n):
     return [shade(colour, t) for t in steps]
 
 # %% ../nbs/01_style.ipynb #style-row-of
-_seed = r"(?:^|(?<=[-_. ]))s\d+(?=$|[-_. ])"
+_seed = r"(?:^|(?<=[-_. ]))s\d+(?:-data=\d+)?(?=$|[-_. ])"
 
 
 def row_of(
