@@ -40,11 +40,12 @@ from ..truth.synth import SynthWorld
 # %% ../../nbs/analyses/power.ipynb #power-own
 def _copy_of(sae):
     "A copy in evaluation mode whose weights may be changed."
-    if sae.tie is not None or len(sae.fronts):
-        what = "is tied to its decoder" if sae.tie is not None else "has a front"
+    said = {"is tied to its decoder": sae.tie is not None, "has a front": len(sae.fronts)}
+    said |= {"looks more than once": len(sae.refinements)}
+    for what in (words for words, there in said.items() if there):
         raise InputError(
             f"the encoder of SAE {sae.variant!r} {what}, so a dose would not be what it says; give "
-            "an SAE with an encoder of its own and without fronts"
+            "an SAE with an encoder of its own, without fronts and refinements"
         )
     return copy.deepcopy(sae).eval()
 
