@@ -1833,6 +1833,9 @@ def _plot_dots(ax, envs, metric, label, rows):
             names.append(_short.get(row, row))
     n = len(names)
     ax.set(yticks=range(0, -n, -1), yticklabels=names, xlabel=label, ylim=(-n + 0.5, 0.5))
+    low, high = ax.get_xlim()
+    if high - low < 0.05:
+        ax.set_xlim((low + high) / 2 - 0.025, (low + high) / 2 + 0.025)
     ax.grid(axis="x", alpha=0.3)
     for tick, name in zip(ax.get_yticklabels(), names):
         tick.set_color(ink(look[name].color) if name in envs else dark)
