@@ -465,15 +465,14 @@ def row_shares(
 # %% ../../../nbs/evals/unlearning/forget.ipynb #forget-choose-def
 def halves(
     subject,  # Subject of each question, a list
-    share: float = 0.5,  # Part that settings are chosen on
     seed: int = 42,  # Which questions
-) -> Tensor:  # True for validation, [n]
-    "Split questions in two, within each subject."
+) -> Tensor:  # True on the first half, [n]
+    "Cut the questions of each subject in two halves."
     out = torch.zeros(len(subject), dtype=torch.bool)
     gen = rng("halves of the questions", seed)
     for s in dict.fromkeys(subject):
         i = torch.tensor([k for k, o in enumerate(subject) if o == s])
-        out[i[torch.randperm(len(i), generator=gen)[: round(share * len(i))]]] = True
+        out[i[torch.randperm(len(i), generator=gen)[: round(len(i) / 2)]]] = True
     return out
 
 # %% ../../../nbs/evals/unlearning/forget.ipynb #forget-choose-def-choose

@@ -8,6 +8,7 @@ __all__ = ['relearn_names', 'UnlearningConfig', 'Unlearning', 'Prep', 'Table', '
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-imports
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -80,9 +81,10 @@ class UnlearningConfig:
     gate_percentile: float = option(
         95.0, 0, 100
     )  # Of the retained rows' share of firing tokens: threshold of the sequence gate
-    val_share: float = fraction(0.5, inside=True)  # Of the questions on the subject, to choose by
     random_latents: int = option(3, 0, 1000)  # Draws of random latents; 0: none
-    min_questions: int = 20  # Fewer known questions than this, on either side, and nothing is measured
+    min_questions: int = option(
+        20, 2
+    )  # Fewer known questions than this, to forget or to retain, and nothing is measured
     max_questions: int = 0  # At most so many of each subject; 0: all
     relearn_steps: int = 0  # Updates of the relearning check; 0: left out, it takes four times the memory
     relearn_lr: float = 1e-4  # Its learning rate
@@ -121,6 +123,11 @@ class Unlearning(Evaluator):
     headline = dict(unlearning_score=+1, unlearning_score_gate=+1, retained_accuracy=+1)
 
     def __init__(self, **config):
+        if "val_share" in config:
+            raise InputError(
+                f"unlearning option val_share = {config['val_share']!r} is no longer there: each half of the "
+                "questions on the subject is scored under the setting chosen on the other; leave it out"
+            )
         Evaluator.__init__(self, **config)
         c = self.config
         if len(c.dataset_names) < 2:
@@ -139,15 +146,15 @@ class Prep:
     qs: list  # Known questions, of `Mcq`
     quiz: Quiz  # The same in their own order
     forget: Tensor  # True on the subject to forget, [n]
-    val: Tensor  # True on the half of those that settings are chosen on, [n]
+    first: Tensor  # True on the first half of those, [n]
     corpora: (
         dict  # "forget" and "retain" -> (tokens, docs); None where there are too few questions to need them
     )
     counts: dict  # subject -> {asked, right, known, too_long}
 
     @property
-    def test(self):
-        return self.forget & ~self.val
+    def second(self):
+        return self.forget & ~self.first
 
     @property
     def retain(self):
@@ -167,7 +174,8 @@ def prepare(
     subjects = [q.subject for q in qs]
     forget = torch.tensor([s == c.dataset_names[0] for s in subjects], dtype=torch.bool)
     asked = quiz(lm, qs, orders[0], c.prompt_format) if qs else None
-    p = Prep(qs, asked, forget, forget & halves(subjects, c.val_share, c.random_seed), None, counts)
+    first = forget & halves(subjects, c.random_seed)
+    p = Prep(qs, asked, forget, first, None, counts)
     if not self.unfit(p):  # a model that knows too little needs no corpus that has to be asked for
         p.corpora = self.read_corpora(lm)
     return p
@@ -261,8 +269,8 @@ def accuracies(
     t: Table,  # A method
     p: Prep,  # The questions
 ) -> list:  # The rows, with their accuracies
-    "What each setting does: on the subject to forget (validation, test, all) and on the retained ones."
-    parts = dict(forget_val=p.val, forget_test=p.test, forget=p.forget, retain=p.retain)
+    "What each setting does: on the subject to forget (both halves, and all) and on the retained ones."
+    parts = dict(forget_first=p.first, forget_second=p.second, forget=p.forget, retain=p.retain)
 
     def right(i):
         return {name: t.hits[i, part].double().mean().item() for name, part in parts.items()}
@@ -396,21 +404,21 @@ def result(
     self: Unlearning,
     t: Table,  # A method
     p: Prep,  # The questions
-) -> dict:  # index (of the setting, None: no intervention), hits [n] bool, and the numbers
-    "Choose on one half, report on the other."
+) -> (
+    dict
+):  # index (settings chosen on the first half and on the second, None: no intervention), hits, numbers
+    "Choose on each half, score on the other; `hits` [n_forget] bool are of the questions on the subject."
     g = self.config.side_effect_gate
-    i = choose(t.hits, p.val, p.retain, g)
-    h = torch.ones_like(p.forget) if i is None else t.hits[i]
-
-    def acc(m):
-        return h[m].double().mean().item()
-
+    index = [choose(t.hits, half, p.retain, g) for half in (p.first, p.second)]
+    under = torch.stack([torch.ones_like(p.forget) if i is None else t.hits[i] for i in index])
+    hits = torch.where(p.first, under[1], under[0])[p.forget]
+    accuracy = hits.double().mean().item()
     return dict(
-        index=i,
-        hits=h,
-        unlearning_score=1 - acc(p.test),
-        forget_accuracy=acc(p.test),
-        retained_accuracy=acc(p.retain),
+        index=index,
+        hits=hits,
+        unlearning_score=1 - accuracy,
+        forget_accuracy=accuracy,
+        retained_accuracy=under[:, p.retain].double().mean().item(),
         unlearning_score_saebench=saebench_score(t, p.forget, g),
     )
 
@@ -420,9 +428,9 @@ def numbers(r):
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-orders
 @patch
-def all_orders(self: Unlearning, sae, lm, hook, p, row, store, keep):
-    "Mean accuracy of one setting on the test half of the subject over all orders of the options."
-    qs = _part_of(p.qs, p.test)
+def all_orders(self: Unlearning, sae, lm, hook, p, half, row, store, keep):
+    "Mean accuracy of one setting on one half of the subject over all orders of the options."
+    qs = _part_of(p.qs, half)
     latents, target = self.setting(_both_firings(sae, lm, hook, p, store, keep), row)
 
     def ask(order):
@@ -450,8 +458,8 @@ def hard_hit(
     t: Table,  # A method
     p: Prep,  # The questions
 ) -> int:  # A setting, or None
-    "The least harmful of the settings that lose half of the subject on the validation half."
-    bad = t.hits[:, p.val].double().mean(1)
+    "The least harmful of the settings that lose at least half of the first half of the subject."
+    bad = t.hits[:, p.first].double().mean(1)
     good = t.hits[:, p.retain].double().mean(1)
     ok = [(-good[i].item(), i) for i in range(len(bad)) if bad[i] <= 0.5]
     return min(ok)[1] if ok else None
@@ -466,8 +474,7 @@ def relearning(self: Unlearning, sae, lm, hook, p, t, store, keep):
     if i is None:
         return (
             {},
-            "not measurable, because no setting makes the model lose half of the subject on the validation "
-            "half",
+            "not measurable, because no setting makes the model lose half of the questions to train on",
         )
     clamped = self.relearn_clamped(sae, lm, hook, p, t.rows[i], store, keep)
     out = dict(
@@ -486,11 +493,11 @@ def relearning(self: Unlearning, sae, lm, hook, p, t, store, keep):
 
 @patch
 def relearn_clamped(self: Unlearning, sae, lm, hook, p, row, store, keep):
-    "Train on the validation half with one setting in place, ask about the test half."
+    "Train on the first half with one setting in place, ask about the second."
     latents, target = self.setting(_both_firings(sae, lm, hook, p, store, keep), row)
     corpora = digest(*p.corpora["forget"], *p.corpora["retain"])
     key = [sae, hook, [row, self.config.multiplier_unit], corpora]
-    train, test = _part_of(p.qs, p.val), _part_of(p.qs, p.test)
+    train, test = _part_of(p.qs, p.first), _part_of(p.qs, p.second)
     return self.relearn_kept(lm, train, test, keep, key, sae, hook, held(latents, target[0]))
 
 
@@ -498,7 +505,7 @@ def relearn_clamped(self: Unlearning, sae, lm, hook, p, row, store, keep):
 def relearn_controls(self: Unlearning, lm, hook, p, store):
     "The same training without a clamp, and on facts that nobody knows."
     seed = self.config.random_seed
-    train, test = _part_of(p.qs, p.val), _part_of(p.qs, p.test)
+    train, test = _part_of(p.qs, p.first), _part_of(p.qs, p.second)
     key = [hook, 0, 0]
     plain = self.relearn_kept(lm, train, test, store, key)
     false = self.relearn_kept(lm, false_facts(train, seed), false_facts(test, seed + 1), store, key)
@@ -530,8 +537,7 @@ relearn_names = (
 def rest(self: Unlearning, sae, lm, hook, p, tables, main, store, keep):
     "Further numbers, their intervals and reasons."
     gate = self.result(tables["gate"], p)
-    n_test = int(p.test.sum())
-    same = mcnemar(torch.ones(n_test, dtype=torch.bool), main["hits"][p.test])
+    same = mcnemar(torch.ones_like(main["hits"]), main["hits"])
     retained = tables["clamp"].hits[:, p.retain].double().mean(1)
     extra = dict(
         {name: value for name, value in numbers(main).items() if name != "unlearning_score"},
@@ -552,39 +558,41 @@ def rest(self: Unlearning, sae, lm, hook, p, tables, main, store, keep):
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-report-orders
 @patch
 def kept_all_orders(self: Unlearning, sae, lm, hook, p, tables, main, store, keep):
-    "`all_orders` of the chosen setting; 1 where there is no intervention, since every question is known."
-    if main["index"] is None:
-        return 1.0
-    row = tables["clamp"].rows[main["index"]]
+    "`all_orders` of each half under the setting of the other; 1 without one, since every question is known."
     corpora = [*p.corpora["forget"], *p.corpora["retain"]]
-    key = [sae, lm, hook, p.quiz.tokens, p.val, row, self.config.multiplier_unit, *corpora]
-    return keep.get("all-orders", key, lambda: self.all_orders(sae, lm, hook, p, row, store, keep))
+    right = 0.0
+    for half, i in zip((p.first, p.second), main["index"][::-1]):
+        row = None if i is None else tables["clamp"].rows[i]
+        key = [sae, lm, hook, p.quiz.tokens, half, row, self.config.multiplier_unit, *corpora]
+        ask = partial(self.all_orders, sae, lm, hook, p, half, row, store, keep)
+        right += int(half.sum()) * (keep.get("all-orders", key, ask) if row else 1.0)
+    return right / int(p.forget.sum())
 
-
+# %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-report-intervals
 def _intervals(p, main, gate, again):
     "Wilson's interval of every share of questions."
 
-    def interval(result, part):
-        return wilson(int(result["hits"][part].sum()), int(part.sum()))
+    def interval(result, name, n):
+        return wilson(result[name] * n, n)
 
-    n_test = int(p.test.sum())
-    low, high = interval(main, p.test)
-    gate_low, gate_high = interval(gate, p.test)
+    n_forget, n_second = int(p.forget.sum()), int(p.second.sum())
+    low, high = interval(main, "forget_accuracy", n_forget)
+    gate_low, gate_high = interval(gate, "forget_accuracy", n_forget)
     ends = dict(
         unlearning_score=(1 - high, 1 - low),
         forget_accuracy=(low, high),
-        retained_accuracy=interval(main, p.retain),
+        retained_accuracy=interval(main, "retained_accuracy", int(p.retain.sum())),
         unlearning_score_gate=(1 - gate_high, 1 - gate_low),
     )
     for name in relearn_names:
         if name in again and name != "relearn_trained_half":
-            ends[name] = wilson(round(again[name] * n_test), n_test)
+            ends[name] = interval(again, name, n_second)
     return {name: list(pair) for name, pair in ends.items()}
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-call-def
 @patch
 def measure(self: Unlearning, sae, ctx: Context):
-    "Try every setting, choose one, and hold it against what learned nothing."
+    "Try every setting, choose one by each half, and hold them against what learned nothing."
     lm, hook, store, quiet = ctx.model, ctx.hook, ctx.store, ctx.quiet
     p = self.prepare(lm, store, "" if quiet else "questions")
     no = self.unfit(p)
@@ -606,16 +614,22 @@ def measure(self: Unlearning, sae, ctx: Context):
     draws = [numbers(self.result(t, p)) for n, t in tables.items() if n.startswith("random")]
     if draws:
         rows["random_latents"] = {k: sum(r[k] for r in draws) / len(draws) for k in draws[0]}
-    settings = [dict(method=m, **r) for m, t in tables.items() for r in accuracies(t, p)]
-    picked = {m: i for m, t in tables.items() if (i := self.result(t, p)["index"]) is not None}
     return Measured(
         dict(unlearning=dict(unlearning_score=main["unlearning_score"])),
         **dict(undefined=why, nulls=rows),
         intervals=intervals,
         extra=extra,
-        data=dict(questions=p.counts, settings=settings, chosen=picked),
+        data=dict(questions=p.counts, **self.tried(tables, p)),
         sizes=self.sizes(p),
     )
+
+# %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-tried
+@patch
+def tried(self: Unlearning, tables: dict, p: Prep) -> dict:  # settings, and the chosen ones of each method
+    "Every setting with its accuracies; for each half the row of its method that was chosen on it, or None."
+    settings = [dict(method=m, **row) for m, t in tables.items() for row in accuracies(t, p)]
+    index = {m: self.result(t, p)["index"] for m, t in tables.items()}
+    return dict(settings=settings, chosen={m: dict(first=i, second=j) for m, (i, j) in index.items()})
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-sizes
 @patch
@@ -625,9 +639,11 @@ def sizes(self: Unlearning, p: Prep) -> dict:  # See `base.sized`
     asked, copies, long = (sum(n[what] for n in counts) for what in ("asked", "copies", "too_long"))
     out = {
         "questions": sized(len(p.qs), asked, copies_of_a_question=copies, too_long_for_the_model=long),
-        "questions to choose by": sized(int(p.val.sum())),
-        "questions to score by": sized(int(p.test.sum())),
+        "questions to choose a setting by": sized(min(int(p.first.sum()), int(p.second.sum()))),
+        "questions to score by": sized(int(p.forget.sum())),
     }
+    if c.relearn_steps:
+        out["questions to ask after relearning"] = sized(int(p.second.sum()))
     for name, (tokens, _) in (p.corpora or {}).items():
         out[f"rows of the corpus to {name}"] = sized(len(tokens), c.dataset_size, "it has no more")
     return out
@@ -663,6 +679,14 @@ _labels = dict(
 )
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-plot-panel
+def _rings(ax, rows, chosen, method):
+    "A ring around each setting that was chosen."
+    size = dict(clamp=11, gate=8).get(method, 5)
+    at = [rows[i] for i in dict.fromkeys(chosen.values()) if i is not None]
+    x, y = [row["forget"] for row in at], [row["retain"] for row in at]
+    ax.plot(x, y, "o", ms=size, mfc="none", mec=_colours[method], mew=1.5)
+
+
 def _panel(ax, env, name):
     "Settings of one SAE."
     u = env["eval_result_unstructured"]
@@ -679,17 +703,7 @@ def _panel(ax, env, name):
             alpha=0.8,
             mew=0,
         )
-        k = u.get("chosen", {}).get(m)
-        if k is not None:
-            ax.plot(
-                rows[k]["forget"],
-                rows[k]["retain"],
-                "o",
-                ms=dict(clamp=11, gate=8).get(m, 5),
-                mfc="none",
-                mec=_colours[m],
-                mew=1.5,
-            )
+        _rings(ax, rows, u.get("chosen", {}).get(m, {}), m)
     ax.axhline(gate, color="k", lw=0.8, ls=":")
     ax.axvline(0.25, color="0.8", lw=0.8)
     ax.set(title=name, xlim=(-0.03, 1.05), ylim=(-0.03, 1.05))
@@ -722,7 +736,7 @@ def _draw_bars(ax, rows):
         error = None if ends is None else [[max(0, score - ends[0])], [max(0, ends[1] - score)]]
         ax.barh(y, score, color=color, xerr=error, error_kw=dict(lw=0.8))
     ax.set_yticks(range(len(rows)), [row[0] for row in rows[::-1]], fontsize=7)
-    ax.set(xlim=(0, 1), xlabel="unlearning score, test half")
+    ax.set(xlim=(0, 1), xlabel="unlearning score")
     ax.axvline(0.75, color="0.8", lw=0.8)
 
 # %% ../../../nbs/evals/unlearning/unlearning.ipynb #unl-plot-def
