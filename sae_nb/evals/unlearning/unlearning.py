@@ -404,9 +404,7 @@ def result(
     self: Unlearning,
     t: Table,  # A method
     p: Prep,  # The questions
-) -> (
-    dict
-):  # index (settings chosen on the first half and on the second, None: no intervention), hits, numbers
+) -> dict:  # index (the setting chosen on each half, None: no intervention), hits, and the numbers
     "Choose on each half, score on the other; `hits` [n_forget] bool are of the questions on the subject."
     g = self.config.side_effect_gate
     index = [choose(t.hits, half, p.retain, g) for half in (p.first, p.second)]
