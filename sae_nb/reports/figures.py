@@ -597,6 +597,18 @@ def _plane(ax, costs, look):
     label_right(ax, ends, look, short_names(ends))
 
 
+def _places(costs, setting):
+    "Where runs stand on the axis of a setting, and its ticks: place -> what is said there."
+    if setting != "tau":
+        return costs[setting], {value: short(value) for value in sorted(costs[setting].unique())}
+    said = [
+        short(tau) if mode in ("", "fixed") else mode.replace("_", " + ")
+        for tau, mode in zip(costs.tau, costs.tau_mode)
+    ]
+    order = sorted(set(said))
+    return pd.Series([order.index(word) for word in said], costs.index), dict(enumerate(order))
+
+
 def _against(ax, costs, setting, look):
     "Absorption removed per unit of variance given up, against one setting."
     there = costs[costs.per_unit.notna() & costs[setting].notna()]
@@ -604,15 +616,15 @@ def _against(ax, costs, setting, look):
     ax.set_title(_settings[setting] + (f" ({without} gave up nothing)" if without else ""))
     if not len(there):
         return say(ax, "no run that has this setting\ngave up explained variance")
+    places, ticks = _places(there, setting)
     for row, own in there.groupby("row", sort=False):
         mean, low, high = mean_interval(own.per_unit.tolist())
-        ax.plot(own[setting], own.per_unit, look[row].marker, color=look[row].color, ms=4.5)
-        ax.plot([own[setting].iloc[0]] * 2, [low, high], color=look[row].color, lw=1)
+        ax.plot(places[own.index], own.per_unit, look[row].marker, color=look[row].color, ms=4.5)
+        ax.plot([places[own.index[0]]] * 2, [low, high], color=look[row].color, lw=1)
     ax.axhline(0, color=grey, lw=0.8, ls="--")
-    values = sorted(there[setting].unique())
-    if min(values) > 0 and len(values) > 1:
+    if min(ticks) > 0 and len(ticks) > 1:
         ax.set_xscale("log")
-    ax.set_xticks(values, [short(value) for value in values])
+    ax.set_xticks(list(ticks), list(ticks.values()))
     ax.minorticks_off()
 
 # %% ../../nbs/reports/figures.ipynb #figures-absorption-figure
