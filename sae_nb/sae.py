@@ -818,14 +818,14 @@ def save(
 # %% ../nbs/03_sae.ipynb #sae-load
 def _sae_file(path):
     "The file of an SAE: `path` itself, or the one in the folder."
-    path = Path(path).expanduser()
     if not path.is_dir():
+        if path.suffix != ".safetensors" and is_there(path):
+            raise InputError(f"{path} is no file that an SAE is read from; {_others()}")
         return path
     if not (path / "sae.safetensors").exists():
         there = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-        raise InputError(
-            f"{path} holds no sae.safetensors, the file that sae_nb.sae.save writes; it holds {there}"
-        )
+        said = f"{path} holds no sae.safetensors, the file that sae_nb.sae.save writes; it holds {there}"
+        raise InputError(f"{said}; {_others()}")
     return path / "sae.safetensors"
 
 
@@ -841,6 +841,28 @@ def _read_head(path):
     if not isinstance(args, dict) or not isinstance(meta, dict):
         raise Damaged(f"{path} is damaged (its header is not what save writes); restore it from a copy")
     return head["variant"], args, meta
+
+# %% ../nbs/03_sae.ipynb #sae-load-foreign
+def _formats():
+    "Formats of others that can be read."
+    return {name: find("formats", name)() for name in names("formats")}
+
+
+def _of_others(path):
+    "An SAE in the format of another library, or None."
+    own = path / "sae.safetensors" if path.is_dir() else path
+    if own.suffix == ".safetensors" and is_there(own) and "variant" in read_meta(own):
+        return None
+    for kind in _formats().values():
+        file = kind.file_at(path)
+        if file is not None:
+            return kind.load(file)
+
+
+def _others():
+    "What is read besides."
+    each = (f"{name} ({', '.join((kind.weights, *kind.beside))})" for name, kind in _formats().items())
+    return f"formats of others that are read: {', '.join(each)}"
 
 # %% ../nbs/03_sae.ipynb #sae-load-built
 def _built_for(path, variant, args, tensors):
@@ -873,10 +895,14 @@ def _check_tensor(path, name, t, wanted, learned):
 
 # %% ../nbs/03_sae.ipynb #sae-load-def
 def load(
-    path,  # Run folder, or a file written by `save`
+    path,  # Run folder, a file written by `save`, or a folder in a format of others
     device="cpu",  # Where the weights go
 ) -> SAE:  # In evaluation mode
     "Read an SAE back; `sae.meta` holds what was said about it."
+    path = Path(path).expanduser()
+    theirs = _of_others(path)
+    if theirs is not None:
+        return theirs.to(device)
     path = _sae_file(path)
     variant, args, meta = _read_head(path)
     tensors = read_tensors(path, device)
