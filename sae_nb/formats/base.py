@@ -416,10 +416,10 @@ def _whole_folder(folder):
 # %% ../../nbs/formats/base.ipynb #formats-export
 def _check_free(folder, kind):
     "One line about a folder that holds something else."
-    own = {kind.weights, *kind.beside}
     there = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    if folder.exists() and (not folder.is_dir() or not own >= set(there)):
-        held = ", ".join(name for name in there if name not in own) or "a file"
+    earlier = set(there) == {kind.weights, *kind.beside} and kind.file_at(folder) is not None
+    if folder.is_file() or (there and not earlier):
+        held = ", ".join(there[:8]) or "a file"
         raise InputError(
             f"{folder} holds something else already ({held}); give a folder that is new or empty"
         )
