@@ -460,7 +460,6 @@ class Front(nn.Module):
     raw = False  # True: reads activations as they are, and `b_dec` is taken off what it gives
     takes_b_dec = False  # True: `read` and `add` are given what was taken off as a third argument
     instead = False  # True: what it gives stands in the place of the token, and the encoder's weights are its
-    instead = False  # True: what it gives stands in the place of the token, and the encoder's weights are its
 
     def __init__(self):
         super().__init__()
