@@ -581,7 +581,9 @@ def against(
     for l0 in l0s:
         table = seeds_at(points, l0, metric, choice)
         apart = {
-            other: mean_interval((table[method] - table[other]).tolist()) for other in table if other != method
+            other: mean_interval((table[method] - table[other]).tolist())
+            for other in table
+            if other != method
         }
         columns[f"L0 {l0:g}"] = {other: _text(metric, *ends) for other, ends in apart.items()}
     others = [other for other in ranked(points, metric, choice) if other != method]
