@@ -526,8 +526,7 @@ def _lm_data(plan):
     more = dict(cache=p.cache or None, cache_gb=p.cache_gb, medians=p.sink)
     stream = Stream(lm, source, hook, p.batch, plan.rows, p.buffer, seed=plan.seed, **more)
     held = heldout(lm, source, p.eval_rows, hook=hook)
-    local = p.model == "world" or is_there(p.model)
-    model = lm.fingerprint()[:16] if local else p.model
+    model = p.model if lm.from_hub else lm.fingerprint()[:16]
     n_held = sum(len(tokens) for tokens, _, _ in held)
     of = f" of the {p.eval_rows} asked for" if n_held < p.eval_rows else ""
     counted = f"; {stream.counts['words']}" if stream.counts["words"] else ""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sae_nb
-from .core import InputError, is_there, pick_device, pick_dtype, read_json
+from .core import InputError, find, is_there, names, pick_device, pick_dtype, read_json
 from .data import count_mask, why_not
 
 # %% ../nbs/06_lm.ipynb #lm-layouts
@@ -58,6 +58,7 @@ class LM:
     "A causal language model to be read and edited at named hook points. Weights are frozen, dropout is off."
 
     first_counts = False  # The first token of a piece is like any other: only in models made by hand
+    from_hub = False  # Its name says what it is; what lies in a folder is told by its fingerprint
 
     def __init__(
         self,
@@ -525,8 +526,13 @@ def _whole(folder):
     needed = dict(_needed)
     if (folder / "tokenizer.json").exists():
         needed["names of special tokens"] = _named_tokens
+    packed = sorted(folder.glob("*.gguf"))
     for what, patterns in needed.items():
         if not any(any(folder.glob(p)) for p in patterns):
+            if packed:
+                raise InputError(
+                    f"folder {folder.name!r} holds no model but GGUF files; name one: {packed[0]}"
+                )
             raise InputError(
                 f"folder {folder.name!r} holds no {what} (looked for {' or '.join(patterns)}); save the "
                 "model there with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
@@ -559,11 +565,20 @@ def check_hashes(
         )
 
 # %% ../nbs/06_lm.ipynb #lm-folder-find
+def _unpacked(name):
+    "The folder that a registered name, or a file of a registered kind, stands for; None: there is none."
+    for word in (name, Path(name).suffix.lower()):
+        if word in names("models") and not Path(name).is_dir():
+            return find("models", word)(name)
+
+
 def _find(name):
     "A folder that holds the model `name`, or None when it has to come from the hub."
     name = str(name)
     if not name:
         raise InputError('no model named; "world" is the one in the package')
+    if unpacked := _unpacked(name):
+        return unpacked
     in_package = Path(sae_nb.__file__).parent / "world" / "lm"
     folder = in_package if name == "world" else Path(name).expanduser()
     if folder.is_dir():
@@ -577,7 +592,11 @@ def _find(name):
             "the model of the world is not in this installation; train it with nbs/world/model.ipynb"
         )
     if name[0] in "./~" or name.count("/") > 1:
-        raise InputError(f"folder {name!r} does not exist; give a folder, a Hugging Face name, or world")
+        also = ", ".join(word for word in names("models") if word[0] != ".")
+        raise InputError(
+            f"folder {name!r} does not exist; give a folder, a GGUF file, a Hugging Face name, "
+            f"or one of world, {also}"
+        )
 
 # %% ../nbs/06_lm.ipynb #lm-open
 def _architecture(where):
@@ -652,7 +671,7 @@ def _quietly(bars):
 
 # %% ../nbs/06_lm.ipynb #lm-load
 def load_lm(
-    name: str = "world",  # "world", a folder in Hugging Face layout, or a Hugging Face name
+    name: str = "world",  # "world", "smollm2", a folder in Hugging Face layout, a GGUF file, or a hub's name
     device: str = "cpu",  # "cpu", "cuda", ...; empty: the GPU if there is one
     dtype: str = "float32",  # "float32", "bfloat16" or "float16"
 ) -> LM:  # The model, frozen, ready to be read and edited
@@ -673,4 +692,6 @@ def load_lm(
         )
         mend = "; its files are damaged or do not belong together, save or copy them again" if folder else ""
         raise InputError(why_not(str(name), e, "model", instead) + mend) from None
-    return LM(model.to(device), tokenizer, str(name))
+    lm = LM(model.to(device), tokenizer, str(name))
+    lm.from_hub = folder is None
+    return lm
