@@ -100,8 +100,9 @@ usual_evals = {
 
 def _fill(self):
     "What was left at -1, or at `usual`, is what is usual on the model."
-    words = [usual_evals[kind_of(self.model)] if word == "usual" else word for word in self.evals.split(",")]
-    self.evals = ",".join(words)
+    asked = [word.strip() for word in self.evals.split(",")]
+    told = ",".join(usual_evals[kind_of(self.model)] if word == "usual" else word for word in asked)
+    self.evals = ",".join(dict.fromkeys(word for word in told.split(",") if word))
     own = on_synth[synth_size(self.model)[0]] if kind_of(self.model) == "synth" else usual
     self.left_open = {name for name in own if getattr(self, name) == -1}
     for name in self.left_open:
