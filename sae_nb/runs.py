@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['notes', 'in_time', 'usual', 'on_synth', 'usual_evals', 'Params', 'renamed', 'read_comment', 'kind_of', 'synth_size',
-           'noted', 'params_from', 'fast', 'public', 'differences', 'run_name', 'Run', 'read_metrics', 'read_config',
-           'run_status', 'guarding', 'provenance', 'gather', 'same_weights', 'launch']
+           'noted', 'params_from', 'fast', 'public', 'differences', 'run_name', 'brought_names', 'Run', 'read_metrics',
+           'read_config', 'run_status', 'guarding', 'provenance', 'gather', 'same_weights', 'launch']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import glob
@@ -34,7 +34,7 @@ from . import params
 from .core import *
 
 # %% ../nbs/09_runs.ipynb #runs-notes
-notes = ("path", "not in weights")
+notes = ("path", "not in weights", "training")
 
 
 def read_comment(
@@ -181,7 +181,7 @@ def _typed(parameter, value):
     if type(parameter.default) is int and typed == int(typed):
         return int(typed)  # `k` is a number of any kind, and 32 stays 32
     if "path" in parameter.metadata["notes"] and str(typed).startswith("~"):
-        return os.path.expanduser(typed)
+        return ",".join(map(os.path.expanduser, typed.split(",")))
     return typed
 
 
@@ -222,6 +222,7 @@ def params_from(
             raise InputError(f"parameter {name!r} is called {now!r} now; write -p {now} {value}")
         one_of("parameter", name, known)
     p = Params(**{name: _typed(known[name], value) for name, value in asked.items()})
+    _check_training(p)
     if os.environ.get("SAE_NB_FAST"):
         p = fast(p)
     _check_ranges(p)
@@ -249,6 +250,19 @@ def _check_ranges(p):
             f"{name} = {getattr(p, name)!r} means nothing on known directions; leave it out, or name a model"
         )
 
+# %% ../nbs/09_runs.ipynb #runs-training-only
+def _check_training(p):
+    "An error for what says how SAEs are trained, beside SAEs that are brought along."
+    usual = Params(model=p.model)
+    said = [
+        name for name in asdict(p) if name in noted("training") and getattr(p, name) != getattr(usual, name)
+    ]
+    if p.sae and said:
+        raise InputError(
+            f"{', '.join(said)} in the same command as sae = {_shortly(p.sae)}: nothing is trained there; "
+            "leave out either"
+        )
+
 # %% ../nbs/09_runs.ipynb #runs-fast
 def fast(
     p: Params,  # Parameters
@@ -266,8 +280,8 @@ def public(
     "Parameters with local paths reduced to names."
     kept = asdict(p)
     for name in noted("path"):
-        if kept[name] and is_there(kept[name]):
-            kept[name] = Path(kept[name]).name
+        words = [kept[name]] if is_there(kept[name]) else kept[name].split(",")
+        kept[name] = ",".join(Path(word).name if word and is_there(word) else word for word in words)
     return kept
 
 # %% ../nbs/09_runs.ipynb #runs-told
@@ -286,7 +300,7 @@ def differences(
     default = Params(model=p.model)
     default = fast(default) if os.environ.get("SAE_NB_FAST") else default
     usual, asked = asdict(default), public(p)
-    apart = {"variant", "model", "preset", "seed"} | noted("not in weights")
+    apart = {"variant", "model", "preset", "seed", "sae"} | noted("not in weights")
     changed = [name for name in asked if name not in apart and asked[name] != usual[name]]
     words = {
         name: f"{asked[name]:g}" if isinstance(asked[name], float) else str(asked[name]) for name in changed
@@ -311,6 +325,50 @@ def run_name(
     if os.environ.get("SAE_NB_FAST"):
         words = ["fast", *words]
     return _as_name("-".join(word for word in words if word), longest=160)
+
+# %% ../nbs/09_runs.ipynb #runs-brought
+def _parts(source):
+    "The words of a place, the last one first, e.g. of hf:owner/repo@revision/folder."
+    if source.startswith("hf:"):
+        return source.removeprefix("hf:").split("/")[::-1]
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    return [
+        part for part in (path.parent if path.suffix in _weight_files else path).parts[::-1] if part != "/"
+    ]
+
+
+def _told_apart(sources):
+    "source -> as many of its last words as tell it from the others, without a revision if possible."
+    parts = {source: _parts(source) for source in sources}
+    plain = {source: [word.partition("@")[0] for word in words] for source, words in parts.items()}
+    for words in (plain, parts):
+        for n in range(1, max(map(len, words.values())) + 1):
+            labels = {source: "+".join(own[:n][::-1]).replace("@", ".") for source, own in words.items()}
+            if len(set(labels.values())) == len(labels):
+                return labels
+    return labels
+
+
+_weight_files = (".safetensors", ".pt", ".npz")
+
+
+def brought_names(
+    p: Params,  # Parameters, as they were asked for
+) -> dict:  # Place of an SAE -> name of its run
+    "What the runs of SAEs are called that are brought along."
+    sources = list(dict.fromkeys(source.strip() for source in p.sae.split(",") if source.strip()))
+    if not sources:
+        raise InputError(f"sae = {p.sae!r} names none; give folders, or hf:owner/repo/folder")
+    fast = ["fast"] if os.environ.get("SAE_NB_FAST") else []
+    names = {}
+    for source, label in _told_apart(sources).items():
+        usual = (p.model, p.seed) == (Params.model, Params.seed)
+        where = [] if usual else [Path(p.model).name.replace(":", "."), f"s{p.seed}"]
+        own = (
+            [p.name, label if len(sources) > 1 else ""] if p.name else ["sae", label, *where, *differences(p)]
+        )
+        names[source] = _as_name("-".join(filter(None, [*fast, *own])), longest=160)
+    return names
 
 # %% ../nbs/09_runs.ipynb #runs-run
 class Run:
@@ -669,6 +727,8 @@ def same_weights(
 # %% ../nbs/09_runs.ipynb #runs-launch-folder
 def _page_folder(p):
     "Folder for the executed notebook; one notebook may train several variants and seeds."
+    if p.sae:
+        return p.name or next(iter(brought_names(p).values()))
     label = "-".join(
         _as_name(word.replace(" ", "").replace("/", ".")) for word in (p.variant, p.preset) if word
     )
@@ -678,10 +738,12 @@ def _page_folder(p):
 def _absolute(p, given):
     "Parameters as they are given, but with paths that hold from every folder."
     there = {name: getattr(p, name) for name in given if name in noted("path")}
-    local = {
-        name: o for name, o in there.items() if o and (is_there(o) or name == "cache")
-    }  # a cache is made
-    return {**given, **{name: str(Path(o).absolute()) for name, o in local.items()}}
+    whole = {name: [o] if is_there(o) else o.split(",") for name, o in there.items() if o}
+
+    def placed(name, o):
+        return str(Path(o).absolute()) if is_there(o) or name == "cache" else o  # a cache is made
+
+    return {**given, **{name: ",".join(placed(name, o) for o in words) for name, words in whole.items()}}
 
 # %% ../nbs/09_runs.ipynb #runs-launch
 def launch(
