@@ -15,7 +15,7 @@ import math
 import os
 import re
 from contextlib import nullcontext, redirect_stderr
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from .acts import *
+from .command.brought import *
 from .command.lost_files import *
 from .command.sizes import check_size
 from .core import *
@@ -225,12 +226,13 @@ class Plan:
     "What will be trained and measured. Nothing has been opened yet."
 
     params: Params  # What was asked
-    training: TrainConfig  # Of all SAEs
+    training: TrainConfig  # Of all SAEs; None: nothing is trained
     trainers: dict  # name -> options of what is added to the loop
     evaluators: dict  # name -> evaluator
     nulls: tuple  # Names of the SAEs that know nothing
     runs: list  # One for each variant, preset and seed
     rows: bool  # Whether batches are whole rows [B, T, d_in]
+    brought: dict = field(default_factory=dict)  # name of a run -> SAE that is evaluated as it is
 
     @property
     def seed(self):  # of the data
@@ -413,12 +415,27 @@ def _greet(evaluators, runs):
         if said:
             print(f"{name}: {said}")
 
+# %% ../nbs/10_experiment.ipynb #experiment-brought
+def _plan_of_brought(given, asked):
+    "A plan that evaluates SAEs that are there."
+    saes = open_saes(asked)
+    p = params_from({**given, **found_at(asked, saes)})
+    pick_device(p.device)
+    pick_dtype(p.dtype)
+    evaluators, nulls = chosen_evaluators(p), chosen_nulls(p)
+    runs = brought_runs(p, saes)
+    _greet(evaluators, runs)
+    rows = any(brought.sae.sequential for brought in saes)
+    return Plan(p, None, {}, evaluators, nulls, runs, rows, {brought.name: brought for brought in saes})
+
 # %% ../nbs/10_experiment.ipynb #experiment-make-plan
 def make_plan(
     given: dict,  # Parameters by name, e.g. the globals of run.ipynb
 ) -> Plan:
     "Everything that was asked for, checked."
     p = params_from(given)
+    if p.sae:
+        return _plan_of_brought(given, p)
     variants, seeds = _variants_and_seeds(p)
     trainers = _trainers(p)
     evaluators, nulls, training = chosen_evaluators(p), chosen_nulls(p), _training(p)
@@ -481,6 +498,7 @@ def _known_data(plan):
             f"use a batch of at least {p.ctx}"
         )
     toy, about = _known(p.model)
+    check_widths(plan.brought, toy.d_in, p.model)
     size = dict(batch=p.batch // p.ctx, T=p.ctx) if plan.rows else dict(batch=p.batch)
     test = toy.stream(**size, part="test")
     return Data(
@@ -521,7 +539,8 @@ def _lm_data(plan):
     "A language model and text."
     p = plan.params
     lm, hook = _open_lm(p)
-    check_size(p, len(plan.runs), lm.width(hook), lm.device)
+    check_widths(plan.brought, lm.width(hook), f"{hook} of {lm.name}")
+    check_size(p, 0 if plan.brought else len(plan.runs), lm.width(hook), lm.device)
     source = _open_text(p, lm, plan.seed)
     more = dict(cache=p.cache or None, cache_gb=p.cache_gb, medians=p.sink)
     stream = Stream(lm, source, hook, p.batch, plan.rows, p.buffer, seed=plan.seed, **more)
@@ -551,10 +570,21 @@ def open_data(
         found = dict(hook=data.hook, d_in=data.stream.d_in, data=data.about)
         found["counts"] = getattr(data.stream, "counts", None)
         for run in plan.runs:
-            run.config.update(found, content=data.content, scale=data.stream.scale)
+            brought = plan.brought.get(run.name)
+            content = dict(data.content, sae=brought.files) if brought else data.content
+            run.config.update(found, content=content, scale=data.stream.scale)
             run.check_content()
             run.start(plan.params.resume)
+            if brought:
+                _bring(plan, data, run, brought)
     return data
+
+
+def _bring(plan, data, run, brought):
+    "An SAE that is there into its folder, and what differs from its training."
+    bring_in(run, brought, model=public(plan.params)["model"], hook=data.hook)
+    for line in remarks(brought, plan.params, getattr(data.lm, "bos", None)):
+        print(line)
 
 # %% ../nbs/10_experiment.ipynb #experiment-fresh
 def fresh_sae(
@@ -609,7 +639,7 @@ def train_runs(
     todo = [run for run in plan.runs if not run.finished and not run.trained]
     if not todo:
         if not quiet:
-            print("every SAE is trained already")
+            print("nothing to train" if plan.brought else "every SAE is trained already")
         return []
     data.stream.load_state(data.origin)
     with guarding(todo):
@@ -680,7 +710,7 @@ def _write_metrics(run, envelopes, trained):
     for evaluator, envelope in envelopes.items():
         metrics.update({f"{evaluator}/{name}": value for name, value in flat(envelope).items()})
     metrics.update({f"train/{name}": value for name, value in trained.items()})
-    if metrics != before:
+    if metrics != before or not run.finished:
         run.finish(metrics)
 
 
