@@ -549,12 +549,13 @@ def _lm_data(plan):
     n_held = sum(len(tokens) for tokens, _, _ in held)
     of = f" of the {p.eval_rows} asked for" if n_held < p.eval_rows else ""
     counted = f"; {stream.counts['words']}" if stream.counts["words"] else ""
+    will_train = 0 if plan.brought else p.tokens
     return Data(
         stream=stream,
         held=held,
         hook=hook,
         content=dict(model=model, text=source.fingerprint(), rows=plan.rows),
-        about=f"{source.about(p.tokens)}, rows of {p.ctx} tokens; {n_held} rows{of} held out{counted}",
+        about=f"{source.about(will_train)}, rows of {p.ctx} tokens; {n_held} rows{of} held out{counted}",
         lm=lm,
     )
 
@@ -572,7 +573,8 @@ def open_data(
         for run in plan.runs:
             brought = plan.brought.get(run.name)
             content = dict(data.content, sae=brought.files) if brought else data.content
-            run.config.update(found, content=content, scale=data.stream.scale)
+            scale = brought.scale if brought else data.stream.scale
+            run.config.update(found, content=content, scale=scale)
             run.check_content()
             run.start(plan.params.resume)
             if brought:

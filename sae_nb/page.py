@@ -46,13 +46,27 @@ def _training_in_words(cfg):
         f"learning rate {cfg.lr:g} after {cfg.warmup_steps} steps of warm-up"
     )
 
+# %% ../nbs/11_page.ipynb #page-plan-brought
+def _brought_in_words(plan):
+    "Each SAE that was brought along, and what it is."
+    parts = []
+    for run in plan.runs:
+        brought = plan.brought[run.name]
+        files = "a run" if brought.format == "sae_nb" else f"files of {brought.format}"
+        what = f" ({brought.sae.variant}, {brought.sae.d_sae:,} latents, from {files}), "
+        parts += [Code(run.name), what]
+    return [*parts[:-1], parts[-1].removesuffix(", ")]
+
 # %% ../nbs/11_page.ipynb #page-show-plan
 def show_plan(
     plan: Plan,  # From `make_plan`
     data: Data,  # From `open_data`
 ):  # HTML
-    "What will be trained on what."
+    "What will be trained on what, or evaluated."
     where = Code(public(plan.params)["model"]), " at ", Code(data.hook), f" (d_in {data.stream.d_in}): "
+    if plan.brought:
+        none = f"nothing is trained. Data: {data.about}."
+        return _html(P("Evaluating ", *_brought_in_words(plan), " on ", *where, none))
     how = (
         f"{plan.params.d_sae:,} latents, {_training_in_words(plan.training)}. Data: {data.about}. "
         f"A latent silent for {plan.training.dead_after_tokens:,} tokens counts as dead."

@@ -337,16 +337,22 @@ def _parts(source):
     ]
 
 
-def _told_apart(sources):
-    "source -> as many of its last words as tell it from the others, without a revision if possible."
-    parts = {source: _parts(source) for source in sources}
-    plain = {source: [word.partition("@")[0] for word in words] for source, words in parts.items()}
-    for words in (plain, parts):
-        for n in range(1, max(map(len, words.values())) + 1):
-            labels = {source: "+".join(own[:n][::-1]).replace("@", ".") for source, own in words.items()}
-            if len(set(labels.values())) == len(labels):
-                return labels
-    return labels
+def _tails(parts):
+    "place -> as few of its last words as no other place ends in."
+    tails = {}
+    for place, own in parts.items():
+        others = [words for other, words in parts.items() if other != place]
+        alone = (n for n in range(1, len(own)) if all(own[:n] != words[:n] for words in others))
+        tails[place] = "+".join(own[: next(alone, len(own))][::-1]).replace("@", ".")
+    return tails
+
+
+def _told_apart(places):
+    "place -> a word for it; a revision is part of it only where it has to be."
+    parts = {place: _parts(place) for place in places}
+    plain = {place: [word.partition("@")[0] for word in words] for place, words in parts.items()}
+    short = _tails(plain)
+    return short if len(set(short.values())) == len(short) else _tails(parts)
 
 
 _weight_files = (".safetensors", ".pt", ".npz")

@@ -31,6 +31,10 @@ class Brought:
         return self.sae.meta.get(name)
 
     @property
+    def scale(self):  # That training saw; it is folded into the weights
+        return self.sae.meta.get("scale", 1.0)
+
+    @property
     def config(self):  # Of the run that trained it, if that was one of ours
         return self.sae.meta.get("config", {})
 
@@ -201,19 +205,12 @@ def bring_in(
     **found,  # model, hook
 ):
     "Write the weights of an SAE that was brought along, unless they are there."
-    own = {name: b.sae.meta[name] for name in ("train", "history", "scale") if name in b.sae.meta}
-    run.config["scale"] = own.get("scale", 1.0)
     if run.trained:
         return
+    own = {name: b.sae.meta[name] for name in ("train", "history") if name in b.sae.meta}
     hashed = weight_hash(b.sae)
     run.mark(*run_status(run.folder), weights=hashed)
     if "history" in own:
         write_text(run.folder / "history.csv", own["history"])
-    save(
-        b.sae,
-        run.folder,
-        config=run.config,
-        weight_hash=hashed,
-        **{"train": {}, "scale": 1.0, **own},
-        **found,
-    )
+    about = dict(config=run.config, weight_hash=hashed, scale=b.scale)
+    save(b.sae, run.folder, **about, **{"train": {}, **own}, **found)
