@@ -894,7 +894,7 @@ def _check_tensor(path, name, t, wanted, learned):
 
 # %% ../nbs/03_sae.ipynb #sae-load-def
 def load(
-    path,  # Run folder, a file written by `save`, or a folder in a format of others
+    path,  # Run folder, file of `save`, folder in a format of others, or hf:owner/repo/folder
     device="cpu",  # Where the weights go
 ) -> SAE:  # In evaluation mode
     "Read an SAE back; `sae.meta` holds what was said about it."

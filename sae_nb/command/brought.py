@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..core import *
 from ..evals.store import contents, digest
+from ..formats.hub import came_from, fetch
 from ..runs import *
 from ..sae import SAE, load, save
 from ..train import weight_hash
@@ -50,10 +51,12 @@ def _files(place, kind):
 
 def _opened(place, name):
     "An SAE and what it was read from."
-    where = Path(place).expanduser()
+    where = fetch(place) if place.startswith("hf:") else Path(place).expanduser()
     if not is_there(where):
         raise InputError(f"sae = {place!r} does not exist; give a folder or file, or hf:owner/repo/folder")
     sae = load(where)
+    if place.startswith("hf:"):
+        sae.meta["hub"] = came_from(place, where)
     kind = sae.meta.get("format", "sae_nb")
     files = [(file.name, *contents(file)[str(file)].values()) for file in _files(where, kind)]
     return Brought(place, name, sae, kind, digest(files))
