@@ -16,7 +16,10 @@ from urllib.parse import unquote
 
 from huggingface_hub import constants
 
-COMMIT = "0123456789" * 4
+
+def commit_of(files):
+    "The commit at which a repository holds these files."
+    return hashlib.sha1(b"".join(name.encode() + data for name, data in sorted(files.items()))).hexdigest()
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -36,11 +39,12 @@ class Hub(BaseHTTPRequestHandler):
         if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+?))?/?", path):
             return self.about(*m.groups())
         m = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
-        if not m or m[2] not in self.server.repos.get(m[1], {}):
-            return self.answer({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-        data = self.server.repos[m[1]][m[2]]
+        files = self.server.repos.get(m[1], {}) if m else {}
+        if not m or m[2] not in files:
+            return self.answer({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit_of(files))
+        data = files[m[2]]
         self.server.fetched += [m[2]] * (self.command == "GET")
-        self.answer(data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=COMMIT)
+        self.answer(data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=commit_of(files))
 
     do_HEAD = do_GET
 
@@ -48,10 +52,11 @@ class Hub(BaseHTTPRequestHandler):
         files = self.server.repos.get(repo)
         if files is None:
             return self.answer({}, 404, X_Error_Code="RepoNotFound")
-        if revision not in (None, "main", "v1", COMMIT):
+        commit = commit_of(files)
+        if revision not in (None, "main", "v1", commit):
             return self.answer({}, 404, X_Error_Code="RevisionNotFound")
         each = [dict(type="file", path=n, rfilename=n, size=len(data), oid="0") for n, data in files.items()]
-        self.answer(each if what == "tree" else dict(id=repo, sha=COMMIT, siblings=each))
+        self.answer(each if what == "tree" else dict(id=repo, sha=commit, siblings=each))
 
     def sent(self):
         "The body, in one piece or in several."
@@ -82,9 +87,9 @@ class Hub(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 value = line["value"]
                 self.server.repos[repo][value["path"]] = base64.b64decode(value["content"])
-        self.answer(
-            dict(success=True, commitOid=COMMIT, commitUrl=f"{constants.ENDPOINT}/{repo}/commit/{COMMIT}")
-        )
+        commit = commit_of(self.server.repos[repo])
+        at = f"{constants.ENDPOINT}/{repo}/commit/{commit}"
+        self.answer(dict(success=True, commitOid=commit, commitUrl=at))
 
     def log_message(self, *words):
         pass
