@@ -127,7 +127,11 @@ def _training(config):
         f"text: {config.get('data', 'unknown')}",
         f"variant: {config['variant']} {config['variant_args']}",
     ]
-    lines += [f"{name}: {value}" for name, value in asked.items() if value not in ("", None) and (value or name == "seed")]
+    lines += [
+        f"{name}: {value}"
+        for name, value in asked.items()
+        if value not in ("", None) and (value or name == "seed")
+    ]
     lines.append(f"code: commit {config.get('commit')}, torch {config.get('versions', {}).get('torch')}")
     return "\n".join(f"- {line}" for line in lines)
 
@@ -141,7 +145,7 @@ def _card(about, numbers, config, license):
     parts = [_header(about, numbers, license), f"# {about['name']}", f"{what}, width {about['d_in']:,}."]
     parts += ["## How to load it", _loading(about), "## Numbers"]
     nulls = (
-        "In parentheses what stands beside it: SAEs that learned nothing, such as a random dictionary, the mean, "
+        "In parentheses what stands beside it: SAEs that learned nothing (a random dictionary), the mean, "
         "and where it is given no SAE at all (identity). A number that a null also reaches says nothing."
     )
     parts += [nulls, _table(numbers)] if _main(numbers) else ["None were measured."]
