@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..core import *
 from .codes import latents_of, null_saes
-from .store import Store, code_digest, digest, live_code, source_of
+from .store import Store, code_digest, digest, live_code, rows_to_block, source_of
 from ..sae import build, check_option, declared
 from sae_nb.style import (
     bare_rows,
@@ -548,6 +548,8 @@ def record(
         for option, v in said.items()
         if v is not None and hasattr(self.config, option)
     }
+    if getattr(self.config, "llm_batch_size", 0) is None:  # SAEBench's file wants a whole number
+        known["llm_batch_size"] = rows_to_block(self.config.context_length)
     return replace(self.config, **known)
 
 # %% ../../nbs/evals/base.ipynb #base-rows
