@@ -105,6 +105,8 @@ def found_at(
     saes: list,  # of Brought
 ) -> dict:  # model, hook
     "Where SAEs are evaluated: as asked, else as their files say."
+    if "," in p.hook:
+        raise InputError(f"hook = {p.hook!r} beside sae: an SAE is evaluated at one hook; give one")
     own = p.model if p.model != Params.model else ""
     model = own or hub_name(_agreed(saes, "model") or "") or (p.model if p.hook else "")
     if kind_of(model):
@@ -142,10 +144,10 @@ def remarks(
     lines = []
     rows, begins = b.says("context_size"), b.says("prepend_bos")
     if rows and rows != p.ctx:
-        lines.append(f"was trained on rows of {rows} tokens and is evaluated on rows of {p.ctx} (-p ctx)")
+        lines.append(f"was trained on rows of {rows} tokens and is evaluated on rows of {p.ctx} (-p ctx {rows})")
     if begins is not None and bool(begins) != (bos is not None):
         own, here = ("with", "without") if begins else ("without", "with")
-        lines.append(f"was trained on rows {own} BOS and is evaluated on rows {here}")
+        lines.append(f"was trained on rows {own} BOS and is evaluated {here} it")
     for what, now in dict(model=p.model, hook=p.hook).items():
         if not kind_of(p.model) and b.says(what) and now not in (b.says(what), hub_name(b.says(what))):
             lines.append(f"was trained at {what} {b.says(what)} and is evaluated at {public(p)[what]}")

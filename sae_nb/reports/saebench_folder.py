@@ -101,4 +101,6 @@ def _say(written, left, renamed, at):
     out = ", ".join(f"{n} {why}" for why, n in left.items())
     print(f"{at.name}/: {said}" + (f"; left out: {out}" if out else ""))
     for name in sorted(renamed):
-        print(f"{name} is written as {renamed[name]}, since SAEBench's plots would take it for something else")
+        print(
+            f"{name} is written as {renamed[name]}, since SAEBench's plots would take it for something else"
+        )
