@@ -144,13 +144,15 @@ def remarks(
     lines = []
     rows, begins = b.says("context_size"), b.says("prepend_bos")
     if rows and rows != p.ctx:
-        lines.append(f"was trained on rows of {rows} tokens and is evaluated on rows of {p.ctx} (-p ctx {rows})")
+        lines.append(
+            f"was trained on rows of {rows} tokens and is evaluated on rows of {p.ctx} (-p ctx {rows})"
+        )
     if begins is not None and bool(begins) != (bos is not None):
         own, here = ("with", "without") if begins else ("without", "with")
         lines.append(f"was trained on rows {own} BOS and is evaluated {here} it")
     for what, now in dict(model=p.model, hook=p.hook).items():
         if not kind_of(p.model) and b.says(what) and now not in (b.says(what), hub_name(b.says(what))):
-            lines.append(f"was trained at {what} {b.says(what)} and is evaluated at {public(p)[what]}")
+            lines.append(f"was trained with {what} {b.says(what)} and is evaluated with {public(p)[what]}")
     return [f"{b.name}: {line}" for line in lines]
 
 # %% ../../nbs/command/brought.ipynb #brought-source
