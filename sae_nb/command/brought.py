@@ -206,16 +206,24 @@ def brought_runs(
     return runs
 
 # %% ../../nbs/command/brought.ipynb #brought-in
+def _lies_there(run, hashed):
+    "Are the weights in a run's folder those of this SAE?"
+    try:
+        return run.trained and weight_hash(load(run.folder)) == hashed
+    except InputError:
+        return False
+
+
 def bring_in(
     run: Run,  # That has begun
     b: Brought,  # Its SAE
     **found,  # model, hook
 ):
-    "Write the weights of an SAE that was brought along, unless they are there."
-    if run.trained:
+    "Write the weights of an SAE that was brought along, unless they are there and whole."
+    hashed = weight_hash(b.sae)
+    if _lies_there(run, hashed):
         return
     own = {name: b.sae.meta[name] for name in ("train", "history") if name in b.sae.meta}
-    hashed = weight_hash(b.sae)
     run.mark(*run_status(run.folder), weights=hashed)
     if "history" in own:
         write_text(run.folder / "history.csv", own["history"])
