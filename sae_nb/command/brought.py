@@ -150,6 +150,10 @@ def remarks(
     if begins is not None and bool(begins) != (bos is not None):
         own, here = ("with", "without") if begins else ("without", "with")
         lines.append(f"was trained on rows {own} BOS and is evaluated {here} it")
+    if b.says("centred"):
+        lines.append(
+            "was trained on activations less their mean over dimensions, and is given them as they are"
+        )
     for what, now in dict(model=p.model, hook=p.hook).items():
         if not kind_of(p.model) and b.says(what) and now not in (b.says(what), hub_name(b.says(what))):
             lines.append(f"was trained with {what} {b.says(what)} and is evaluated with {public(p)[what]}")

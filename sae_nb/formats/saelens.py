@@ -52,6 +52,8 @@ def _about(cfg):
     "Model, hook and what else is known, in this repository's words."
     said = {name: said_in(cfg, f"metadata.{name}") for name in _same_words}
     said |= dict(model=said_in(cfg, "metadata.model_name"), hook=said_in(cfg, "metadata.hook_name"))
+    centred = said_in(cfg, "metadata.model_from_pretrained_kwargs.center_writing_weights")
+    said["centred"] = True if centred is True else None
     return dict(format="saelens") | {name: value for name, value in said.items() if value is not None}
 
 
