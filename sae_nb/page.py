@@ -57,16 +57,22 @@ def _brought_in_words(plan):
         parts += [Code(run.name), what]
     return [*parts[:-1], parts[-1].removesuffix(", ")]
 
+
+def _show_brought(plan, data):
+    "What will be evaluated on what."
+    where = Code(public(plan.params)["model"]), " at ", Code(data.hook), f" (d_in {data.stream.d_in}): "
+    none = f"nothing is trained. Data: {data.about}."
+    return _html(P("Evaluating ", *_brought_in_words(plan), " on ", *where, none))
+
 # %% ../nbs/11_page.ipynb #page-show-plan
 def show_plan(
     plan: Plan,  # From `make_plan`
     data: Data,  # From `open_data`
 ):  # HTML
     "What will be trained on what, or evaluated."
-    where = Code(public(plan.params)["model"]), " at ", Code(data.hook), f" (d_in {data.stream.d_in}): "
     if plan.brought:
-        none = f"nothing is trained. Data: {data.about}."
-        return _html(P("Evaluating ", *_brought_in_words(plan), " on ", *where, none))
+        return _show_brought(plan, data)
+    where = Code(public(plan.params)["model"]), " at ", Code(data.hook), f" (d_in {data.stream.d_in}): "
     how = (
         f"{plan.params.d_sae:,} latents, {_training_in_words(plan.training)}. Data: {data.about}. "
         f"A latent silent for {plan.training.dead_after_tokens:,} tokens counts as dead."
