@@ -11,7 +11,7 @@ __all__ = ['variant', 'model', 'hook', 'text', 'repeat', 'text_column', 'd_sae',
 # %% ../nbs/run.ipynb #run-parameters
 variant: str = "standard"  # registered variants, comma-separated, or all; ortho/jumprelu puts one on another
 model: str = "world"  # "world", "toy", "synth:1k", "synth:1k-time", a Hugging Face name, or a folder [path]
-hook: str = ""  # e.g. "blocks.12.hook_resid_post"; empty: the model's default
+hook: str = ""  # e.g. "blocks.12.hook_resid_post", or several, comma-separated; empty: the model's default
 text: str = ""  # file, folder or hf:<data set>; empty: the model's default [path]
 repeat: bool = False  # a streamed text that ends begins again, in another order; files always do
 text_column: str = ""  # column that holds the text; empty: the source's default
