@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cut_lengths', 'Halted', 'harvest', 'Ahead', 'CacheFolder', 'Shards', 'rows_hash', 'Buffer', 'deal_order',
-           'norm_and_mean', 'sink_limit', 'Stream', 'Rest', 'heldout']
+           'norm_and_mean', 'sink_limit', 'Together', 'Stream', 'Rest', 'streams', 'heldout']
 
 # %% ../nbs/07_acts.ipynb #acts-imports
 import hashlib
@@ -54,13 +54,15 @@ def harvest(
     lm,  # Language model
     tokens: Tensor,  # Token ids, [R, T]
     docs: Tensor,  # Document numbers, 0 for padding, [R, T]
-    hook: str,  # Hook point
-    out: Tensor = None,  # Where to put them, [R, T, d]; None: a new tensor
+    hook,  # Hook point, or a list of them for one pass
+    out=None,  # Where to put them, [R, T, d], or a dict by hook; what is not there: a new tensor
     batch: int = 0,  # Rows per pass of the model; 0: 2,048 tokens on a CPU, 16,384 elsewhere
     stop=None,  # `threading.Event` that ends a harvest in a second thread
-) -> Tensor:  # [R, T, d], in the dtype of `out`; 0 where a batch was cut
+):  # [R, T, d] in the dtype of `out`, or for a list a dict of them by hook; 0 where a batch was cut
     "Activations of many rows in one buffer. In a second thread it waits while another runs the model."
     R, T = tokens.shape
+    several = not isinstance(hook, str)
+    outs = dict(out or {}) if several else {} if out is None else {hook: out}
     read = partial(lm.read, wait=stop is not None) if hasattr(lm, "read") else lm.acts
     batch = batch or max(1, (2048 if str(lm.device) == "cpu" else 16384) // T)
     lengths = cut_lengths(docs)
@@ -68,11 +70,12 @@ def harvest(
         if stop is not None and stop.is_set():
             raise Halted
         n = min(T, lengths[rows[0]].item())
-        x = read(tokens[rows, :n], hook, docs=docs[rows, :n])
-        if out is None:
-            out = x.new_empty(R, T, x.shape[-1])
-        _place(out, rows, x)
-    return out
+        found = read(tokens[rows, :n], list(hook) if several else [hook], docs=docs[rows, :n])
+        for name, x in found.items():
+            if name not in outs:
+                outs[name] = x.new_empty(R, T, x.shape[-1])
+            _place(outs[name], rows, x)
+    return outs if several else outs[hook]
 
 # %% ../nbs/07_acts.ipynb #acts-ahead
 class Ahead(threading.Thread):
@@ -313,6 +316,84 @@ def sink_limit(
     share = (norms > limit).double().mean().item() if limit > 0 else 0.0
     return (limit, share) if share else (None, 0.0)
 
+# %% ../nbs/07_acts.ipynb #acts-together
+class Together:
+    "What streams at several hook points share: a buffer is harvested for all of them in one pass."
+
+    def __init__(
+        self,
+        source,  # Where rows come from
+        hooks: list,  # Hook points, one for each stream
+        most: int = 2,  # Buffers that may wait at a hook point
+    ):
+        self.most = most
+        self.begins = source.state()
+        self.due = dict.fromkeys(hooks, 0)  # hook -> first buffer its stream has not had; None: it is closed
+        self.rows = {}  # number of a buffer -> where its rows begin, tokens, docs, where they end
+        self.waiting = {hook: {} for hook in hooks}  # hook -> {number of a buffer: tokens, docs, activations}
+        self.again = 0
+        self.lock = threading.Lock()  # whoever has it takes rows and harvests
+
+# %% ../nbs/07_acts.ipynb #acts-together-due
+@patch
+def go_on(
+    self: Together,
+    hook: str,  # Of the stream
+    first: int,  # The first buffer it may ask for; None: none
+):
+    "Note what a stream has yet to read, and let go of what nobody waits for."
+    self.due[hook] = first
+    kept = list(self.waiting[hook].items())
+    self.waiting[hook] = {i: x for i, x in kept if first is not None and i >= first}
+    due = [i for i in list(self.due.values()) if i is not None]
+    self.rows = {i: rows for i, rows in list(self.rows.items()) if due and i >= min(due)}
+
+
+@patch
+def company(
+    self: Together,
+    hook: str,  # Of the stream that is about to harvest
+    index: int,  # Number of a buffer
+) -> list:  # Other hook points
+    "Where else the buffer will be asked for and there is room for it."
+    others = {other: due for other, due in self.due.items() if other != hook and due is not None}
+    self.again += any(due > index for due in others.values())
+    return [
+        other
+        for other, due in others.items()
+        if due <= index and len(self.waiting[other].keys() - {index}) < self.most
+    ]
+
+# %% ../nbs/07_acts.ipynb #acts-together-take
+@patch
+def keep(
+    self: Together,
+    hook: str,  # Of the stream that will come for it
+    index: int,  # Number of a buffer
+    tokens: Tensor,  # Its rows
+    docs: Tensor,  # Document numbers
+    x: Tensor,  # Activations
+):
+    "Let activations wait for a stream."
+    self.waiting[hook][index] = tokens, docs, x
+
+
+@patch
+def take(
+    self: Together,
+    hook: str,  # Of the stream that has come
+    index: int,  # Number of a buffer
+    tokens: Tensor,  # Its rows
+    docs: Tensor,  # Document numbers
+) -> Tensor:  # Activations; None if none of these rows are there
+    "What waits for a stream."
+    kept = self.waiting[hook].pop(index, None)
+    if kept is None or not (torch.equal(kept[0], tokens) and torch.equal(kept[1], docs)):
+        return None
+    if kept[2].is_cuda:  # another stream's thread has filled it
+        kept[2].record_stream(torch.cuda.current_stream())
+    return kept[2]
+
 # %% ../nbs/07_acts.ipynb #acts-stream-init
 class Stream:
     "Seeded batches of activations that can stop and go on exactly."
@@ -333,6 +414,7 @@ class Stream:
         dtype: str = "",  # Of buffer and cache, e.g. "bfloat16" for half the room; empty: the model's
         prefetch: bool = None,  # Prepare the next buffer in a second thread; None: on a GPU
         medians: float = 10.0,  # Activations longer than so many medians do not count; 0: all lengths do
+        together=None,  # What it shares with streams at other hook points (`streams`); None: nothing
     ):
         store_attr("lm, source, hook, batch, rows, lm_batch, seed")
         self.d_in = lm.width(hook)
@@ -342,6 +424,7 @@ class Stream:
         self.n_rows = max(buffer, math.ceil(2 * batch / source.ctx))
         self.cache = CacheFolder(cache, cache_gb) if isinstance(cache, (str, Path)) else cache
         self.shards = None if cache is None else Shards(self.cache, self._key())
+        self.together = together or Together(source, [hook])
         self._begin(normalise, medians)
 
 # %% ../nbs/07_acts.ipynb #acts-stream-check
@@ -380,25 +463,35 @@ def _key(self: Stream):
 
 # %% ../nbs/07_acts.ipynb #acts-harvest-into
 @patch
-def _harvest(self: Stream, tokens, docs, stop=None):
-    "Activations of rows, in the memory of a buffer that is done with if there is one."
+def _harvest(self: Stream, index, tokens, docs, stop=None):
+    "Activations of buffer `index`, in the memory of a buffer that is done with if there is one."
+    ready = self.together.take(self.hook, index, tokens, docs)
+    if ready is not None:
+        self._spare.clear()
+        return ready
     out = self._spare.pop() if self._spare else None
-    if out is not None:
-        out = out[: len(tokens)] if len(out) >= len(tokens) else None
-    if out is None and self.dtype:
-        out = torch.empty(*tokens.shape, self.d_in, dtype=self.dtype, device=self.lm.device)
-    return harvest(self.lm, tokens, docs, self.hook, out, self.lm_batch, stop)
+    outs = {self.hook: out[: len(tokens)]} if out is not None and len(out) >= len(tokens) else {}
+    hooks = [self.hook, *self.together.company(self.hook, index)]
+    for hook in [hook for hook in hooks if self.dtype and hook not in outs]:
+        room = (*tokens.shape, self.lm.width(hook))
+        outs[hook] = torch.empty(room, dtype=self.dtype, device=self.lm.device)
+    outs = harvest(self.lm, tokens, docs, hooks, outs, self.lm_batch, stop)
+    if len(hooks) > 1 and outs[self.hook].is_cuda:
+        torch.cuda.current_stream().synchronize()
+    for hook in hooks[1:]:
+        self.together.keep(hook, index, tokens, docs, outs[hook])
+    return outs[self.hook]
 
 # %% ../nbs/07_acts.ipynb #acts-activations
 @patch
 def _activations(self: Stream, index, tokens, docs, stop=None):
     "Activations of buffer `index`, from disk if they are there, and whether their memory is ours."
     if self.shards is None:
-        return self._harvest(tokens, docs, stop), True
+        return self._harvest(index, tokens, docs, stop), True
     rows = rows_hash(tokens, docs)
     x = self.shards.read(index, rows)
     if x is None:
-        x = self._harvest(tokens, docs, stop)
+        x = self._harvest(index, tokens, docs, stop)
         self.shards.keep(index, x, rows)
         return x, True
     if torch.device(self.lm.device).type == "cpu":
@@ -409,12 +502,13 @@ def _activations(self: Stream, index, tokens, docs, stop=None):
 @patch
 def _begin(self: Stream, normalise, medians):
     "Go to the beginning and measure the first buffer."
-    self.index, self.offset, self._mark = 0, 0, self.source.state()
+    self.index, self.offset, self._mark = 0, 0, self.together.begins
     self._held, self._rest = None, None
     self._short = {}  # number of a buffer -> its rows, where the text ended
     self._spare = []
     self._ahead = []
     weakref.finalize(self, _halt, self._ahead)
+    weakref.finalize(self, self.together.go_on, self.hook, None)
     self._limit(None)
     buffer = self._buffer()
     limit, self.too_long = sink_limit(buffer.x, buffer.mask, medians)
@@ -469,8 +563,10 @@ def _deal(self: Stream, index, mask, x):
 
 
 @patch
-def _rows(self: Stream, index):
-    "The rows of a buffer; where the text ends, those that are left."
+def _take(self: Stream, index, mark):
+    "The rows of a buffer from the source; where the text ends, those that are left."
+    if self.source.state() != mark:
+        self.source.load_state(mark)
     try:
         return self.source.take(self._short.get(index, self.n_rows))
     except TextEnded as ended:
@@ -480,15 +576,25 @@ def _rows(self: Stream, index):
         self._short[index] = left
         return self.source.take(left)
 
+# %% ../nbs/07_acts.ipynb #acts-fill-load
+@patch
+def _rows(self: Stream, index, mark):
+    "Tokens and documents of a buffer and where they end, if another stream has not taken them already."
+    kept = self.together.rows.get(index)
+    if kept is None or kept[0] != mark:
+        kept = (mark, *self._take(index, mark), self.source.state())
+        if len(self.together.due) > 1 and len(kept[1]) == self.n_rows:
+            self.together.rows[index] = kept
+    return kept[1:]
+
 
 @patch
 def _load(self: Stream, index, mark, stop=None):
     "Buffer `index`, whose rows begin at `mark`."
-    if self.source.state() != mark:
-        self.source.load_state(mark)
-    tokens, docs = self._rows(index)
-    after = self.source.state()
-    x, ours = self._activations(index, tokens, docs, stop)
+    with self.together.lock:
+        tokens, docs, after = self._rows(index, mark)
+        x, ours = self._activations(index, tokens, docs, stop)
+        self.together.go_on(self.hook, index + 1)
     dealt = self._deal(index, what_counts(self.lm, None, tokens, docs), x)
     return Buffer(index, mark, after, x, tokens=tokens.to(x.device), ours=ours, **dealt)
 
@@ -600,12 +706,14 @@ def load_state(
     self._short = {s["index"]: s["rows"]} if "rows" in s else {}
     # older states count batches
     self.offset = s["dealt"] if "dealt" in s else s["offset"] * self._per_batch
+    self.together.go_on(self.hook, self.index)
 
 
 @patch
 def close(self: Stream):
-    "Stop preparing the next buffer. The stream can be used on."
+    "Stop preparing the next buffer, for other streams as well. The stream can be used on."
     _halt(self._ahead)
+    self.together.go_on(self.hook, None)
 
 # %% ../nbs/07_acts.ipynb #acts-standing
 @patch
@@ -619,6 +727,23 @@ def standing(self: Stream) -> dict:  # rows_held, refreshes, rows_read, share_de
         rows_read=(self.index + (self.offset > 0)) * self.n_rows,
         share_dealt=self.offset / len(held.order) if here else 0.0,
     )
+
+# %% ../nbs/07_acts.ipynb #acts-streams
+def streams(
+    lm,  # Language model
+    source,  # Where rows come from
+    hooks: list,  # Hook points
+    cache=None,  # Folder for activations on disk, or a `CacheFolder`; None: harvest every time
+    cache_gb: float = 100.0,  # Size it may reach, in GB
+    most: int = 2,  # Buffers that may wait at a hook point for a stream that is behind
+    **how,  # More of `Stream`
+) -> dict:  # hook -> Stream
+    "Streams that read the model in one pass; each deals what it would deal alone."
+    for hook in hooks:
+        lm.width(hook)
+    room = CacheFolder(cache, cache_gb) if isinstance(cache, (str, Path)) else cache
+    together = Together(source, hooks, most)
+    return {hook: Stream(lm, source, hook, cache=room, together=together, **how) for hook in hooks}
 
 # %% ../nbs/07_acts.ipynb #acts-heldout
 def heldout(

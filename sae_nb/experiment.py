@@ -10,6 +10,7 @@ __all__ = ['parse_options', 'variant_args', 'listed', 'presets_of', 'Choice', 'c
 # %% ../nbs/10_experiment.ipynb #experiment-imports
 import copy
 import inspect
+import itertools
 import json
 import math
 import os
@@ -265,11 +266,12 @@ def _training(p):
     ).resolve()
 
 # %% ../nbs/10_experiment.ipynb #experiment-run-name
-def _run_name(p, choice, seed, several, *company):
-    "The name of a run's folder."
+def _run_name(p, choice, seed, several, *company, hook=""):
+    "The name of a run's folder; `hook` only where runs at others stand beside it."
     if not p.name:
         return run_name(p, choice.label, seed, *company)
-    name = f"{p.name}-{choice.label}-s{seed}" if several else p.name
+    words = [p.name, choice.label, f"s{seed}", hook]
+    name = "-".join(word for word in words if word) if several else p.name
     return f"fast-{name}" if os.environ.get("SAE_NB_FAST") else name
 
 
@@ -280,18 +282,20 @@ def _company(sae, seed, seeds, rows):
 
 # %% ../nbs/10_experiment.ipynb #experiment-runs-of
 def _runs(p, choices, seeds, saes, joining, **shared):
-    "A folder for every choice and seed, with its config."
-    several = len(choices) * len(seeds) > 1
+    "A folder for every hook point, choice and seed, with its config; it knows of no other hook point."
+    hooks = hooks_of(p)
+    several = len(hooks) * len(choices) * len(seeds) > 1
     rows = any(sae.sequential for sae in saes)
-    made_by = provenance()
+    shared.update(provenance())
     runs = []
-    for choice, sae in zip(choices, saes):
-        for seed in seeds:
-            name = _run_name(p, choice, seed, several, *_company(sae, seed, seeds, rows))
-            config = dict(name=name, variant=choice.variant, preset=choice.preset, seed=seed)
-            config.update(variant_args=choice.args, params=public(p), **shared)
-            config.update(trainers=joining[choice.label], **made_by)
-            runs.append(Run(root() / "runs" / name, config))
+    for hook, (choice, sae), seed in itertools.product(hooks, list(zip(choices, saes)), seeds):
+        own, company = copy.copy(p), _company(sae, seed, seeds, rows)
+        own.hook = hook
+        name = _run_name(own, choice, seed, several, *company, hook=hook if len(hooks) > 1 else "")
+        config = dict(name=name, variant=choice.variant, preset=choice.preset, seed=seed)
+        config.update(variant_args=choice.args, params=public(own), **shared)
+        config.update(trainers=joining[choice.label])
+        runs.append(Run(root() / "runs" / name, config))
     return runs
 
 # %% ../nbs/10_experiment.ipynb #experiment-l1
@@ -443,7 +447,7 @@ def make_plan(
     pick_dtype(p.dtype)
     _check_l1(p, variants)
     wanted = choices(p, variants)
-    check_size(p, len(wanted) * len(seeds), 1, pick_device(p.device))
+    check_size(p, len(hooks_of(p)) * len(wanted) * len(seeds), 1, pick_device(p.device))
     small = [try_small(choice, p.d_sae) for choice in wanted]
     _check_heard(trainers, small)
     joining = _joining(trainers, wanted, small, training)
@@ -463,6 +467,7 @@ class Data:
     about: str  # One line for the reader
     lm: object = None  # Language model; None: a toy
     toy: object = None  # Known directions; None: a language model
+    places: dict = None  # Hook point as it was asked for -> its data; None: this is the only one
 
     def __post_init__(self):
         self.origin = self.stream.state()
@@ -470,6 +475,17 @@ class Data:
     @property
     def device(self):
         return self.lm.device if self.lm else "cpu"
+
+    def at(self, run):
+        "The data of a run's own hook point."
+        return self.places[run.config["params"]["hook"]] if self.places else self
+
+    def split(self, runs):
+        "(data, runs) of every hook point that has any."
+        groups = {}
+        for run in runs:
+            groups.setdefault(id(self.at(run)), (self.at(run), []))[1].append(run)
+        return list(groups.values())
 
 # %% ../nbs/10_experiment.ipynb #experiment-toy
 def _known(model):
@@ -498,7 +514,7 @@ def _known_data(plan):
             f"use a batch of at least {p.ctx}"
         )
     toy, about = _known(p.model)
-    check_widths(plan.brought, toy.d_in, p.model)
+    check_widths(plan.brought, {"": toy.d_in}, p.model)
     size = dict(batch=p.batch // p.ctx, T=p.ctx) if plan.rows else dict(batch=p.batch)
     test = toy.stream(**size, part="test")
     return Data(
@@ -521,30 +537,40 @@ def _open_text(p, lm, seed):
 
 # %% ../nbs/10_experiment.ipynb #experiment-lm
 def _open_lm(p):
-    "The language model and the hook, or an error if they do not fit the parameters."
+    "The language model and the hook points, or an error if they do not fit the parameters."
     from sae_nb.lm import load_lm
 
     lm = load_lm(p.model, str(pick_device(p.device)), p.dtype)
     lm.name = public(p)["model"]
-    hook = p.hook or lm.default_hook
-    lm.width(hook)  # an error if there is no such hook
+    hooks = {asked: asked or lm.default_hook for asked in hooks_of(p)}
+    width = max(map(lm.width, hooks.values()))  # an error if there is no such hook
     if p.ctx > lm.context:
         raise InputError(
             f"ctx = {p.ctx} is more than the {lm.context} tokens {p.model} can read; use a smaller ctx"
         )
-    return lm, hook
+    return lm, hooks, width
 
 # %% ../nbs/10_experiment.ipynb #experiment-lm-data
 def _lm_data(plan):
-    "A language model and text."
+    "A language model and text, at every hook point."
     p = plan.params
-    lm, hook = _open_lm(p)
-    check_widths(plan.brought, lm.width(hook), f"{hook} of {lm.name}")
-    check_size(p, 0 if plan.brought else len(plan.runs), lm.width(hook), lm.device)
+    lm, hooks, width = _open_lm(p)
+    check_widths(plan.brought, {asked: lm.width(hook) for asked, hook in hooks.items()}, lm.name)
+    check_size(p, 0 if plan.brought else len(plan.runs), width, lm.device)
     source = _open_text(p, lm, plan.seed)
-    more = dict(cache=p.cache or None, cache_gb=p.cache_gb, medians=p.sink)
-    stream = Stream(lm, source, hook, p.batch, plan.rows, p.buffer, seed=plan.seed, **more)
-    held = heldout(lm, source, p.eval_rows, hook=hook)
+    more = dict(cache=p.cache or None, cache_gb=p.cache_gb, medians=p.sink, seed=plan.seed)
+    own = streams(lm, source, list(hooks.values()), batch=p.batch, rows=plan.rows, buffer=p.buffer, **more)
+    places = {asked: _lm_place(plan, lm, source, own[hook]) for asked, hook in hooks.items()}
+    first = next(iter(places.values()))
+    if len(places) > 1:
+        first.places = places
+    return first
+
+
+def _lm_place(plan, lm, source, stream):
+    "What there is at one hook point."
+    p = plan.params
+    held = heldout(lm, source, p.eval_rows, hook=stream.hook)
     model = p.model if lm.from_hub else lm.fingerprint()[:16]
     n_held = sum(len(tokens) for tokens, _, _ in held)
     of = f" of the {p.eval_rows} asked for" if n_held < p.eval_rows else ""
@@ -553,7 +579,7 @@ def _lm_data(plan):
     return Data(
         stream=stream,
         held=held,
-        hook=hook,
+        hook=stream.hook,
         content=dict(model=model, text=source.fingerprint(), rows=plan.rows),
         about=f"{source.about(will_train)}, rows of {p.ctx} tokens; {n_held} rows{of} held out{counted}",
         lm=lm,
@@ -568,17 +594,17 @@ def open_data(
         data = _known_data(plan) if kind_of(plan.params.model) else _lm_data(plan)
         for evaluator in plan.evaluators.values():
             evaluator.ready(data.lm)
-        found = dict(hook=data.hook, d_in=data.stream.d_in, data=data.about)
-        found["counts"] = getattr(data.stream, "counts", None)
         for run in plan.runs:
-            brought = plan.brought.get(run.name)
-            content = dict(data.content, sae=brought.files) if brought else data.content
-            scale = brought.scale if brought else data.stream.scale
-            run.config.update(found, content=content, scale=scale)
+            own, brought = data.at(run), plan.brought.get(run.name)
+            run.config.update(hook=own.hook, d_in=own.stream.d_in, data=own.about)
+            run.config.update(counts=getattr(own.stream, "counts", None))
+            run.config.update(content=own.content, scale=own.stream.scale)
+            if brought:
+                run.config.update(content=dict(own.content, sae=brought.files), scale=brought.scale)
             run.check_content()
             run.start(plan.params.resume)
             if brought:
-                _bring(plan, data, run, brought)
+                _bring(plan, own, run, brought)
     return data
 
 
@@ -637,26 +663,48 @@ def train_runs(
     on_log=None,  # Called with the trainees whenever history grows, e.g. a live plot
     quiet: bool = False,  # No messages and no progress bar
 ) -> list:  # Trainees; none if every SAE was trained already
-    "Train every run that is not trained, on one stream."
+    "Train every run that is not trained, on the stream of its hook point, all in step."
     todo = [run for run in plan.runs if not run.finished and not run.trained]
     if not todo:
         if not quiet:
             print("nothing to train" if plan.brought else "every SAE is trained already")
         return []
-    data.stream.load_state(data.origin)
+    places = [place for place, _ in data.split(plan.runs)]
+    _close(places)
+    for place, _ in data.split(todo):
+        place.stream.load_state(place.origin)
     with guarding(todo):
-        trainees = [
-            Trainee(fresh_sae(run, data), plan.training, fresh_trainers(plan, run), run.name, run.folder)
-            for run in todo
-        ]
+        trainees = [_trainee(run, plan, data.at(run)) for run in todo]
         for trainee in [] if quiet else trainees:
             _tell(trainee, plan.trainers)
-        _train(trainees, data.stream, plan.params.resume, on_log, quiet)
-        if hasattr(data.stream, "close"):  # nothing is prepared for a step that will not come
-            data.stream.close()
+        _train(trainees, [data.at(run).stream for run in todo], plan.params.resume, on_log, quiet)
+        _close(places)
         for run, trainee in zip(todo, trainees):
-            _keep(run, trainee, plan, data)
+            _keep(run, trainee, plan, data.at(run))
+    if not quiet:
+        _tell_again(data.stream)
     return trainees
+
+
+def _trainee(run, plan, data):
+    return Trainee(fresh_sae(run, data), plan.training, fresh_trainers(plan, run), run.name, run.folder)
+
+
+def _close(places):
+    "Nothing is prepared for a step that will not come."
+    for place in places:
+        if hasattr(place.stream, "close"):
+            place.stream.close()
+
+
+def _tell_again(stream):
+    "Print how many buffers streams at several hook points did not share."
+    again = stream.together.again if hasattr(stream, "together") else 0
+    if again:
+        print(
+            f"{again} buffers were harvested again, as streams were more than "
+            f"{stream.together.most} buffers apart: more tokens are too long at one hook point than another"
+        )
 
 
 def _train(trainees, *how):
@@ -680,6 +728,7 @@ def first_activations(
         mask = batch.mask if batch.x.ndim == 3 else None
         parts.append(counted(batch.x, mask) / data.stream.scale)
     data.stream.load_state(data.origin)
+    _close([data])
     return torch.cat(parts)[:n]
 
 # %% ../nbs/10_experiment.ipynb #experiment-context
@@ -687,8 +736,9 @@ def evaluation_context(
     plan: Plan,  # From `make_plan`
     data: Data,  # From `open_data`
     quiet: bool = True,  # No progress bars
+    store: Store = None,  # Where what was computed is kept; None: a new one
 ) -> Context:
-    "What the evaluators of one session share."
+    "What the evaluators share at one hook point."
     with_nulls = plan.nulls and any(evaluator.with_nulls for evaluator in plan.evaluators.values())
     drawn = first_activations(data) if with_nulls else None
     steps = 10 if os.environ.get("SAE_NB_FAST") else 100
@@ -699,7 +749,7 @@ def evaluation_context(
         hook=data.hook if data.lm else None,
         batches=data.held,
         toy=data.toy,
-        store=Store(room and room.folder / "evals", room=room),
+        store=store or Store(room and room.folder / "evals", room=room),
         nulls=Nulls(plan.nulls, sample=drawn, steps=steps),
         quiet=quiet,
     )
@@ -732,7 +782,7 @@ def _load_saes(plan, data, todo):
 
 
 def _measure(evaluator, todo, saes, shared):
-    "name of a run -> envelope of one evaluator, for every run."
+    "name of a run -> envelope of one evaluator, for every run of a hook point."
     envelopes = {}
     for run in todo:
         peers = {name: sae for name, sae in saes.items() if name != run.name}
@@ -744,14 +794,27 @@ def _measure(evaluator, todo, saes, shared):
 def _measure_all(plan, data, todo, saes, quiet):
     "name of a run -> {evaluator: envelope}."
     envelopes = {run.name: {} for run in todo}
-    shared = evaluation_context(plan, data, quiet) if todo and plan.evaluators else None
-    line = OneLine()
-    look = dict(desc="evaluating", file=line, ncols=80, disable=quiet or not todo)
+    groups = data.split(todo) if plan.evaluators else []
+    for place, _ in groups:
+        place.stream.load_state(place.origin)  # whoever is read from first harvests for all
+    store, line = None, OneLine()
     with redirect_stderr(line) if line.kernel else nullcontext():  # the evaluators' own bars share the line
-        for name, evaluator in tqdm(plan.evaluators.items(), **look):
-            for run_name, envelope in _measure(evaluator, todo, saes, shared).items():
-                envelopes[run_name][name] = envelope
+        for place, runs in groups:
+            shared = evaluation_context(plan, place, quiet, store)
+            store = shared.store
+            own = {
+                run.name: saes[run.name] for run in plan.runs if run.name in saes and data.at(run) is place
+            }
+            look = dict(desc=f"evaluating{_at(place, data)}", file=line, ncols=80, disable=quiet)
+            for name, evaluator in tqdm(plan.evaluators.items(), **look):
+                for run_name, envelope in _measure(evaluator, runs, own, shared).items():
+                    envelopes[run_name][name] = envelope
     return envelopes
+
+
+def _at(place, data):
+    "Where, if there are several places."
+    return f" {place.hook}" if data.places else ""
 
 # %% ../nbs/10_experiment.ipynb #experiment-results
 @dataclass

@@ -13,7 +13,7 @@ import json
 import re
 import threading
 import traceback
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -26,12 +26,19 @@ from .core import InputError, find, is_there, names, pick_device, pick_dtype, re
 from .data import count_mask, why_not
 
 # %% ../nbs/06_lm.ipynb #lm-layouts
-_llama = ("model.layers", "self_attn", "mlp")
-_gemma = ("model.layers", "post_attention_layernorm", "post_feedforward_layernorm")
-# model_type -> path of the blocks; in a block: the module that attention adds, the one that the MLP adds
+_llama = ("model.layers", "self_attn", "mlp", "self_attn.o_proj", "mlp")
+_gemma = (
+    "model.layers",
+    "post_attention_layernorm",
+    "post_feedforward_layernorm",
+    "self_attn.o_proj",
+    "mlp",
+)
+# model_type -> path of the blocks; in a block: the module that attention adds, the one that the MLP adds,
+# attention's output projection, the MLP
 layouts = {
-    "gpt_neox": ("gpt_neox.layers", "attention", "mlp"),
-    "gpt2": ("transformer.h", "attn", "mlp"),
+    "gpt_neox": ("gpt_neox.layers", "attention", "mlp", "attention.dense", "mlp"),
+    "gpt2": ("transformer.h", "attn", "mlp", "attn.c_proj", "mlp"),
     "llama": _llama,
     "mistral": _llama,
     "qwen2": _llama,
@@ -42,7 +49,7 @@ layouts = {
     "gemma3": ("model.language_model.layers", *_gemma[1:]),
 }
 # in the order a block computes them
-kinds = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
+kinds = ("hook_resid_pre", "hook_z", "hook_attn_out", "hook_mlp_in", "hook_mlp_out", "hook_resid_post")
 
 # %% ../nbs/06_lm.ipynb #lm-class
 def _supported(kind):
@@ -75,6 +82,8 @@ class LM:
         self.name = name
         self.n_layers = cfg.num_hidden_layers
         self.d_model = cfg.hidden_size
+        heads = cfg.num_attention_heads
+        self.d_z = heads * (getattr(cfg, "head_dim", None) or cfg.hidden_size // heads)
         self.vocab = model.get_input_embeddings().num_embeddings
         self.context = cfg.max_position_embeddings
         self.bos, self.eos, self.pad = (self._token(t) for t in ("bos", "eos", "pad"))
@@ -124,8 +133,8 @@ def width(
     hook: str,  # Name of a hook point
 ) -> int:  # Size of the last axis of `lm.acts(tokens, hook)`
     "Width of the activations at `hook`."
-    self._place(hook)
-    return self.d_model
+    _, kind = self._place(hook)
+    return self.d_z if kinds[kind] == "hook_z" else self.d_model
 
 # %% ../nbs/06_lm.ipynb #lm-default
 customary = {"EleutherAI/pythia-70m-deduped": 3, "google/gemma-2-2b": 12, "google/gemma-2-2b-it": 12}
@@ -232,9 +241,14 @@ def _untie(signals):
 def _path(self: LM, hook):
     "The name of the module that carries `hook`, and which side of it."
     layer, kind = self._place(hook)
-    blocks, attn, mlp = self.layout
-    module = ("", f".{attn}", f".{mlp}", "")[kind]
-    return f"{blocks}.{layer}{module}", "input" if kind == 0 else "output"
+    blocks, attn, mlp, projection, reader = self.layout
+    name, side = {
+        "hook_z": (projection, "input"),
+        "hook_attn_out": (attn, "output"),
+        "hook_mlp_in": (reader, "input"),
+        "hook_mlp_out": (mlp, "output"),
+    }.get(kinds[kind], ("", "input" if kind == 0 else "output"))
+    return f"{blocks}.{layer}{'.' * bool(name)}{name}", side
 
 
 @patch
@@ -285,19 +299,22 @@ def acts(
 
 # %% ../nbs/06_lm.ipynb #lm-read
 class _There(Exception):
-    "The pass has reached the hook point."
+    "The pass has reached the last hook point."
 
 
-def _end_at(module, side, got):
-    "A hook that takes the value at one side of `module` into `got` and ends the pass."
+def _catch(module, side, got, hook, last):
+    "A hook that takes the value at one side of `module` into `got`, and the last one ends the pass."
+
+    def keep(value):
+        got[hook] = value
+        if last:
+            raise _There
 
     def before(module, args, kw):
-        got.append(args[0] if args else kw["hidden_states"])
-        raise _There
+        keep(args[0] if args else kw["hidden_states"])
 
     def after(module, args, out):
-        got.append(_first(out))
-        raise _There
+        keep(_first(out))
 
     if side == "input":
         return module.register_forward_pre_hook(before, with_kwargs=True)
@@ -308,25 +325,24 @@ def _end_at(module, side, got):
 def read(
     self: LM,
     tokens,  # Token ids, [B, T]
-    hook: str,  # Name of a hook point
+    hook,  # Name of a hook point, or a list of names for one pass
     docs=None,  # Document number per token, [B, T], where rows hold several; 0 is padding
     wait: bool = False,  # While another thread runs the model: wait instead of raising
-) -> Tensor:  # [B, T, d], as `lm.acts` gives it
-    "Activations at one hook point without a trace. The layers above do not run."
+):  # [B, T, d], or for a list a dict of name -> [B, T, d], as `lm.acts` gives it
+    "Activations at hook points without a trace. The layers above the last one do not run."
     if not wait:
         self._free()
-    path, side = self._path(hook)
+    hooks = [hook] if isinstance(hook, str) else sorted(set(hook), key=self._place)
+    places = {h: self._path(h) for h in hooks}
     inputs = self._inputs(tokens, docs)
-    got = []
-    with self.lock, torch.no_grad():
-        handle = _end_at(self.model.get_submodule(path), side, got)
-        try:
+    got = {}
+    with self.lock, torch.no_grad(), ExitStack() as stack:
+        for h, (path, side) in places.items():
+            handle = _catch(self.model.get_submodule(path), side, got, h, last=h == hooks[-1])
+            stack.callback(handle.remove)
+        with suppress(_There):
             self.model(**inputs)
-        except _There:
-            pass
-        finally:
-            handle.remove()
-    return got.pop()
+    return got.pop(hook) if isinstance(hook, str) else {h: got.pop(h) for h in dict.fromkeys(hook)}
 
 # %% ../nbs/06_lm.ipynb #lm-edited
 def _edited(x, edit, hook):

@@ -9,6 +9,7 @@ __all__ = ['show_plan', 'show_row', 'train_live', 'show_diagnostics', 'glance', 
 
 # %% ../nbs/11_page.ipynb #page-imports
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from fastcore.xml import H3, H4, Code, Li, P, Safe, Ul
@@ -60,11 +61,22 @@ def _brought_in_words(plan):
 
 def _show_brought(plan, data):
     "What will be evaluated on what."
-    where = Code(public(plan.params)["model"]), " at ", Code(data.hook), f" (d_in {data.stream.d_in}): "
-    none = f"nothing is trained. Data: {data.about}."
+    where, about = _where_in_words(plan, data)
+    none = f"nothing is trained. Data: {about}."
     return _html(P("Evaluating ", *_brought_in_words(plan), " on ", *where, none))
 
 # %% ../nbs/11_page.ipynb #page-show-plan
+def _where_in_words(plan, data):
+    "The model, its hook points, and their data."
+    places = [place for place, _ in data.split(plan.runs)]
+    points = [[", ", Code(place.hook), f" (d_in {place.stream.d_in})"] for place in places]
+    told = {place.about: place.hook for place in places}
+    read = [about if len(told) == 1 else f"at {hook}: {about}" for about, hook in told.items()]
+    together = ", read in one pass" * (len(places) > 1)
+    model = public(plan.params)["model"]
+    return [Code(model), " at ", *sum(points, [])[1:], f"{together}: "], "; ".join(read)
+
+
 def show_plan(
     plan: Plan,  # From `make_plan`
     data: Data,  # From `open_data`
@@ -72,9 +84,9 @@ def show_plan(
     "What will be trained on what, or evaluated."
     if plan.brought:
         return _show_brought(plan, data)
-    where = Code(public(plan.params)["model"]), " at ", Code(data.hook), f" (d_in {data.stream.d_in}): "
+    where, about = _where_in_words(plan, data)
     how = (
-        f"{plan.params.d_sae:,} latents, {_training_in_words(plan.training)}. Data: {data.about}. "
+        f"{plan.params.d_sae:,} latents, {_training_in_words(plan.training)}. Data: {about}. "
         f"A latent silent for {plan.training.dead_after_tokens:,} tokens counts as dead."
     )
     return _html(P("Training ", *_runs_in_words(plan), " on ", *where, how))
@@ -148,6 +160,34 @@ def _plain_names(names):
     "name -> what tells it apart, for a table."
     return {name: text.replace(r"\$", "$") for name, text in short_names(names).items()}
 
+# %% ../nbs/11_page.ipynb #page-hooks
+def _label(run):
+    "What a run is, but for its hook point."
+    config = run.config
+    words = config["variant"].replace("/", "."), config["preset"], f"s{config['seed']}"
+    return "-".join(word for word in words if word)
+
+
+def _at_hooks(plan, found):
+    "hook -> {run: what was found}; of several hook points each has its own, under labels without the hook."
+    hooks = {}
+    for run in plan.runs:
+        if run.name in found:
+            hooks.setdefault(run.config.get("hook"), {})[_label(run)] = found[run.name]
+    return hooks if len(hooks) > 1 else {"": found}
+
+
+def _stacked(plan, found, table):
+    "A table of what was found, or one for each hook point, one below the other."
+    import pandas as pd
+
+    hooks = _at_hooks(plan, found)
+    if len(hooks) == 1:
+        return table(found)
+    made = {hook: table(own) for hook, own in hooks.items()}
+    made = {hook: own for hook, own in made.items() if own is not None}
+    return pd.concat(made).fillna("") if made else None
+
 # %% ../nbs/11_page.ipynb #page-rows
 def _rows_of(index, everything):
     "Which metrics a table shows, and in which order."
@@ -180,7 +220,7 @@ def show_table(
 ):  # pandas.DataFrame of formatted numbers
     "Metrics of the runs beside their nulls; a column without a number is left out."
     metrics = {run.name: read_json(run.folder / "metrics.json") for run in plan.runs}
-    return number_table(metrics, everything)
+    return _stacked(plan, metrics, partial(number_table, everything=everything))
 
 # %% ../nbs/11_page.ipynb #page-seeds
 def _over_seeds(values):
@@ -198,11 +238,11 @@ def seed_table(
     import pandas as pd
 
     groups = {}
-    for run, method in methods.items():
-        groups.setdefault(method, []).append(metrics[run])
+    for run, numbers in metrics.items():
+        groups.setdefault(methods[run], []).append(numbers)
     if all(len(runs) < 2 for runs in groups.values()):
         return None
-    index = list(dict.fromkeys(name for run in methods for name in metrics[run]))
+    index = list(dict.fromkeys(name for numbers in metrics.values() for name in numbers))
     rows = _rows_of(index, everything)
     told = {
         method: [_over_seeds([run.get(row) for run in runs]) for row in rows]
@@ -220,18 +260,24 @@ def show_seeds(
 ):  # pandas.DataFrame of text; nothing with one seed
     "Metrics of every method over its seeds."
     metrics = {run.name: read_json(run.folder / "metrics.json") for run in plan.runs}
-    methods = {
-        run.name: " ".join(filter(None, [run.config["variant"], run.config["preset"]])) for run in plan.runs
-    }
-    return seed_table(metrics, methods, everything)
+    methods = {}
+    for run in plan.runs:
+        method = " ".join(filter(None, [run.config["variant"], run.config["preset"]]))
+        methods.update({run.name: method, _label(run): method})
+    return _stacked(plan, metrics, partial(seed_table, methods=methods, everything=everything))
 
 # %% ../nbs/11_page.ipynb #page-board
+def _board(envelopes):
+    "The scoreboard of some SAEs, without empty columns."
+    board = scoreboard(envelopes)
+    return board.loc[:, (board != "").any()].rename(columns=_plain_names(envelopes))
+
+
 def show_scoreboard(
     results: Results,  # From `evaluate_runs`
 ):  # HTML
     "Headline numbers of every evaluator beside their nulls."
-    board = scoreboard(results.envelopes)
-    board = board.loc[:, (board != "").any()].rename(columns=_plain_names(results.envelopes))
+    board = _stacked(results.plan, results.envelopes, _board)
     table = Safe(board.to_html(border=0))  # pandas escapes
     missing = [Li(reason) for reason in reasons(results.envelopes)]
     return _html(table, *([P("– not measurable:"), Ul(*missing)] if missing else []))
@@ -240,15 +286,19 @@ def show_scoreboard(
 def show_figures(
     results: Results,  # From `evaluate_runs`
 ):
-    "Display one figure per evaluator."
+    "Display one figure per evaluator, and per hook point if there are several."
     import matplotlib.pyplot as plt
     from IPython.display import display
 
     for name, evaluator in results.plan.evaluators.items():
         envelopes = {run: found[name] for run, found in results.envelopes.items() if name in found}
-        if envelopes and hasattr(evaluator, "plot"):
-            display(_html(H3(name)))
-            figure = evaluator.plot(envelopes)
+        if not envelopes or not hasattr(evaluator, "plot"):
+            continue
+        display(_html(H3(name)))
+        for hook, own in _at_hooks(results.plan, envelopes).items():
+            if hook:
+                display(_html(H4(hook)))
+            figure = evaluator.plot(own)
             display(figure)
             plt.close(figure)
 
@@ -260,6 +310,7 @@ class Scans:
     found: dict  # run -> (SAE, look.Scan)
     data: Data  # What they read
     variants: dict = field(default_factory=dict)  # run -> its variant
+    hooks: dict = field(default_factory=dict)  # run -> where it reads
 
 
 def scan_runs(
@@ -267,12 +318,13 @@ def scan_runs(
     data: Data,  # From `open_data`
 ) -> Scans:  # Empty on a toy
     "A scan of every run that has weights."
-    found = {}
+    found, hooks = {}, {}
     for run in plan.runs:
         if data.lm and run.trained:
-            sae = load(run.folder, data.device)
-            found[run.name] = sae, scan(sae, data.lm, data.hook, data.held)
-    return Scans(found, data, {run.name: run.config["variant"] for run in plan.runs})
+            sae, own = load(run.folder, data.device), data.at(run)
+            found[run.name] = sae, scan(sae, own.lm, own.hook, own.held)
+            hooks[run.name] = own.hook
+    return Scans(found, data, {run.name: run.config["variant"] for run in plan.runs}, hooks)
 
 # %% ../nbs/11_page.ipynb #page-density
 def show_density(
@@ -309,7 +361,7 @@ def show_contexts(
         return None
     parts = []
     for name, (sae, found) in scans.found.items():
-        contexts = contexts_html(found, sae, scans.data.lm, scans.data.hook, pick_latents(found))
+        contexts = contexts_html(found, sae, scans.data.lm, scans.hooks[name], pick_latents(found))
         parts += [H4(name), contexts]
     return _html(*parts)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['notes', 'in_time', 'usual', 'on_synth', 'usual_evals', 'Params', 'renamed', 'read_comment', 'kind_of', 'synth_size',
-           'noted', 'params_from', 'fast', 'public', 'differences', 'run_name', 'brought_names', 'Run', 'read_metrics',
-           'read_config', 'run_status', 'guarding', 'provenance', 'gather', 'same_weights', 'launch']
+           'noted', 'params_from', 'hooks_of', 'fast', 'public', 'differences', 'run_name', 'brought_names', 'Run',
+           'read_metrics', 'read_config', 'run_status', 'guarding', 'provenance', 'gather', 'same_weights', 'launch']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import glob
@@ -249,6 +249,13 @@ def _check_ranges(p):
         raise InputError(
             f"{name} = {getattr(p, name)!r} means nothing on known directions; leave it out, or name a model"
         )
+
+# %% ../nbs/09_runs.ipynb #runs-hooks
+def hooks_of(
+    p: Params,  # Parameters
+) -> list:  # Names, each once, in order; "" is the model's default
+    "The hook points that are asked for."
+    return list(dict.fromkeys(word.strip() for word in p.hook.split(",") if word.strip())) or [""]
 
 # %% ../nbs/09_runs.ipynb #runs-training-only
 def _check_training(p):

@@ -455,24 +455,25 @@ def verify(self: Trainee):
 
 # %% ../nbs/04_train.ipynb #train-loop
 def train(
-    trainees,  # Trainees that share the stream
-    stream,  # Iterator of Batch with `state` and `load_state`
+    trainees,  # Trainees that agree on tokens and batch
+    stream,  # Iterator of Batch with `state` and `load_state`; a list gives each trainee its own
     resume: bool = True,  # Go on from checkpoints if there are any
     on_log=None,  # Called with all trainees after each row of history, e.g. a live plot
     quiet: bool = False,  # No progress bar
 ) -> list:  # The trainees, SAEs in evaluation mode
-    "Train every SAE on the same batches."
+    "Train all SAEs side by side; those that share a stream get the same batches."
     cfg = trainees[0].cfg
     if any((t.cfg.steps, t.cfg.batch) != (cfg.steps, cfg.batch) for t in trainees):
         raise InputError("SAEs trained in one pass must agree on tokens and batch")
-    for t in trainees:
-        t.stream = stream
-    start = _begin(trainees, stream, resume, quiet)
+    streams = stream if isinstance(stream, list) else [stream] * len(trainees)
+    for t, own in zip(trainees, streams, strict=True):
+        t.stream = own
+    start = _begin(trainees, resume, quiet)
     bar = progress_bar(cfg.steps, start, quiet)
     done = start
     try:
         for done in range(start, cfg.steps):
-            _one_step(trainees, stream, done, bar, on_log)
+            _one_step(trainees, done, bar, on_log)
     except KeyboardInterrupt:
         if trainees[0].folder and done > start:
             print(_interrupted(cfg))
@@ -487,10 +488,11 @@ def train(
     return trainees
 
 # %% ../nbs/04_train.ipynb #train-begin
-def _begin(trainees, stream, resume, quiet):
+def _begin(trainees, resume, quiet):
     "The number of steps already taken, and a word on what will be done."
     folders = [t.folder for t in trainees if t.folder]
-    start = load_checkpoint(trainees, stream) if resume and len(folders) == len(trainees) else 0
+    start = load_checkpoint(trainees) if resume and len(folders) == len(trainees) else 0
+    _close_unread(trainees)
     if not start:
         for folder in folders:
             (folder / "history.csv").unlink(missing_ok=True)
@@ -536,21 +538,42 @@ def _is_small(t, batch):
     return t.sae.W_dec.device.type == "cpu" and batch.x.numel() * t.sae.d_sae <= _small
 
 
-def _steps(trainees, batch, i):
-    "One step of each: the trainee and its pass."
-    works = [partial(_guarded, t, t.step, batch, i) for t in trainees]
-    own = [_is_small(t, batch) for t in trainees]
+def _steps(trainees, batches, i):
+    "One step of each, on a batch of its own: the trainee and its pass."
+    works = [partial(_guarded, t, t.step, batch, i) for t, batch in zip(trainees, batches)]
+    own = [_is_small(t, batch) for t, batch in zip(trainees, batches)]
     side_by_side = find("speed", "each_in_one")
     passes = iter(side_by_side([work for work, is_small in zip(works, own) if is_small]))
     return [(t, next(passes) if is_small else work()) for t, work, is_small in zip(trainees, works, own)]
 
+# %% ../nbs/04_train.ipynb #train-batches
+def _readers(trainees):
+    "The last trainee of each stream."
+    return list({id(t.stream): t for t in trainees}.values())
+
+
+def _batches(trainees, i, cfg):
+    "The next batch of each trainee's stream."
+    batches = {id(t.stream): _next_batch(t.stream, i, cfg) for t in _readers(trainees)}
+    return [batches[id(t.stream)] for t in trainees]
+
+
+def _close_unread(trainees):
+    "Close the streams that only SAEs that have failed were reading."
+    read = {id(t.stream) for t in trainees if not t.failed}
+    for t in _readers(trainees):
+        if id(t.stream) not in read and hasattr(t.stream, "close"):
+            t.stream.close()
+
 # %% ../nbs/04_train.ipynb #train-one-step
-def _one_step(trainees, stream, i, bar, on_log):
+def _one_step(trainees, i, bar, on_log):
     "One batch for every SAE, with history and checkpoint where due."
     cfg = trainees[0].cfg
-    batch = _next_batch(stream, i, cfg)
-    passes = _steps(alive(trainees), batch, i)
+    running = alive(trainees)
+    passes = _steps(running, _batches(running, i, cfg), i)
     left = alive(trainees)
+    if len(left) < len(running):
+        _close_unread(running)
     if left[0].row_due:
         rows = [t.log(o, i) for t, o in passes if not t.failed]
         bar.set_postfix_str(_in_words(rows[0]), refresh=False)
@@ -558,7 +581,7 @@ def _one_step(trainees, stream, i, bar, on_log):
             on_log(left)
     due = cfg.checkpoint_every and (i + 1) % cfg.checkpoint_every == 0
     if due and all(t.folder for t in left):
-        save_checkpoint(left, stream, i + 1)
+        save_checkpoint(left, i + 1)
         _mark_failed(trainees)
     bar.update()
 
@@ -863,13 +886,14 @@ def _checkpoints(t) -> dict:
 
 def save_checkpoint(
     trainees,  # All SAEs of the pass
-    stream,  # The stream they share
     step: int,  # Steps taken
 ):
     "Write one checkpoint for every SAE, then delete the older ones."
-    meta = dict(step=step, stream=json.dumps(stream.state()), rng=json.dumps(_chance()))
+    at = {id(t.stream): json.dumps(t.stream.state()) for t in _readers(trainees)}
+    chance = json.dumps(_chance())
     for t in trainees:
         t._keep_folder(step)
+        meta = dict(step=step, stream=at[id(t.stream)], rng=chance)
         write_tensors(t.folder / "checkpoint" / f"step-{step:08d}.safetensors", t.tensors(), meta)
     for t in trainees:
         for other, file in _checkpoints(t).items():
@@ -906,19 +930,8 @@ def _why(file):
         return f"it failed, and why cannot be read: {error}"
 
 # %% ../nbs/04_train.ipynb #train-load-checkpoint
-def load_checkpoint(
-    trainees,  # All SAEs of the pass
-    stream,  # The stream they share
-) -> int:  # Steps already taken, 0 if there is no common checkpoint
-    "Restore the newest step for which every SAE has a checkpoint."
-    left = _not_marked(trainees)
-    common = set.intersection(*(set(_checkpoints(t)) for t in left))
-    if not common:
-        return 0
-    step = max(common)
-    for t in left:
-        t.restore(_checkpoints(t)[step], step)
-    path = _checkpoints(left[-1])[step]
+def _go_on_from(stream, path):
+    "Put a stream, and the random states, where they stood at a checkpoint."
     meta = read_meta(path, mend=_start_over)
     try:
         stream.load_state(json.loads(meta["stream"]))
@@ -928,6 +941,21 @@ def load_checkpoint(
             raise
         said = f"{type(error).__name__} {error}"
         raise InputError(f"{path} does not say where the data stood ({said}); {_start_over}") from None
+
+
+def load_checkpoint(
+    trainees,  # All SAEs of the pass
+) -> int:  # Steps already taken, 0 if there is no common checkpoint
+    "Restore the newest step for which every SAE has a checkpoint."
+    left = _not_marked(trainees)
+    common = set.intersection(*(set(_checkpoints(t)) for t in left))
+    if not common:
+        return 0
+    step = max(common)
+    for t in left:
+        t.restore(_checkpoints(t)[step], step)
+    for t in _readers(left):
+        _go_on_from(t.stream, _checkpoints(t)[step])
     for t in left:
         write_history(t.folder / "history.csv", t.history, afresh=True)
     return step

@@ -26,6 +26,7 @@ class Brought:
     sae: SAE  # As it was read
     format: str  # "sae_nb", or the name of a format of others
     files: str  # Fingerprint of the files it was read from
+    hook: str = ""  # Where it is evaluated, see `found_at`
 
     def says(self, name):
         "What its files say, e.g. of `model`; None: nothing."
@@ -88,46 +89,51 @@ def hub_name(
     return f"{owner}/{model}" if owner and "/" not in model else model
 
 # %% ../../nbs/command/brought.ipynb #brought-where
-def _agreed(saes, what):
-    "What the files say of the model or the hook; None if they say nothing."
-    said = {str(b.says(what)): b for b in saes if b.says(what)}
+def _agreed(saes):
+    "The model that the files name; empty if they name none."
+    said = {str(b.says("model")): b for b in saes if b.says("model")}
     if len(said) > 1:
         (one, a), (other, b) = list(said.items())[:2]
         raise InputError(
-            f"{a.place!r} was trained at {what} {one} and {b.place!r} at {other}; "
-            f"evaluate them in two commands, or say -p {what}"
+            f"{a.place!r} was trained with model {one} and {b.place!r} with {other}; "
+            "evaluate them in two commands, or say -p model"
         )
-    return next(iter(said), None)
+    return hub_name(next(iter(said), ""))
 
 
 def found_at(
     p: Params,  # Parameters, as they were asked for
-    saes: list,  # of Brought
+    saes: list,  # of Brought; each is told its hook
 ) -> dict:  # model, hook
     "Where SAEs are evaluated: as asked, else as their files say."
-    if "," in p.hook:
-        raise InputError(f"hook = {p.hook!r} beside sae: an SAE is evaluated at one hook; give one")
+    if len(hooks_of(p)) > 1:
+        raise InputError(
+            f"hook = {p.hook!r} beside sae: an SAE is evaluated at one; give one, or leave it to the files"
+        )
     own = p.model if p.model != Params.model else ""
-    model = own or hub_name(_agreed(saes, "model") or "") or (p.model if p.hook else "")
+    model = own or _agreed(saes) or (p.model if p.hook else "")
     if kind_of(model):
         return dict(model=model, hook=p.hook)
-    hook = p.hook or _agreed(saes, "hook")
-    missing = [f"-p {name}" for name, value in dict(model=model, hook=hook).items() if not value]
-    if missing:
-        raise InputError(
-            f"sae = {saes[0].place!r} does not say where it was trained; "
-            f"give {' and '.join(missing)}, such as -p model gpt2 -p hook blocks.8.hook_resid_post"
-        )
-    return dict(model=model, hook=hook)
+    said = {b.says("hook") for b in saes} - {None}
+    for b in saes:
+        b.hook = p.hook or b.says("hook") or (next(iter(said)) if len(said) == 1 else "")
+        missing = [f"-p {name}" for name, value in dict(model=model, hook=b.hook).items() if not value]
+        if missing:
+            raise InputError(
+                f"sae = {b.place!r} does not say where it was trained; "
+                f"give {' and '.join(missing)}, such as -p model gpt2 -p hook blocks.8.hook_resid_post"
+            )
+    return dict(model=model, hook=",".join(dict.fromkeys(b.hook for b in saes)))
 
 # %% ../../nbs/command/brought.ipynb #brought-fits
 def check_widths(
     saes: dict,  # name of a run -> Brought
-    width: int,  # Of the activations
-    where: str,  # Hook and model, for the message
+    widths: dict,  # hook -> width of the activations there
+    model: str,  # For the message
 ):
     "An error if an SAE reads activations of another width."
     for b in saes.values():
+        width, where = widths[b.hook], f"{b.hook} of {model}" if b.hook else model
         if b.sae.d_in != width:
             raise InputError(
                 f"sae = {b.place!r} reads activations of width {b.sae.d_in}, and those at {where} have "
@@ -154,9 +160,10 @@ def remarks(
         lines.append(
             "was trained on activations less their mean over dimensions, and is given them as they are"
         )
-    for what, now in dict(model=p.model, hook=p.hook).items():
-        if not kind_of(p.model) and b.says(what) and now not in (b.says(what), hub_name(b.says(what))):
-            lines.append(f"was trained with {what} {b.says(what)} and is evaluated with {public(p)[what]}")
+    for what, now in dict(model=public(p)["model"], hook=b.hook).items():
+        said = b.says(what)
+        if now and said and now not in (said, hub_name(said)):
+            lines.append(f"was trained with {what} {said} and is evaluated with {now}")
     return [f"{b.name}: {line}" for line in lines]
 
 # %% ../../nbs/command/brought.ipynb #brought-source
@@ -181,7 +188,7 @@ def _asked_of(b, p):
     known = b.config.get("params", {})
     of_training = {name: known.get(name) for name in noted("training")}
     of_training.update(variant=b.sae.variant, d_sae=b.sae.d_sae, k=b.sae.args.get("k", of_training["k"]))
-    return {**public(p), **of_training, "sae": _source(b)["place"]}
+    return {**public(p), **of_training, "sae": _source(b)["place"], "hook": b.hook}
 
 # %% ../../nbs/command/brought.ipynb #brought-runs
 def _check_same(folder, source):

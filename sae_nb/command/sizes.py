@@ -12,7 +12,7 @@ import os
 import torch
 
 from ..core import *
-from ..runs import Params
+from ..runs import Params, hooks_of
 
 # %% ../../nbs/command/sizes.ipynb #sizes-check
 def needs(
@@ -26,9 +26,10 @@ def needs(
     else:
         rows = max(p.buffer, math.ceil(2 * p.batch / p.ctx))
         decides, each = "buffer" if rows == p.buffer else "batch", pick_dtype(p.dtype).itemsize
+    buffers = 2 * len(hooks_of(p)) - 1
     return {
         "d_sae": 4 * 4 * 2 * d_in * p.d_sae * n_saes,
-        decides: each * d_in * rows * p.ctx,
+        decides: each * d_in * rows * p.ctx * buffers,
         "eval_rows": 3 * 8 * p.eval_rows * p.ctx,
     }
 
