@@ -1,6 +1,6 @@
 """Splices of this repository beside those of SAELens in TransformerLens.
 
-python compat/splice_tl.py ours FOLDER              # here: models, SAEs in SAELens' format, tokens, and our answers
+python compat/splice_tl.py ours FOLDER              # here: models, exported SAEs, tokens, and our answers
 PEER/bin/python compat/splice_tl.py theirs FOLDER   # where SAELens and TransformerLens 3 are
 python compat/splice_tl.py compare FOLDER           # here: what differs; writes fixtures/splice_tl.json
 
@@ -64,7 +64,9 @@ def models():
         sae.meta = dict(model="world", hook="blocks.2.hook_resid_post")
     yield "world", world, own, world.encode(texts, ctx=64)[0]
     sae = build("batchtopk", 32, 64, k=6, seed=1)
-    sae.run(LM(llama(), None).acts(torch.arange(1, 65)[None], "blocks.1.hook_resid_post"))  # sets its threshold
+    sae.run(
+        LM(llama(), None).acts(torch.arange(1, 65)[None], "blocks.1.hook_resid_post")
+    )  # sets its threshold
     sae.meta = dict(model="llama", hook="blocks.1.hook_resid_post")
     rows = torch.randint(3, 100, (8, 32), generator=torch.Generator().manual_seed(1))
     yield "llama", LM(llama(), None, "llama"), dict(llama=sae.eval()), rows
@@ -175,7 +177,9 @@ def their_answers(model, sae, latent, rows, special):
     x = cache[model._resolve_hook_name(hook) if hasattr(model, "_resolve_hook_name") else hook]
     out = dict(latents=sae.encode(x), plain=model(rows, return_type="logits"))
     out |= dict(spliced=run(False), with_error=run(True))
-    out |= dict(ablated=run(True, to(0.0)), ablated_without_error=run(False, to(0.0)), set_to=run(True, to(AMOUNT)))
+    out |= dict(
+        ablated=run(True, to(0.0)), ablated_without_error=run(False, to(0.0)), set_to=run(True, to(AMOUNT))
+    )
     if special:
         out["without_special"] = run(False, exclude_special_tokens=SPECIAL)
     return {name: t.contiguous() for name, t in out.items()}
@@ -199,7 +203,10 @@ def theirs(folder):
             special = name == "HookedSAETransformer"
             answers = their_answers(lens, sae, LATENT[at.name.split("-")[1]], rows, special)
             save_file(answers, folder / f"{at.name}.{name}.safetensors")
-    said = {name: importlib.metadata.version(name) for name in ("sae-lens", "transformer-lens", "transformers", "torch")}
+    said = {
+        name: importlib.metadata.version(name)
+        for name in ("sae-lens", "transformer-lens", "transformers", "torch")
+    }
     (folder / "versions.json").write_text(json.dumps(said))
 
 
