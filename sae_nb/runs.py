@@ -255,7 +255,13 @@ def hooks_of(
     p: Params,  # Parameters
 ) -> list:  # Names, each once, in order; "" is the model's default
     "The hook points that are asked for."
-    return list(dict.fromkeys(word.strip() for word in p.hook.split(",") if word.strip())) or [""]
+    asked = list(dict.fromkeys(word.strip() for word in p.hook.split(",") if word.strip()))
+    if p.hook and not asked:
+        raise InputError(
+            f"hook = {p.hook!r} names no hook point; write blocks.L.hook_resid_post with the number of a "
+            "block for L, or leave it out"
+        )
+    return asked or [""]
 
 # %% ../nbs/09_runs.ipynb #runs-training-only
 def _check_training(p):
