@@ -457,6 +457,7 @@ class Batch(NamedTuple):
     x: Tensor  # Activations, [B, T, d_in] or [N, d_in]
     mask: Tensor = None  # Document of each token, 0 where it does not count, [B, T] or [N]; None: all count
     tokens: Tensor = None  # Token ids, same shape as `mask`
+    y: Tensor = None  # What a transcoder should write there, [B, T, d_out] or [N, d_out]
 
 # %% ../nbs/00_core.ipynb #core-counted
 def counted(

@@ -282,8 +282,8 @@ def _keep_folder(self: Trainee, step):
 @torch.no_grad()
 def _mark(self: Trainee) -> torch.Tensor:
     "One number per latent of encoder and decoder, [2, d_sae]."
-    w = torch.linspace(1, 2, self.sae.d_in).to(self.sae.W_dec)
-    return torch.stack([w @ self.sae.W_enc, self.sae.W_dec @ w])
+    w, v = (torch.linspace(1, 2, d).to(self.sae.W_dec) for d in (self.sae.d_in, self.sae.d_out))
+    return torch.stack([w @ self.sae.W_enc, self.sae.W_dec @ v])
 
 
 def weight_hash(
@@ -324,7 +324,7 @@ def step(
 @patch
 def _gather(self: Trainee, part: Batch, i: int, first: bool) -> Out:
     "Run a batch, or a slice of one, and add its gradient."
-    o = self.sae.run(part.x, part.mask)
+    o = self.sae.run(part.x, part.mask, part.y)
     if i % self.cfg.log_every == 0:
         self._check_signs(o)
     for trainer in self.trainers:
@@ -366,12 +366,14 @@ def _check_signs(self: Trainee, o: Out):
 @torch.no_grad()
 def _check_life(self: Trainee, i: int):
     "Latents of zeros without a gradient never change."
+    past = ("b_dec", "W_skip")  # what learns without latents
     weights = [weight for weight, _ in self.sae.per_latent()]
-    gradients = [p.grad for name, p in self.sae.named_parameters() if name != "b_dec"]
+    gradients = [p.grad for name, p in self.sae.named_parameters() if name not in past]
     moved = any(t.any() for t in weights + gradients if t is not None)
+    there = [name for name in past if name in self.sae._parameters]
     if not moved and not any(trainer.revives for trainer in self.trainers):
         raise TrainingError(
-            f"{self.name}: step {i}: every weight of its latents is zero and none but b_dec has a gradient, "
+            f"{self.name}: step {i}: every weight of its latents is zero and none but {in_words(there)} has a gradient, "
             "so no latent can ever fire; begin with other weights (option init)"
         )
 
@@ -407,6 +409,7 @@ def stop(self: Trainee, o: Out, i: int):
     weights = dict(self.sae.named_parameters())
     chain = {f"parameter {name}": p for name, p in weights.items()}
     chain |= dict(activations=o.x, pre_activations=o.z, latents=o.values, reconstruction=o.x_hat)
+    chain |= {} if o.y is None else dict(target=o.y)
     chain |= {f"loss term {name}": term for name, term in o.terms.items()}
     chain |= {f"gradient of {name}": p.grad for name, p in weights.items() if p.grad is not None}
     first = next((name for name, t in chain.items() if not torch.isfinite(t).all()), "gradient norm")
@@ -420,8 +423,8 @@ def stop(self: Trainee, o: Out, i: int):
 @torch.no_grad()
 def log(self: Trainee, o: Out, i: int) -> dict:
     "Add one row to the history, in memory and on disk."
-    error = (o.x - o.x_hat).float().pow(2).sum()
-    variance = (o.x - o.x.mean(0)).float().pow(2).sum()
+    error = o.error.float().pow(2).sum()
+    variance = (o.target - o.target.mean(0)).float().pow(2).sum()
     row = dict(
         step=i + 1,
         tokens=(i + 1) * self.cfg.batch,

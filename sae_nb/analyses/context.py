@@ -49,7 +49,7 @@ def branch_parts(
 ):  # Branch outputs u, [n_tokens, R, d_in]; parts of z, [R + 1, n_tokens, d_sae], the token's own first
     "What the token and each branch put into the pre-activations of the tokens that count."
     front = front_of(sae)
-    centred, b_dec = x - sae.b_dec, sae.b_dec * front.units
+    centred, b_dec = x - sae.centre, sae.centre * front.units
     u = front.branches(front.sees(centred * front.units, b_dec), mask)
     u = counted(u.flatten(-2), mask).unflatten(-1, u.shape[-2:])
     of_token, of_branches = front.blocks(sae.W_enc)

@@ -222,7 +222,7 @@ def road_pass(
     mask: Tensor = None,  # Document numbers, [N] or [B, T]
 ) -> Out:  # Without its terms
     "A training pass along the road that the variant declares, or dense if that is shorter."
-    reads, c = (sae.reads(x, mask), None) if sae.fronts else ([(x, sae.W_enc)], sae.b_dec)
+    reads, c = (sae.reads(x, mask), None) if sae.fronts else ([(x, sae.W_enc)], sae.centre)
     reads = [(counted(seen, mask), W) for seen, W in reads]
     x, first = counted(x, mask), True
     for step in sae.refinements:
@@ -244,8 +244,8 @@ def _look(sae, x, mask, made, first):
     places, z = found
     z = encode_active(places, z, b, reads, c)
     values = sae.latent(z, places.at)
-    x_hat = decode_active(places, values, sae.W_dec) + sae.b_dec
-    return RoadOut(x, z, values, x_hat + sae.skip * x if sae.skip else x_hat, mask, places, made)
+    x_hat, by = decode_active(places, values, sae.W_dec) + sae.b_dec, sae.bypass(x)
+    return RoadOut(x, z, values, x_hat if by is None else x_hat + by, mask, places, made)
 
 
 def _dense(sae, x, mask, p, made):

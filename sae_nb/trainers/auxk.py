@@ -36,8 +36,8 @@ def explained(
     o: Out,  # The pass
     dead: Tensor,  # Latents, [n]
     k: int,  # Of these, per token
-    W: Tensor,  # Their decoder rows, [n, d_in]
-) -> Tensor:  # [n_tokens, d_in]
+    W: Tensor,  # Their decoder rows, [n, d_out]
+) -> Tensor:  # [n_tokens, d_out]
     "What the `k` largest of some latents reconstruct, each measured from its own mean if that is negative."
     if getattr(o, "made", None) is None:
         z = o.z[:, dead]
@@ -59,8 +59,8 @@ def _explained_on_road(o, dead, k, W):
     def make(latents):
         return affine([(seen, V[:, latents]) for seen, V in reads], b[latents], c)
 
-    n = len(o.x)
-    found = choose_topk(Pieces(make, n, len(dead), pays(n, W.shape[1], len(dead))), k)
+    n, d_in = o.x.shape
+    found = choose_topk(Pieces(make, n, len(dead), pays(n, d_in, len(dead))), k)
     if found is None:
         return _largest(encode_dense(make(slice(None)), b, reads, c), k) @ W
     places, z = found
@@ -72,7 +72,7 @@ def after_loss(self: AuxK, t, o):
     "Add the auxiliary term if any latent is dead."
     dead = t.dead.nonzero()[:, 0]
     if len(dead) > 0:
-        o.terms["auxk"] = self._term(t.sae, o, dead, (o.x - o.x_hat).detach())
+        o.terms["auxk"] = self._term(t.sae, o, dead, o.error.detach())
 
 
 @patch

@@ -131,6 +131,7 @@ def after_loss(self: Diagnostics, t, o):
     if not t.row_due:
         return
     o.logs.update(about("in", o.x) | about_latents(o, t.sae.d_sae) | about("out", o.x_hat))
+    o.logs.update({} if o.y is None else about("target", o.y))
     o.logs.update(about_fronts(t.sae, o))
     rows = len(o.mask) if o.mask is not None and o.mask.ndim > 1 else len(o.x)
     o.logs.update(batch_rows=rows, batch_tokens=len(o.x), tokens_counted=self._counted)
@@ -151,8 +152,8 @@ def after_backward(self: Diagnostics, t, o):
 # %% ../../nbs/trainers/diagnostics.ipynb #diagnostics-figure
 panels = {  # title -> ends of the columns it shows, and what they begin with
     "gradient norms": ("", ("grad_",)),
-    "mean length": ("_norm", ("in_", "latents_", "out_")),
-    "standard deviation": ("_std", ("in_", "latents_", "out_")),
+    "mean length": ("_norm", ("in_", "latents_", "out_", "target_")),
+    "standard deviation": ("_std", ("in_", "latents_", "out_", "target_")),
     "fronts: mean length": ("_norm", ("front_",)),
     "memory, GB": ("_gb", ("memory_", "gpu_")),
     "tokens per second": ("", ("tokens_per_second",)),

@@ -16,7 +16,7 @@ from ..sae import Allowed, check_option
 from ..speed.roads import entries
 from ..speed.sparse import Places
 from ..train import Trainer
-from .resample import restart
+from .resample import read_at, restart
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-class
 @register("trainers", "reactivate")
@@ -117,9 +117,9 @@ def draw(
     t,  # Trainee
     o,  # The pass
     k: int,  # Directions wanted
-) -> tuple:  # (directions [k, d_in], whether they were drawn by residual)
+) -> tuple:  # (directions [k, d_out], whether they were drawn by residual, what they read if that is other)
     "Residuals of tokens on which the heaviest pairs fire together."
-    residual = (o.x - o.x_hat).detach()
+    residual = o.error.detach()
     idx, W, _ = t.sae.penalties["interference"].pairs()
     conflict = conflicts(*entries(o), idx, W, self.heaviest).cpu()
     error = residual.float().pow(2).sum(-1).cpu() + 1e-12
@@ -129,7 +129,7 @@ def draw(
     else:
         chance = conflict / conflict.sum() + 1e-6 * error / error.sum()
     tokens = torch.multinomial(chance, k, generator=t.sae.gen)
-    return residual[tokens.to(residual.device)], by_residual
+    return residual[tokens.to(residual.device)], by_residual, read_at(t.sae, o, tokens)
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-look
 @patch
@@ -173,8 +173,8 @@ def wake(
 ):
     "Restart latents and write them down."
     idx = idx[: len(o.x)]
-    directions, by_residual = self.draw(t, o, len(idx))
-    restart(t, idx.to(t.sae.W_dec.device), directions, self.enc_norm)
+    directions, by_residual, reads = self.draw(t, o, len(idx))
+    restart(t, idx.to(t.sae.W_dec.device), directions, self.enc_norm, reads)
     nth = 1 + torch.bincount(self.rows[:, 2], minlength=t.sae.d_sae)[idx]
     new = torch.zeros(len(idx), len(self.columns), dtype=torch.long)
     new[:, 0] = self.updates

@@ -23,11 +23,11 @@ def first_weights(
     g = rng("first weights", sae.seed)
     encoder, decoder = (
         torch.randn(shape, generator=g) / shape[0] ** 0.5 if init == "normal" else torch.zeros(shape)
-        for shape in ((sae.d_in, sae.d_sae), (sae.d_sae, sae.d_in))
+        for shape in ((sae.d_in, sae.d_sae), (sae.d_sae, sae.d_out))
     )
     sae.set_encoder(encoder)  # as much of it as a tie leaves free
     sae.W_dec.copy_(decoder)
-    for bias in (sae.b_enc, sae.b_dec):
+    for bias in (sae.b_enc, sae.b_dec, sae.centre):
         bias.zero_()
     sae.centres = False  # no run moves b_dec to where its data are
     sae.after_step()  # rows of length one, where they are held there

@@ -70,8 +70,9 @@ def aim(cls: GatedSAE, k, l1, given) -> dict:
 @patch
 def reconstruction(self: GatedSAE, o: Out) -> dict:
     "Squared error of the latents, and that of the gate through a decoder it cannot change."
-    gate = o.decode(o.z.relu(), self.W_dec.detach()) + self.b_dec.detach() + self.skip * o.x
-    return {**SAE.reconstruction(self, o), "gate_mse": (o.x - gate).pow(2).sum(-1).mean()}
+    gate, by = o.decode(o.z.relu(), self.W_dec.detach()) + self.b_dec.detach(), self.bypass(o.x)
+    gate = gate if by is None else gate + by.detach()
+    return {**SAE.reconstruction(self, o), "gate_mse": (o.target - gate).pow(2).sum(-1).mean()}
 
 
 @patch

@@ -137,6 +137,7 @@ class MatchingPursuitSAE(SAE):
     "SAE whose latents are chosen one after the other, each for what is left."
 
     scaled = ("b_dec", "residual_threshold")
+    stays = "its latents are chosen by what the decoder leaves of the input"
 
     def __init__(
         self,

@@ -212,18 +212,19 @@ def reconstruction(self: MatryoshkaSAE, o: Out) -> dict:
     if self.sort and self.training:
         self.renew(o)
     sizes = self.levels()
-    x = o.x - self.skip * o.x if self.skip else o.x
+    by = self.bypass(o.x)
+    of_latents = o.target if by is None else o.target - by
     cut = sizes if self.joint < 1 else sizes[:-1]
-    residuals = [x - x_hat for x_hat in self.inner_levels(o, cut)]
+    residuals = [of_latents - x_hat for x_hat in self.inner_levels(o, cut)]
     errors = [self.token_mean(residual.pow(2).sum(-1)) for residual in residuals]
-    full = (o.x - o.x_hat).pow(2).sum(-1)
+    full = o.error.pow(2).sum(-1)
     o.logs["mse"] = full.mean().item()
     whole = self.token_mean(full)
     if self.joint < 1:
         residuals.pop()
         whole = torch.lerp(errors.pop(), whole, self.joint)
     if self.aux and self.training:
-        self.note_levels(o, sizes, [*residuals, o.x - o.x_hat])
+        self.note_levels(o, sizes, [*residuals, o.error])
     weights = self.weights if len(self.weights) == len(sizes) else [1.0] * len(sizes)
     weighted = [weight * error for weight, error in zip(weights, [*errors, whole])]
     return {"nested_mse": sum(weighted) if self.sums else sum(weighted) / sum(weights)}

@@ -123,7 +123,7 @@ def forward(
     if not self._due():
         return {}
     cost = crowding(sae.W_dec, self._deal(sae), self.cosine == "absolute")
-    variance = (o.x - o.x.mean(0)).detach().float().pow(2).sum(-1).mean()
+    variance = (o.target - o.target.mean(0)).detach().float().pow(2).sum(-1).mean()
     turns = self.every if self.training else 1
     return {"ortsae": self.coeff * turns * variance * cost}
 

@@ -70,7 +70,7 @@ def reconstruction(self: StandardSAE, o: Out) -> dict:
     "The error of a token, squared or as a norm; mean over tokens."
     if self.error == "squared":
         return SAE.reconstruction(self, o)
-    return self.error_term(o, "norm_error", (o.x - o.x_hat).pow(2).sum(-1).clamp_min(1e-12).sqrt())
+    return self.error_term(o, "norm_error", o.error.pow(2).sum(-1).clamp_min(1e-12).sqrt())
 
 # %% ../../nbs/variants/standard.ipynb #standard-sparsity
 @patch

@@ -180,7 +180,7 @@ def forward(
     of_tokens = codes(places, v, tokens, self.n_high)
     of_partners = codes(places, v, earlier, self.n_high)
     cost = info_nce(similarities(of_tokens, of_partners, self.similarity, self.temperature), doc)
-    variance = (o.x - o.x.mean(0)).detach().float().pow(2).sum(-1).mean()
+    variance = (o.target - o.target.mean(0)).detach().float().pow(2).sum(-1).mean()
     o.logs["nce"] = cost.item()
     return {"contrast": self.coeff * variance * cost}
 
