@@ -860,7 +860,9 @@ def composed(
         @functools.wraps(make)
         def _make(*args, **kwargs):
             if "d_out" in kwargs:
-                raise InputError(f"{name} is made a transcoder when it is whole: use build or write_elsewhere")
+                raise InputError(
+                    f"{name} is made a transcoder when it is whole: use build or write_elsewhere"
+                )
             sae = make(*args, **kwargs)
             sae.variant = name
             sae.args = _arguments(signature, args, kwargs)

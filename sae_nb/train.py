@@ -373,8 +373,8 @@ def _check_life(self: Trainee, i: int):
     there = [name for name in past if name in self.sae._parameters]
     if not moved and not any(trainer.revives for trainer in self.trainers):
         raise TrainingError(
-            f"{self.name}: step {i}: every weight of its latents is zero and none but {in_words(there)} has a gradient, "
-            "so no latent can ever fire; begin with other weights (option init)"
+            f"{self.name}: step {i}: every weight of its latents is zero and none but {in_words(there)} has a "
+            "gradient, so no latent can ever fire; begin with other weights (option init)"
         )
 
 # %% ../nbs/04_train.ipynb #train-update
@@ -408,8 +408,8 @@ def stop(self: Trainee, o: Out, i: int):
     "Name the first number of the pass that is not finite."
     weights = dict(self.sae.named_parameters())
     chain = {f"parameter {name}": p for name, p in weights.items()}
-    chain |= dict(activations=o.x, pre_activations=o.z, latents=o.values, reconstruction=o.x_hat)
-    chain |= {} if o.y is None else dict(target=o.y)
+    chain |= dict(activations=o.x) if o.y is None else dict(activations=o.x, target=o.y)
+    chain |= dict(pre_activations=o.z, latents=o.values, reconstruction=o.x_hat)
     chain |= {f"loss term {name}": term for name, term in o.terms.items()}
     chain |= {f"gradient of {name}": p.grad for name, p in weights.items() if p.grad is not None}
     first = next((name for name, t in chain.items() if not torch.isfinite(t).all()), "gradient norm")
