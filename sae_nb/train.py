@@ -373,8 +373,8 @@ def _check_life(self: Trainee, i: int):
     there = [name for name in past if name in self.sae._parameters]
     if not moved and not any(trainer.revives for trainer in self.trainers):
         raise TrainingError(
-            f"{self.name}: step {i}: every weight of its latents is zero and none but {in_words(there)} has a "
-            "gradient, so no latent can ever fire; begin with other weights (option init)"
+            f"{self.name}: step {i}: every weight of its latents is zero and none but {in_words(there)} has "
+            "a gradient, so no latent can ever fire; begin with other weights (option init)"
         )
 
 # %% ../nbs/04_train.ipynb #train-update

@@ -41,12 +41,16 @@ class Plain:
     W_enc: Tensor  # [d_in, d_sae]
     b_enc: Tensor  # [d_sae]
     W_dec: Tensor  # [d_sae, d_in]
-    b_dec: Tensor  # [d_in], taken off what the encoder reads
+    b_dec: (
+        Tensor  # [d_in], taken off what the encoder reads; of a transcoder [d_out], added to what it writes
+    )
     k: float = None  # Latents per token: what `topk` keeps; for `threshold` the average of training, if known
     threshold: Tensor = None  # What a pre-activation has to exceed, [d_sae]
     r_mag: Tensor = None  # Logarithm of the magnitude's scale, [d_sae]
     b_mag: Tensor = None  # Bias of the magnitude, [d_sae]
     sizes: tuple = ()  # Latents up to the end of each nested level, if levels lie one after the other
+    b_in: Tensor = None  # Of a transcoder: what is taken off, [d_in]
+    W_skip: Tensor = None  # Of a transcoder: a linear map past the latents, [d_in, d_out]
     meta: dict = field(default_factory=dict)  # What is known of it, e.g. model and hook
 
 # %% ../../nbs/formats/base.ipynb #formats-plain-encode
@@ -56,7 +60,7 @@ def encode(
     x: Tensor,  # Activations, [..., d_in]
 ) -> Tensor:  # Latents, [..., d_sae]
     "Latents of `x`."
-    z = (x - self.b_dec) @ self.W_enc + self.b_enc
+    z = (x - (self.b_dec if self.b_in is None else self.b_in)) @ self.W_enc + self.b_enc
     if self.rule == "topk":
         return topk(z, self.k)
     if self.rule == "threshold":
@@ -90,6 +94,15 @@ def scaled(
     per_latent = {name: getattr(self, name) for name in ("W_enc", "b_enc", "threshold", "b_mag")}
     larger = {name: (t * by).float() for name, t in per_latent.items() if t is not None}
     return replace(self, **larger, W_dec=(self.W_dec / by[:, None]).float())
+
+# %% ../../nbs/formats/base.ipynb #formats-uncentred
+@patch
+def uncentred(self: Plain) -> Plain:
+    "A transcoder of which the encoder and the skip connection read what is there, and nothing is taken off."
+    b, off = self.b_in.double(), self.b_in * 0
+    past = 0 if self.W_skip is None else b @ self.W_skip.double()
+    b_enc, b_dec = self.b_enc - b @ self.W_enc.double(), self.b_dec - past
+    return replace(self, b_in=off, b_enc=b_enc.float(), b_dec=b_dec.float())
 
 # %% ../../nbs/formats/base.ipynb #formats-unit-rows
 @patch
@@ -159,6 +172,9 @@ def _zscore(sae: ZScoreSAE) -> dict:
     return dict(rule="threshold", threshold=sae.threshold)
 
 # %% ../../nbs/formats/base.ipynb #formats-plain-of
+_of_sae = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
 def _check_parts(sae):
     "One line about a part that no format holds."
     parts = [f"the front {name!r} before the encoder" for name in sae.fronts]
@@ -176,7 +192,9 @@ def plain_of(
 ) -> Plain:  # Float32, on the CPU
     "An SAE in evaluation as affine maps and a rule, or one line about what cannot be said so."
     _check_parts(sae)
-    said = {**rule(sae), **{name: getattr(sae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}}
+    said = {**rule(sae), **{name: getattr(sae, name) for name in _of_sae}}
+    if sae.elsewhere is not None:
+        said.update(b_in=sae.b_in, W_skip=sae.W_skip)
     own = {name: v.detach().cpu().float().clone() if isinstance(v, Tensor) else v for name, v in said.items()}
     return Plain(**own, meta=dict(getattr(sae, "meta", {})))
 
@@ -202,6 +220,8 @@ def sae_of(
     unit = plain.unit_rows() is plain
     if variant == "standard" and not unit:
         options["decoder"] = "free"
+    if plain.b_in is not None:
+        options.update(d_out=plain.W_dec.shape[1], skip_connection=plain.W_skip is not None)
     sae = build(variant, *plain.W_enc.shape, **options)
     for name, t in _weights_of(variant, plain, sae).items():
         getattr(sae, name).copy_(t)
@@ -211,7 +231,8 @@ def sae_of(
 # %% ../../nbs/formats/base.ipynb #formats-weights-of
 def _weights_of(variant, plain, sae):
     "Name of a weight or buffer -> what a variant keeps there."
-    weights = {name: getattr(plain, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    there = {name: getattr(plain, name) for name in (*_of_sae, "b_in", "W_skip")}
+    weights = {name: t for name, t in there.items() if t is not None}
     if variant == "jumprelu":
         smallest = torch.finfo(torch.float32).tiny
         logs = plain.threshold.double().clamp_min(smallest).log() / sae.pace
@@ -233,7 +254,9 @@ def example(
     opt = torch.optim.Adam(sae.parameters(), lr=1e-2)
     for step in range(steps):
         sae.progress = step / steps
-        sae.run(example_tokens(step), torch.ones(32, 8).long()).loss.backward()
+        x = example_tokens(step)
+        y = None if sae.elsewhere is None else x.roll(1, -1)[..., : sae.d_out]
+        sae.run(x, torch.ones(32, 8).long(), y).loss.backward()
         sae.before_step()
         opt.step()
         opt.zero_grad()
@@ -342,6 +365,7 @@ class Format:
 
     weights = ""  # Name of the file that holds the weights
     beside = ()  # Names of the files it comes with
+    transcoders = False  # True: holds them as well
     suffix = None  # End of other names that are taken for it, if a file is asked for by name
 
     def read(self, file):
@@ -379,8 +403,9 @@ def _probe(sae, n=64):
     "Tokens around b_dec along a few decoder rows each, of the usual length to a thousandfold."
     g = rng("tokens for a round trip", 0)
     few = torch.randint(sae.d_sae, (n, 8), generator=g)
-    x = torch.nn.functional.normalize(sae.W_dec[few].sum(1), dim=-1)
-    return sae.b_dec + x * torch.logspace(0, 3, n)[:, None] * sae.d_in**0.5
+    rows = sae.W_dec if sae.elsewhere is None else sae.W_enc.T
+    x = torch.nn.functional.normalize(rows[few].sum(1), dim=-1)
+    return sae.centre + x * torch.logspace(0, 3, n)[:, None] * sae.d_in**0.5
 
 
 def _apart(a, b):
@@ -447,6 +472,8 @@ def export(
     _check_free(folder, kind)
     sae = copy.deepcopy(sae).float().cpu().eval()
     plain = plain_of(sae)
+    if plain.b_in is not None and not kind.transcoders:
+        raise InputError(f"{format} holds no transcoders here, and {sae.variant} is one; use sparsify")
     with _whole_folder(folder) as beside:
         kind.write(plain, beside)
         _check_same(sae, kind.load(beside / kind.weights), format)

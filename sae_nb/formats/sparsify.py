@@ -6,6 +6,7 @@
 __all__ = ['Sparsify']
 
 # %% ../../nbs/formats/sparsify.ipynb #sparsify-imports
+import torch
 from fastcore.basics import patch
 
 from ..core import *
@@ -21,6 +22,7 @@ class Sparsify(Format):
 
     weights = "sae.safetensors"
     beside = ("cfg.json",)
+    transcoders = True
 
     def file_at(self, path):
         file = Format.file_at(self, path)
@@ -31,11 +33,16 @@ class Sparsify(Format):
         where = file.with_name("cfg.json")
         cfg = read_json(where, mend="fetch it again")
         one_said(where, cfg, "activation", ("topk",), "topk")
-        for name in ("transcode", "skip_connection"):
-            one_said(where, cfg, name, (False,), False)
+        elsewhere = one_said(where, cfg, "transcode", (False, True), False)
+        skip = one_said(where, cfg, "skip_connection", (False, True) if elsewhere else (False,), False)
         tensors = read_tensors(file, mend="fetch it again")
-        t = checked_tensors(file, "an SAE of sparsify", tensors, _shapes)
+        shapes = {**_shapes, "W_skip": "ii"} if skip else _shapes
+        t = checked_tensors(file, "an SAE of sparsify", tensors, shapes)
         t["W_enc"], t["b_enc"] = t.pop("encoder.weight").T.contiguous(), t.pop("encoder.bias")
+        if elsewhere:
+            t["b_in"] = torch.zeros_like(t["b_dec"])
+        if skip:
+            t["W_skip"] = t["W_skip"].T.contiguous()
         return Plain("topk", k=count_said(where, cfg, "k"), **t, meta=dict(format="sparsify"))
 
 # %% ../../nbs/formats/sparsify.ipynb #sparsify-write
@@ -45,11 +52,18 @@ def write(self: Sparsify, plain, folder):
     if plain.rule != "topk":
         raise InputError(f"sparsify holds TopK SAEs only, and this one's rule is {plain.rule}; use saelens")
     d_in, d_sae = plain.W_enc.shape
+    elsewhere, skip = plain.b_in is not None, plain.W_skip is not None
+    if elsewhere and plain.W_dec.shape[1] != d_in:
+        said = f"sparsify's transcoders write as many dimensions as they read, and this one reads {d_in}"
+        raise InputError(
+            f"{said} and writes {plain.W_dec.shape[1]}; it stays in the format of sae_nb.sae.save"
+        )
+    plain = plain.uncentred() if elsewhere else plain
     tensors = {"encoder.weight": plain.W_enc.T, "encoder.bias": plain.b_enc}
+    tensors |= dict(W_skip=plain.W_skip.T) if skip else {}
     unit = plain.unit_rows() is plain
     cfg = dict(activation="topk", expansion_factor=max(1, d_sae // d_in), normalize_decoder=unit)
-    cfg |= dict(
-        num_latents=d_sae, k=plain.k, multi_topk=False, skip_connection=False, transcode=False, d_in=d_in
-    )
+    cfg |= dict(num_latents=d_sae, k=plain.k, multi_topk=False, d_in=d_in)
+    cfg |= dict(skip_connection=skip, transcode=elsewhere)
     write_json(folder / "cfg.json", cfg)
     write_tensors(folder / self.weights, {**tensors, "W_dec": plain.W_dec, "b_dec": plain.b_dec})

@@ -64,7 +64,7 @@ def read_at(
     o,  # A pass of it
     tokens,  # Numbers of tokens, [n]
 ):  # [n, d_in]; None: what they write
-    "What latents that begin on some tokens read: of a transcoder, which writes elsewhere, the centred tokens."
+    "What latents that begin on some tokens read: of a transcoder, the centred tokens."
     return None if o.y is None else (o.x[tokens.to(o.x.device)] - sae.centre).detach()
 
 
