@@ -33,10 +33,14 @@ THRESHOLDS = dict(
 COUNTS = {"topk": dict(k=3), "ortho": dict(k=3, fraction=0.05), "tied/topk": dict(k=3)}
 RELU = dict(standard=dict(target_l0=3.0), p_anneal=dict(target_l0=3.0))
 GATED = dict(gated=dict(target_l0=3.0))
+TRANSCODERS = dict(
+    transcoder=dict(variant="topk", k=3, d_out=16),
+    skip_transcoder=dict(variant="topk", k=3, d_out=16, skip_connection=True),
+)
 OURS = dict(
     saelens={**THRESHOLDS, **COUNTS, **RELU, **GATED},
     dictionary_learning={**THRESHOLDS, **COUNTS, **RELU, **GATED},
-    sparsify=COUNTS,
+    sparsify={**COUNTS, **TRANSCODERS},
 )
 
 
@@ -53,7 +57,7 @@ def ours(folder):
     save_file(dict(x=x), folder / "tokens.safetensors")
     for library, variants in OURS.items():
         for variant, options in variants.items():
-            sae = example(variant, **options)
+            sae = example(**{"variant": variant, **options})
             name = variant.replace("/", "-")
             save(sae, folder / "ours" / name)
             sae.meta = dict(model="gpt2", hook="blocks.3.hook_resid_post")
@@ -220,14 +224,20 @@ class Sparsify:
         return SparseCoder.load_from_disk(folder)
 
     def answers(self, sae, x):
-        top, idx, _ = sae.encode(x)
-        f = torch.zeros(len(x), sae.num_latents).scatter(1, idx, top)
-        return f, sae.decode(top, idx)
+        o = sae(x)
+        f = torch.zeros(len(x), sae.num_latents).scatter(1, o.latent_indices, o.latent_acts)
+        return f, o.sae_out
 
     def own(self):
         from sparsify import SparseCoder, SparseCoderConfig
 
-        return {"topk": SparseCoder(16, SparseCoderConfig(num_latents=24, k=3, multi_topk=True))}
+        kinds = dict(
+            topk=dict(multi_topk=True),
+            transcoder=dict(transcode=True),
+            skip_transcoder=dict(transcode=True, skip_connection=True),
+        )
+        size = dict(num_latents=24, k=3)
+        return {name: SparseCoder(16, SparseCoderConfig(**size, **how)) for name, how in kinds.items()}
 
     def keep(self, sae, folder, name):
         sae.save_to_disk(folder)

@@ -273,6 +273,7 @@ class Context:
     quiet: bool = True  # No progress bars
     parts: Store = None  # What depends on the SAE under evaluation; None: in memory
     name: str = ""  # What to call it
+    hook_out: str = None  # Where a transcoder writes; None: SAEs write where they read
 
     def __post_init__(self):
         if self.hook is None and self.model is not None:
@@ -457,6 +458,7 @@ class Evaluator:
     on = ""  # Kind of known directions it is made for: "toy" or "synth"; empty: any
     with_nulls = True  # SAEs that learned nothing stand beside
     with_peers = False  # Looks at the SAEs beside the one under evaluation
+    transcoders = False  # Measures SAEs that write elsewhere too
     manner = ()  # Options that say how something is done and change no number
     kind = ""  # SAEBench's name; empty: the registered one
     world = {}  # Options on the embedded world

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['no_lm', 'no_harm', 'kept_by_kl', 'kept_by_ce', 'of_encoder', 'per_latent', 'flags', 'CoreConfig', 'Core', 'Item',
            'read', 'row_losses', 'Row', 'by_row', 'sequence_sums', 'through', 'skip_only', 'constant', 'identity',
-           'Walk', 'preserved', 'how_often', 'geometry', 'latents', 'table', 'misc', 'categories', 'null_row', 'seen',
-           'further']
+           'linear_map', 'Walk', 'preserved', 'how_often', 'geometry', 'latents', 'table', 'misc', 'categories',
+           'null_row', 'seen', 'further']
 
 # %% ../../nbs/evals/core.ipynb #core-eval-imports
 import math
@@ -72,6 +72,7 @@ class CoreConfig:
 class Core(Evaluator):
     "Reconstruction, sparsity and what the language model loses."
 
+    transcoders = True
     Config = CoreConfig
     needs = ("batches",)
     headline = dict(explained_variance=+1, ce_loss_score=+1, kl_div_score=+1, l0=0, frac_alive=+1)
@@ -100,8 +101,19 @@ class Item:
     mask: Tensor  # Same leading shape, > 0 where a token counts
     tokens: Tensor = None  # [B, T], None on toy data
     docs: Tensor = None  # [B, T]
+    y: Tensor = None  # What a transcoder should write, [..., d_out]
+
+    @property
+    def target(self):
+        return self.x if self.y is None else self.y
 
 # %% ../../nbs/evals/core.ipynb #core-eval-read-read
+def _target(batch):
+    if batch.y is None:
+        raise InputError("a transcoder is held against what it should write, and a batch has no y")
+    return batch.y
+
+
 def read(
     batch,  # (tokens, docs, mask), or a Batch of activations without a language model
     sae,  # Decides dtype and device
@@ -116,11 +128,16 @@ def read(
                 f"not {type(batch).__name__}; hand over Context(model=...), or activations"
             )
         x = batch.x.to(**to)
+        y = None if getattr(sae, "elsewhere", None) is None else _target(batch).to(**to)
         mask = torch.ones(x.shape[:-1], dtype=torch.int64) if batch.mask is None else batch.mask
-        return Item(x, mask.to(x.device))
+        return Item(x, mask.to(x.device), y=y)
     tokens, docs, mask = batch
-    x = ctx.model.acts(tokens, ctx.hook, docs=docs)
-    return Item(x.to(**to), mask.to(to["device"]), tokens, docs)
+    if ctx.hook_out is None:
+        x, y = ctx.model.acts(tokens, ctx.hook, docs=docs).to(**to), None
+    else:
+        both = ctx.model.acts(tokens, [ctx.hook, ctx.hook_out], docs=docs)
+        x, y = both[ctx.hook].to(**to), both[ctx.hook_out].to(**to)
+    return Item(x, mask.to(to["device"]), tokens, docs, y)
 
 # %% ../../nbs/evals/core.ipynb #core-eval-row-losses
 def _kl(
@@ -199,15 +216,15 @@ def sequence_sums(
 def take(
     self: Row,
     item: Item,  # The batch
-    x_hat: Tensor,  # Reconstruction, shape of `item.x`
+    x_hat: Tensor,  # Reconstruction, shape of `item.target`
     f: Tensor,  # Latents [..., d_sae] or None
 ):
     "Count one batch."
     keep = item.mask > 0
     if not keep.any():
         return
-    self.run.update(item.x[keep], x_hat[keep], None if f is None else f[keep])
-    self.seq.append(sequence_sums(item.x, x_hat, keep))
+    self.run.update(item.target[keep], x_hat[keep], None if f is None else f[keep])
+    self.seq.append(sequence_sums(item.target, x_hat, keep))
     if f is not None and f.ndim == 3:
         self.rows_fired = self.rows_fired + ((f > 0) & keep[..., None]).any(1).sum(0)
 
@@ -268,6 +285,8 @@ def rows(
     nulls: dict,  # name -> SAE that learned nothing
 ) -> tuple:  # name -> Row, and what is worth knowing of the random one
     "The SAE's row and those beside it."
+    if getattr(sae, "elsewhere", None) is not None:
+        return self.rows_elsewhere(sae, head), {}
     out = dict(sae=Row(through(sae)))
     out.update({name: Row(through(null)) for name, null in nulls.items()})
     x = torch.cat([counted(item.x, item.mask) for item in head]) if head else torch.empty(0)
@@ -283,6 +302,43 @@ def rows(
     if getattr(sae, "skip", 0.0):
         out["skip"] = Row(skip_only(sae))
     return out, how
+
+# %% ../../nbs/evals/core.ipynb #core-eval-elsewhere
+def linear_map(
+    x: Tensor,  # What is read, [n_tokens, d_in]
+    y: Tensor,  # What should be written, [n_tokens, d_out]
+):  # Function (x, mask) -> (y_hat, None)
+    "Least squares, with a constant; a little ridge keeps directions without variance out."
+    a, b = x.double().mean(0), y.double().mean(0)
+    u, v = x.double() - a, y.double() - b
+    square = u.T @ u
+    ridge = 1e-6 * square.diagonal().mean() * torch.eye(len(square)).to(square)
+    A = torch.linalg.solve(square + ridge, u.T @ v).to(x)
+    a, b = a.to(x), b.to(y)
+
+    def rebuild(x, mask):
+        return (x - a) @ A + b, None
+
+    return rebuild
+
+
+@patch
+def rows_elsewhere(
+    self: Core,
+    sae,  # A transcoder
+    head: list,  # First batches, read
+) -> dict:  # name -> Row
+    "The transcoder's row and those beside it."
+    out = dict(sae=Row(through(sae)))
+    if not head:
+        return out
+    most = self.config.calibration_tokens
+    x, y = (torch.cat([counted(getattr(i, of), i.mask) for i in head])[:most] for of in ("x", "y"))
+    if len(x):
+        out.update(mean=Row(constant(y.float().mean(0).to(y))), linear=Row(linear_map(x, y)))
+    if sae.W_skip is not None:
+        out["skip"] = Row(skip_only(sae))
+    return out
 
 # %% ../../nbs/evals/core.ipynb #core-eval-edit
 @patch
@@ -316,7 +372,7 @@ def splice(
     base = ctx.model.logits(item.tokens, docs=item.docs)
 
     def losses(change):
-        logits = ctx.model.logits(item.tokens, ctx.hook, change, docs=item.docs)
+        logits = ctx.model.logits(item.tokens, ctx.hook_out or ctx.hook, change, docs=item.docs)
         return row_losses(logits, item.tokens, keep_ce, keep, base)
 
     ce, _ = row_losses(base, item.tokens, keep_ce, keep)
@@ -414,13 +470,14 @@ def walk(self: Core, sae, ctx: Context) -> Walk:
     n = max(0 if model is None else c.n_eval_reconstruction_batches, c.n_eval_sparsity_variance_batches)
     batches = [tuple(batch) if isinstance(batch, list) else batch for batch in list(ctx.batches)[:n]]
     head = [read(batch, sae, ctx) for batch in batches[: c.null_batches]]
+    hooks = ctx.hook if ctx.hook_out is None else [ctx.hook, ctx.hook_out]
     rows, how = self.rows(sae, head, ctx.nulls)
     out, parts = Walk(rows, head, how, {}), {}
     options = {name: v for name, v in vars(c).items() if name != "verbose"}
     with tqdm(desc="core", unit=" batches", disable=ctx.quiet, leave=False, ncols=80) as bar:
         for first in range(0, len(batches), c.piece):
             some = batches[first : first + c.piece]
-            key = [sae, model, ctx.hook, options, ctx.nulls, first, [tuple(batch) for batch in some]]
+            key = [sae, model, hooks, options, ctx.nulls, first, [tuple(batch) for batch in some]]
             make = partial(self.piece, sae, ctx, out, some, first, bar)
             sums = ctx.parts.get("core", key, make)
             for name, row in rows.items():
@@ -506,13 +563,20 @@ def geometry(
         max_decoder_cosine_sim=nearest_cos(D) if len(D) > 1 else nowhere,
     )
     E = getattr(sae, "W_enc", None)
-    if E is None or E.T.shape != D.shape:
+    if (
+        E is None
+        or E.shape[1] != len(D)
+        or (getattr(sae, "elsewhere", None) is None and len(E) != D.shape[1])
+    ):
         why = "the encoder is not one [d_in, d_sae] matrix"
         return out | dict.fromkeys(of_encoder, nowhere), dict.fromkeys(
             (*of_encoder, "average_max_encoder_cosine_sim"), why
         )
     E = E.detach().float().T
     nearest = nearest_cos(E) if len(E) > 1 else nowhere
+    if getattr(sae, "elsewhere", None) is not None:
+        why = {"encoder_decoder_cosine_sim": "what is read and what is written are in two places"}
+        return out | dict(zip(of_encoder, (E.norm(dim=1), nowhere, nearest))), why
     return out | dict(zip(of_encoder, (E.norm(dim=1), (unit(E) * unit(D)).sum(1), nearest))), {}
 
 # %% ../../nbs/evals/core.ipynb #core-eval-latents

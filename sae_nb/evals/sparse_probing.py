@@ -83,6 +83,7 @@ class SparseProbingConfig:
 class SparseProbing(Evaluator):
     "Accuracy of logistic regression on the k best latents, for concepts that texts are about."
 
+    transcoders = True
     Config = SparseProbingConfig
     needs = ("model",)
     world = dict(

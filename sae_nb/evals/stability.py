@@ -76,6 +76,7 @@ no_peers = (
 class Stability(Evaluator):
     "Mean largest cosine between the decoders of an SAE and its peers."
 
+    transcoders = True
     Config = StabilityConfig
     headline = dict(mean_max_cos=+1)
     glance = ("mean_max_cos", "share_shared")

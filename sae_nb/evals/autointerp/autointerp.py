@@ -98,6 +98,7 @@ class AutoInterpConfig:
 class AutoInterp(Evaluator):
     "Can latents be described, and recognised by their descriptions?"
 
+    transcoders = True
     Config = AutoInterpConfig
     needs = ("model",)
     world = dict(dataset_name="world", total_tokens=65_536)
