@@ -224,9 +224,9 @@ class Sparsify:
         return SparseCoder.load_from_disk(folder)
 
     def answers(self, sae, x):
-        o = sae(x)
-        f = torch.zeros(len(x), sae.num_latents).scatter(1, o.latent_indices, o.latent_acts)
-        return f, o.sae_out
+        top, idx, _ = sae.encode(x)
+        f = torch.zeros(len(x), sae.num_latents).scatter(1, idx, top)
+        return f, sae(x).sae_out if sae.cfg.transcode else sae.decode(top, idx)  # multi_topk keeps 4 k in `sae(x)`
 
     def own(self):
         from sparsify import SparseCoder, SparseCoderConfig
