@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cut_lengths', 'Halted', 'harvest', 'Ahead', 'CacheFolder', 'Shards', 'rows_hash', 'Buffer', 'deal_order',
-           'norm_and_mean', 'sink_limit', 'Together', 'Stream', 'Rest', 'streams', 'heldout']
+           'norm_and_mean', 'sink_limit', 'Together', 'Stream', 'Rest', 'streams', 'PlacesStream', 'heldout']
 
 # %% ../nbs/07_acts.ipynb #acts-imports
 import hashlib
@@ -511,17 +511,28 @@ def _begin(self: Stream, normalise, medians):
     weakref.finalize(self, self.together.go_on, self.hook, None)
     self._limit(None)
     buffer = self._buffer()
-    limit, self.too_long = sink_limit(buffer.x, buffer.mask, medians)
+    x = self.what_is_read(buffer.x)
+    limit, self.too_long = sink_limit(x, buffer.mask, medians)
     if limit is not None:
         self._limit(limit)
         self._held = buffer = buffer._replace(**self._deal(buffer.index, buffer.mask.cpu(), buffer.x))
-    norm2, self.mean = norm_and_mean(buffer.x, buffer.mask)
+    self.scale, self.mean = _scale_and_mean(x, buffer.mask, self.hook, normalise)
+
+
+def _scale_and_mean(x, mask, hook, normalise):
+    "What brings the mean squared norm to the width, and the mean."
+    norm2, mean = norm_and_mean(x, mask)
     if not math.isfinite(norm2) or norm2 <= 0:
         raise InputError(
-            f"activations at {self.hook} have mean squared norm {norm2}; "
-            "the model or its dtype is broken there"
+            f"activations at {hook} have mean squared norm {norm2}; the model or its dtype is broken there"
         )
-    self.scale = math.sqrt(self.d_in / norm2) if normalise else 1.0
+    return math.sqrt(x.shape[-1] / norm2) if normalise else 1.0, mean
+
+
+@patch
+def what_is_read(self: Stream, x):
+    "Of what a buffer holds, that which counts for scale and lengths: all of it."
+    return x
 
 # %% ../nbs/07_acts.ipynb #acts-stream-limit
 @patch
@@ -552,7 +563,7 @@ def counts(
 def _deal(self: Stream, index, mask, x):
     "The mask of a buffer and its order, where `limit` has its say as well."
     if self.limit is not None:
-        mask = mask * short_enough(x, self.limit).cpu()
+        mask = mask * short_enough(self.what_is_read(x), self.limit).cpu()
     if not mask.any():
         raise InputError(
             f"a buffer of {self.n_rows} rows holds no token that counts: all are special, too long, or the "
@@ -744,6 +755,79 @@ def streams(
     room = CacheFolder(cache, cache_gb) if isinstance(cache, (str, Path)) else cache
     together = Together(source, hooks, most)
     return {hook: Stream(lm, source, hook, cache=room, together=together, **how) for hook in hooks}
+
+# %% ../nbs/07_acts.ipynb #acts-places
+class PlacesStream(Stream):
+    "Batches of what is read at one hook point, with what stands at a later one."
+
+    def __init__(
+        self,
+        lm,  # Language model
+        source,  # Where rows come from
+        hook: str,  # Where a transcoder reads
+        hook_out: str,  # Where it writes
+        **how,  # More of `Stream`
+    ):
+        self.hook_out, self.d_out = hook_out, lm.width(hook_out)
+        super().__init__(lm, source, hook, **how)
+
+    def what_is_read(self, x):
+        return x[..., : self.d_in]
+
+    def _key(self):
+        return [*Stream._key(self), self.hook_out]
+
+    def _begin(self, normalise, medians):
+        Stream._begin(self, normalise, medians)
+        buffer = self._buffer()
+        y = buffer.x[..., self.d_in :]
+        self.scale_out, self.mean_out = _scale_and_mean(y, buffer.mask, self.hook_out, normalise)
+        self.long_targets = sink_limit(y, buffer.mask, medians)
+
+# %% ../nbs/07_acts.ipynb #acts-places-harvest
+@patch
+def _harvest(self: PlacesStream, index, tokens, docs, stop=None):
+    "Both places side by side, [R, T, d_in + d_out]."
+    both = self._spare.pop() if self._spare else None
+    if both is None or len(both) < len(tokens):
+        kind = dict(dtype=self.dtype or self.lm.dtype, device=self.lm.device)
+        both = torch.empty(*tokens.shape, self.d_in + self.d_out, **kind)
+    both = both[: len(tokens)]
+    x, y = both.split([self.d_in, self.d_out], -1)
+    harvest(self.lm, tokens, docs, [self.hook, self.hook_out], {self.hook: x, self.hook_out: y}, self.lm_batch, stop)
+    return both
+
+
+@patch
+def __next__(self: PlacesStream) -> Batch:
+    "The next batch, each place in its own scale."
+    batch = Stream.__next__(self)
+    x, y = batch.x.split([self.d_in, self.d_out], -1)
+    return batch._replace(x=x.contiguous(), y=y * (self.scale_out / self.scale))
+
+# %% ../nbs/07_acts.ipynb #acts-places-state
+@patch
+def state(self: PlacesStream) -> dict:
+    "Where the stream stands: JSON."
+    return dict(Stream.state(self), scale_out=self.scale_out)
+
+
+@patch
+def load_state(self: PlacesStream, s: dict):
+    "Go to where `s` was taken."
+    Stream.load_state(self, s)
+    self.scale_out = s["scale_out"]
+
+
+@patch(as_prop=True)
+def counts(self: PlacesStream) -> dict:
+    "What does not count, and which targets are long and count."
+    said = Stream.counts.fget(self)
+    limit, share = self.long_targets
+    if limit is not None:
+        words = f"targets longer than {limit:.4g} ({share:.2%} of the first buffer) count"
+        said["words"] = "; ".join(word for word in (said["words"], words) if word)
+    return said
 
 # %% ../nbs/07_acts.ipynb #acts-heldout
 def heldout(

@@ -31,7 +31,7 @@ from .core import *
 from .data import open_text, read_labelled
 from .evals.base import Context, Nulls, flat
 from .evals.store import Store
-from .evals.suite import chosen, evaluate, evaluators
+from .evals.suite import check_order, chosen, evaluate, evaluators, not_elsewhere
 from .runs import *
 from .sae import *
 from .train import *
@@ -177,9 +177,10 @@ def choices(
 def try_small(
     choice: Choice,  # A variant with its options
     d_sae: int,  # Latents
+    **elsewhere,  # Of a transcoder: d_out, skip_connection
 ) -> SAE:  # 8 wide, in evaluation mode
     "The SAE on activations of width 8, or an error if it cannot be built or has negative latents."
-    sae = build(choice.variant, 8, d_sae, **choice.args).eval()
+    sae = build(choice.variant, 8, d_sae, **elsewhere, **choice.args).eval()
     x = torch.randn(4, 32, 8, generator=rng("trial", 0))
     if any((sae.encode(size * x) < 0).any() for size in (0.1, 1, 10, 100)):
         raise InputError(
@@ -212,7 +213,16 @@ def chosen_evaluators(
     asked = _add_probe_data(p, wanted, parse_options(p.eval_options))
     for_all = {n: getattr(p, n) for n in ("data_dir", "text_column", "label_column") if getattr(p, n)}
     short = bool(os.environ.get("SAE_NB_FAST"))
-    return evaluators(wanted, p.model == "world", short, asked, **for_all)
+    found = evaluators(wanted, p.model == "world", short, asked, **for_all)
+    for evaluator in found.values() if p.hook_out else ():
+        if why := not_elsewhere(evaluator):
+            raise InputError(f"hook_out = {p.hook_out!r} asks for transcoders, and {why}")
+    return found
+
+
+def _elsewhere(p, d_out):
+    "What `build` is told of transcoders, if that is what is asked for."
+    return dict(d_out=d_out, skip_connection=p.skip_connection) if p.hook_out else {}
 
 # %% ../nbs/10_experiment.ipynb #experiment-nulls
 def chosen_nulls(
@@ -448,7 +458,7 @@ def make_plan(
     _check_l1(p, variants)
     wanted = choices(p, variants)
     check_size(p, len(hooks_of(p)) * len(wanted) * len(seeds), 1, pick_device(p.device))
-    small = [try_small(choice, p.d_sae) for choice in wanted]
+    small = [try_small(choice, p.d_sae, **_elsewhere(p, 8)) for choice in wanted]
     _check_heard(trainers, small)
     joining = _joining(trainers, wanted, small, training)
     runs = _runs(p, wanted, seeds, small, joining, training=asdict(training))
@@ -467,6 +477,7 @@ class Data:
     about: str  # One line for the reader
     lm: object = None  # Language model; None: a toy
     toy: object = None  # Known directions; None: a language model
+    hook_out: str = None  # Where transcoders write; None: SAEs
     places: dict = None  # Hook point as it was asked for -> its data; None: this is the only one
 
     def __post_init__(self):
@@ -544,6 +555,9 @@ def _open_lm(p):
     lm.name = public(p)["model"]
     hooks = {asked: asked or lm.default_hook for asked in hooks_of(p)}
     width = max(map(lm.width, hooks.values()))  # an error if there is no such hook
+    if p.hook_out:
+        width = max(width, lm.width(p.hook_out))
+        check_order(lm, *hooks.values(), p.hook_out)
     if p.ctx > lm.context:
         raise InputError(
             f"ctx = {p.ctx} is more than the {lm.context} tokens {p.model} can read; use a smaller ctx"
@@ -559,7 +573,11 @@ def _lm_data(plan):
     check_size(p, 0 if plan.brought else len(plan.runs), width, lm.device)
     source = _open_text(p, lm, plan.seed)
     more = dict(cache=p.cache or None, cache_gb=p.cache_gb, medians=p.sink, seed=plan.seed)
-    own = streams(lm, source, list(hooks.values()), batch=p.batch, rows=plan.rows, buffer=p.buffer, **more)
+    more.update(batch=p.batch, rows=plan.rows, buffer=p.buffer)
+    if p.hook_out:
+        own = {hook: PlacesStream(lm, source, hook, p.hook_out, **more) for hook in hooks.values()}
+    else:
+        own = streams(lm, source, list(hooks.values()), **more)
     places = {asked: _lm_place(plan, lm, source, own[hook]) for asked, hook in hooks.items()}
     first = next(iter(places.values()))
     if len(places) > 1:
@@ -580,6 +598,7 @@ def _lm_place(plan, lm, source, stream):
         stream=stream,
         held=held,
         hook=stream.hook,
+        hook_out=p.hook_out or None,
         content=dict(model=model, text=source.fingerprint(), rows=plan.rows),
         about=f"{source.about(will_train)}, rows of {p.ctx} tokens; {n_held} rows{of} held out{counted}",
         lm=lm,
@@ -601,6 +620,9 @@ def open_data(
             run.config.update(content=own.content, scale=own.stream.scale)
             if brought:
                 run.config.update(content=dict(own.content, sae=brought.files), scale=brought.scale)
+            if own.hook_out:
+                out = dict(hook_out=own.hook_out, d_out=own.stream.d_out, scale_out=own.stream.scale_out)
+                run.config.update(out)
             run.check_content()
             run.start(plan.params.resume)
             if brought:
@@ -622,11 +644,16 @@ def fresh_sae(
     "A new SAE for a run, its decoder bias at the mean of the data unless its first weights are given."
     asked = run.config
     d_sae = asked["params"]["d_sae"]
-    sae = build(asked["variant"], data.stream.d_in, d_sae, seed=asked["seed"], **asked["variant_args"])
+    own = asked["variant_args"]
+    if data.hook_out:
+        own = {**own, "d_out": data.stream.d_out, "skip_connection": asked["params"]["skip_connection"]}
+    sae = build(asked["variant"], data.stream.d_in, d_sae, seed=asked["seed"], **own)
     sae.to(data.device)
     mean = getattr(data.stream, "mean", None)
     if mean is not None and sae.centres:
-        sae.b_dec.data.copy_(mean * data.stream.scale)
+        sae.centre.data.copy_(mean * data.stream.scale)
+        if data.hook_out:
+            sae.b_dec.data.copy_(data.stream.mean_out * data.stream.scale_out)
     return sae
 
 # %% ../nbs/10_experiment.ipynb #experiment-keep
@@ -642,10 +669,12 @@ def _keep(run, trainee, plan, data):
         print(trainee.failed)
         return run.mark("failed", trainee.failed)
     scale = data.stream.scale
-    folded = trainee.sae.fold(scale)
+    out = data.stream.scale_out if data.hook_out else scale
+    folded = trainee.sae.fold_both(scale, out)
     hashed = weight_hash(folded)
     run.mark("running", weights=hashed)
     about = dict(model=public(plan.params)["model"], hook=data.hook, scale=scale, weight_hash=hashed)
+    about.update(dict(hook_out=data.hook_out, scale_out=out) if data.hook_out else {})
     last = trainee.history[-1]
     about["train"] = {name: _rounded(last[name]) for name in _last_columns if math.isfinite(last[name])}
     about["history"] = read_text(run.folder / "history.csv")
@@ -747,6 +776,7 @@ def evaluation_context(
     return Context(
         model=data.lm,
         hook=data.hook if data.lm else None,
+        hook_out=data.hook_out,
         batches=data.held,
         toy=data.toy,
         store=store or Store(room and room.folder / "evals", room=room),

@@ -233,6 +233,17 @@ _least = dict.fromkeys(("d_sae", "k", "tokens", "batch", "ctx", "buffer", "eval_
 _least.update(dict.fromkeys(("l1", "lr", "decay", "sink", "checkpoint", "cache_gb"), 0), warmup_steps=-1)
 
 
+def _check_places(p):
+    "An error for a place to write that does not go with a place to read."
+    if p.skip_connection and not p.hook_out:
+        raise InputError("skip_connection = True belongs to transcoders; say where they write, as hook_out")
+    if p.hook_out and ("," in p.hook_out or "," in p.hook):
+        raise InputError(
+            f"hook = {p.hook!r} and hook_out = {p.hook_out!r}: a transcoder reads one place and writes one; "
+            "give one hook point each, and other runs for others"
+        )
+
+
 def _check_ranges(p):
     "An error for sizes below one and for what cannot be negative."
     for name, least in _least.items():
@@ -244,8 +255,10 @@ def _check_ranges(p):
         )
     if len(p.name.encode()) > 120:
         raise InputError(f"name = {p.name[:40]!r}... has {len(p.name)} letters; take at most 120")
-    if kind_of(p.model) and (p.hook or p.text or p.text_column):
-        name = next(name for name in ("hook", "text", "text_column") if getattr(p, name))
+    _check_places(p)
+    of_models = ("hook", "hook_out", "text", "text_column")
+    if kind_of(p.model) and any(getattr(p, name) for name in of_models):
+        name = next(name for name in of_models if getattr(p, name))
         raise InputError(
             f"{name} = {getattr(p, name)!r} means nothing on known directions; leave it out, or name a model"
         )
