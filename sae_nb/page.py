@@ -66,10 +66,16 @@ def _show_brought(plan, data):
     return _html(P("Evaluating ", *_brought_in_words(plan), " on ", *where, none))
 
 # %% ../nbs/11_page.ipynb #page-show-plan
+def _point_in_words(place):
+    "A hook point, and the one that transcoders write."
+    read = [Code(place.hook), f" (d_in {place.stream.d_in})"]
+    return read + ([" to ", Code(place.hook_out), f" (d_out {place.stream.d_out})"] if place.hook_out else [])
+
+
 def _where_in_words(plan, data):
     "The model, its hook points, and their data."
     places = [place for place, _ in data.split(plan.runs)]
-    points = [[", ", Code(place.hook), f" (d_in {place.stream.d_in})"] for place in places]
+    points = [[", ", *_point_in_words(place)] for place in places]
     told = {place.about: place.hook for place in places}
     read = [about if len(told) == 1 else f"at {hook}: {about}" for about, hook in told.items()]
     together = ", read in one pass" * (len(places) > 1)
