@@ -794,7 +794,15 @@ def _harvest(self: PlacesStream, index, tokens, docs, stop=None):
         both = torch.empty(*tokens.shape, self.d_in + self.d_out, **kind)
     both = both[: len(tokens)]
     x, y = both.split([self.d_in, self.d_out], -1)
-    harvest(self.lm, tokens, docs, [self.hook, self.hook_out], {self.hook: x, self.hook_out: y}, self.lm_batch, stop)
+    harvest(
+        self.lm,
+        tokens,
+        docs,
+        [self.hook, self.hook_out],
+        {self.hook: x, self.hook_out: y},
+        self.lm_batch,
+        stop,
+    )
     return both
 
 
