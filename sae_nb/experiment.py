@@ -421,9 +421,13 @@ def _made(trainers):
 
 
 def _greet(evaluators, runs):
-    "Are those there whom evaluators ask?"
+    "Are those there whom evaluators ask? And which nulls do not go with transcoders?"
     if all(run.finished for run in runs):
         return
+    if "core" in evaluators and runs[0].config["params"]["hook_out"]:
+        print(
+            "core: random and frozen are left out; beside transcoders stand the mean and the best linear map"
+        )
     for name, evaluator in evaluators.items():
         said = evaluator.greet()
         if said:
