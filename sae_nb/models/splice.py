@@ -74,6 +74,11 @@ def hook_of(
     hook: str = None,  # Hook point; None: the one that `sae.meta` names
 ) -> str:
     "The hook point of a splice, which must be as wide as the SAE."
+    if getattr(sae, "elsewhere", None) is not None:
+        raise InputError(
+            "a transcoder writes elsewhere than it reads, and a splice changes what is read; "
+            "the evaluator core puts one in its place (hook_out)"
+        )
     hook = hook or getattr(sae, "meta", {}).get("hook")
     if not hook:
         raise InputError(f"this SAE does not say where it reads; give hook, e.g. {lm.default_hook!r}")
