@@ -226,7 +226,8 @@ class Sparsify:
     def answers(self, sae, x):
         top, idx, _ = sae.encode(x)
         f = torch.zeros(len(x), sae.num_latents).scatter(1, idx, top)
-        return f, sae(x).sae_out if sae.cfg.transcode else sae.decode(top, idx)  # multi_topk keeps 4 k in `sae(x)`
+        whole = sae.cfg.transcode  # of an SAE it would keep 4 k latents where `multi_topk` is on
+        return f, sae(x).sae_out if whole else sae.decode(top, idx)
 
     def own(self):
         from sparsify import SparseCoder, SparseCoderConfig
