@@ -197,11 +197,17 @@ def _note(self: Splice, trunk, args, kw):
         self._counts &= ~first
 
 # %% ../../nbs/models/splice.ipynb #splice-swap
+def _limit_of(sae):
+    "The longest activation that counted where an SAE was trained, if its file says so."
+    counts = getattr(sae, "meta", {}).get("config", {}).get("counts") or {}
+    return counts.get("limit")
+
+
 @patch
 def _swap(self: Splice, x):
     "The value at the hook point, changed where it is to be changed."
     docs, counts = self._docs, self._counts
-    limit = self.lm.limits.get(self.hook)
+    limit = self.lm.limits.get(self.hook, _limit_of(self.sae))
     if limit is not None:
         counts = counts & short_enough(x, limit)
     chosen = docs > 0 if self.everywhere else counts
