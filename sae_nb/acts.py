@@ -63,6 +63,7 @@ def harvest(
     R, T = tokens.shape
     several = not isinstance(hook, str)
     outs = dict(out or {}) if several else {} if out is None else {hook: out}
+    asked = hook[0] if several and len(hook) == 1 else hook
     read = partial(lm.read, wait=stop is not None) if hasattr(lm, "read") else lm.acts
     batch = batch or max(1, (2048 if str(lm.device) == "cpu" else 16384) // T)
     lengths = cut_lengths(docs)
@@ -70,8 +71,8 @@ def harvest(
         if stop is not None and stop.is_set():
             raise Halted
         n = min(T, lengths[rows[0]].item())
-        found = read(tokens[rows, :n], list(hook) if several else [hook], docs=docs[rows, :n])
-        for name, x in found.items():
+        found = read(tokens[rows, :n], asked, docs=docs[rows, :n])
+        for name, x in (found if isinstance(asked, list) else {asked: found}).items():
             if name not in outs:
                 outs[name] = x.new_empty(R, T, x.shape[-1])
             _place(outs[name], rows, x)
