@@ -718,7 +718,7 @@ def train_runs(
         _tell_again(data.stream)
     return trainees
 
-
+# %% ../nbs/10_experiment.ipynb #experiment-train-runs-close
 def _trainee(run, plan, data):
     return Trainee(fresh_sae(run, data), plan.training, fresh_trainers(plan, run), run.name, run.folder)
 

@@ -140,7 +140,7 @@ def check_widths(
                 f"width {width}; give the model and hook that it was trained on (-p model, -p hook)"
             )
 
-
+# %% ../../nbs/command/brought.ipynb #brought-remarks
 def remarks(
     b: Brought,  # An SAE
     p: Params,  # Parameters

@@ -191,7 +191,7 @@ def check_order(
             "comes later; exchange them, or choose others"
         )
 
-
+# %% ../../nbs/evals/suite.ipynb #suite-one-place
 def _check_place(evaluator, sae, ctx, name):
     "A transcoder needs a place to write, and an evaluator that knows of such places."
     who = name or sae.variant
