@@ -191,7 +191,7 @@ def try_small(
 
 # %% ../nbs/10_experiment.ipynb #experiment-probe-data
 def _add_probe_data(p, wanted, asked):
-    "Options of evaluators, with the file of labelled text among them if there is one."
+    "Options of evaluators, with the files of labelled text among them if there are any."
     if not p.probe_data:
         if p.label_column:
             raise InputError("label_column names a column of probe_data, which is empty; add -p probe_data")
@@ -201,8 +201,12 @@ def _add_probe_data(p, wanted, asked):
             "probe_data is read by sparse_probing, which is not among the evals; "
             "add -p evals core,sparse_probing"
         )
-    read_labelled(p.probe_data, p.text_column, p.label_column)
-    return {**asked, "sparse_probing.dataset_names": [p.probe_data]}
+    files = places_in(p.probe_data)
+    if not files:
+        raise InputError(f"probe_data = {p.probe_data!r} names no file; give one or several, comma-separated")
+    for path in files:
+        read_labelled(path, p.text_column, p.label_column)
+    return {**asked, "sparse_probing.dataset_names": files}
 
 # %% ../nbs/10_experiment.ipynb #experiment-evaluators
 def chosen_evaluators(

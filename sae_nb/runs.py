@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['notes', 'in_time', 'usual', 'on_synth', 'usual_evals', 'Params', 'renamed', 'read_comment', 'kind_of', 'synth_size',
-           'noted', 'params_from', 'hooks_of', 'fast', 'public', 'differences', 'run_name', 'brought_names', 'Run',
-           'read_metrics', 'read_config', 'run_status', 'guarding', 'provenance', 'gather', 'same_weights', 'launch']
+           'noted', 'params_from', 'hooks_of', 'fast', 'places_in', 'public', 'differences', 'run_name',
+           'brought_names', 'Run', 'read_metrics', 'read_config', 'run_status', 'guarding', 'provenance', 'gather',
+           'same_weights', 'launch']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import glob
@@ -181,7 +182,7 @@ def _typed(parameter, value):
     if type(parameter.default) is int and typed == int(typed):
         return int(typed)  # `k` is a number of any kind, and 32 stays 32
     if "path" in parameter.metadata["notes"] and str(typed).startswith("~"):
-        return ",".join(map(os.path.expanduser, typed.split(",")))
+        return ",".join(os.path.expanduser(word.strip()) for word in typed.split(","))
     return typed
 
 
@@ -300,14 +301,23 @@ def fast(
     return quick
 
 # %% ../nbs/09_runs.ipynb #runs-public
+def places_in(
+    value: str,  # Of a parameter that names files or folders
+) -> list:  # Of str
+    "The places that are named, comma-separated; a comma may belong to the name of one that is there."
+    if value and is_there(value):
+        return [value]
+    return [word.strip() for word in value.split(",") if word.strip()]
+
+
 def public(
     p: Params,  # Parameters
 ) -> dict:  # The same, fit to be kept
     "Parameters with local paths reduced to names."
     kept = asdict(p)
     for name in noted("path"):
-        words = [kept[name]] if is_there(kept[name]) else kept[name].split(",")
-        kept[name] = ",".join(Path(word).name if word and is_there(word) else word for word in words)
+        words = places_in(kept[name])
+        kept[name] = ",".join(Path(word).name if is_there(word) else word for word in words)
     return kept
 
 # %% ../nbs/09_runs.ipynb #runs-told
@@ -388,7 +398,7 @@ def brought_names(
     p: Params,  # Parameters, as they were asked for
 ) -> dict:  # Place of an SAE -> name of its run
     "What the runs of SAEs are called that are brought along."
-    sources = list(dict.fromkeys(source.strip() for source in p.sae.split(",") if source.strip()))
+    sources = list(dict.fromkeys(places_in(p.sae)))
     if not sources:
         raise InputError(f"sae = {p.sae!r} names none; give folders, or hf:owner/repo/folder")
     fast = ["fast"] if os.environ.get("SAE_NB_FAST") else []
@@ -770,7 +780,7 @@ def _page_folder(p):
 def _absolute(p, given):
     "Parameters as they are given, but with paths that hold from every folder."
     there = {name: getattr(p, name) for name in given if name in noted("path")}
-    whole = {name: [o] if is_there(o) else o.split(",") for name, o in there.items() if o}
+    whole = {name: places_in(o) for name, o in there.items() if o}
 
     def placed(name, o):
         return str(Path(o).absolute()) if is_there(o) or name == "cache" else o  # a cache is made
