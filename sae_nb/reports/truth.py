@@ -4,20 +4,15 @@
 
 # %% auto #0
 __all__ = ['its_base', 'wanted', 'titles', 'by_choice', 'beside', 'digits', 'slack', 'ideas', 'most', 'published', 'compared',
-           'its_l0', 'way_of', 'by_way', 'groups', 'kind_of_world', 'Pass', 'plan', 'count_saes', 'seeds_of',
-           'methods_in', 'page_state', 'work_folder', 'run_notebook', 'run_plan', 'setting_of', 'method_of',
-           'column_of', 'points_of', 'missing_seeds', 'same_methods', 'read_points', 'over_seeds', 'near', 'middle_of',
-           'beside_rows', 'truth_table', 'at_l0', 'seeds_at', 'one_setting', 'differences', 'better_than', 'ranked',
-           'against', 'panels_of', 'curves', 'draw_better', 'ours_for', 'same_share', 'beside_published', 'order_alike',
+           'its_l0', 'groups', 'kind_of_world', 'plan', 'setting_of', 'method_of', 'column_of', 'points_of',
+           'missing_seeds', 'same_methods', 'read_points', 'over_seeds', 'near', 'middle_of', 'beside_rows',
+           'truth_table', 'at_l0', 'seeds_at', 'one_setting', 'differences', 'better_than', 'ranked', 'against',
+           'panels_of', 'curves', 'draw_better', 'ours_for', 'same_share', 'beside_published', 'order_alike',
            'published_table', 'write_truth']
 
 # %% ../../nbs/reports/truth.ipynb #truth-imports
-import functools
-import json
-import shlex
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,34 +23,10 @@ from ..core import *
 from ..experiment import listed, parse_options
 from ..metrics import mean_interval
 from .figures import RunFiles, read_runs, write_table
-from ..runs import Params, kind_of, params_from, synth_size
-from ..sae import build, options, presets, sparsity_options
+from .passes import *
+from ..runs import Params, kind_of, synth_size
+from ..sae import options, presets
 from ..style import *
-
-# %% ../../nbs/reports/truth.ipynb #truth-kinds
-@functools.cache
-def way_of(
-    variant: str,  # Registered name
-) -> str:  # "along", "whole" or "fraction"
-    "How L0 can be asked of a variant, and whether it needs sequences."
-    if build(variant, 8, 64, **sparsity_options(variant, 4)).sequential:
-        return "along"
-    try:
-        build(variant, 8, 64, **sparsity_options(variant, 4.5))
-    except InputError:  # it takes 4 and not 4.5
-        return "whole"
-    return "fraction"
-
-
-def by_way() -> dict:  # "along", "whole", "fraction" -> variants
-    "Every registered variant, on BatchTopK where its own base would count in whole numbers."
-    found = dict(along=[], whole=[], fraction=[])
-    for variant in names("variants"):
-        way = way_of(variant)
-        if way == "whole" and "base" in options(variant):
-            way, variant = "fraction", f"{variant}/batchtopk"
-        found[way].append(variant)
-    return found
 
 # %% ../../nbs/reports/truth.ipynb #truth-groups
 its_base = ("token_weights",)  # by default the same as what they stand on
@@ -99,18 +70,6 @@ def kind_of_world(
     size, _, word = synth_size(model)
     return "-".join(filter(None, [f"synth:{size}", word]))
 
-
-class Pass(NamedTuple):
-    "SAEs that are trained side by side."
-
-    name: str  # Of its page
-    group: str  # One of `groups`
-    given: dict  # Parameters of run.ipynb
-
-    def __str__(self):
-        words = [f"-p {name} {shlex.quote(str(value))}" for name, value in self.given.items()]
-        return f"papermill nbs/run.ipynb runs/{self.name}.ipynb {' '.join(words)}"
-
 # %% ../../nbs/reports/truth.ipynb #truth-plan-def
 def plan(
     model: str = "synth:1k",  # A world
@@ -131,102 +90,6 @@ def plan(
             page = f"truth-{model.replace(':', '.')}-{name}-{k:g}{stream}"
             passes[page] = Pass(page, name, given | all_groups[name] | more)
     return list(passes.values())
-
-# %% ../../nbs/reports/truth.ipynb #truth-plan-count
-def count_saes(
-    passes: list,  # of Pass
-) -> int:
-    "How many SAEs are trained."
-    return sum(len(seeds_of(one)) * len(methods_in(one)) for one in passes)
-
-
-def seeds_of(one):
-    "The seeds of a pass."
-    return listed(one.given["seed"])
-
-
-def methods_in(
-    one: Pass,
-) -> list:  # (variant, preset)
-    "What a pass trains of each seed."
-    given, found = one.given, []
-    for variant in given["variant"].split(","):
-        asked = given.get("preset", "").split(",")
-        found += [(variant, preset) for preset in asked if not preset or preset in presets[variant]]
-    return found
-
-# %% ../../nbs/reports/truth.ipynb #truth-drive-page
-def page_state(
-    page,  # Executed notebook
-    given: dict,  # Parameters it should have been given
-) -> str:  # "done", "other parameters", "failed", "unfinished" or "missing"
-    "What a page says of its pass."
-    if not is_there(page):
-        return "missing"
-    about = read_json(page).get("metadata", {}).get("papermill", {})
-    if about.get("parameters") != json.loads(json.dumps(given)):
-        return "other parameters"
-    if about.get("exception"):
-        return "failed"
-    return "done" if about.get("end_time") else "unfinished"
-
-# %% ../../nbs/reports/truth.ipynb #truth-drive-folder
-def work_folder(
-    folder=None,  # Holds runs/; None: this project
-) -> Path:  # Made if it is not there
-    "Where passes work, or an error if their runs would go elsewhere."
-    if folder is None:
-        return root()
-    here = Path(folder).expanduser().absolute()
-    ours = [up for up in here.parents if b"lib_name = sae_nb" in _settings(up)]
-    if ours:
-        raise InputError(
-            f"folder = {str(folder)!r} lies within the project {ours[0].name}/, and runs would go there; "
-            "name a folder outside, or none"
-        )
-    (here / "runs").mkdir(parents=True, exist_ok=True)
-    return here
-
-
-def _settings(folder):
-    "What lies in settings.ini; nothing if there is none."
-    path = folder / "settings.ini"
-    return path.read_bytes() if is_there(path) else b""
-
-
-def run_notebook() -> str:
-    "Where run.ipynb lies."
-    path = root() / "nbs" / "run.ipynb"
-    if not is_there(path):
-        raise InputError(
-            f"{Path.cwd()} is not in a clone of sae-nb, where nbs/run.ipynb lies; go there first"
-        )
-    return str(path)
-
-# %% ../../nbs/reports/truth.ipynb #truth-drive
-def run_plan(
-    passes: list,  # From `plan`
-    folder=None,  # Where runs/ is; None: this project
-):  # pandas.DataFrame: page, state
-    "Execute every pass that is not done."
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
-    for one in passes:
-        params_from(one.given)  # an error now rather than after hours
-    here, notebook, ended = work_folder(folder), run_notebook(), {}
-    for one in passes:
-        page = here / "runs" / f"{one.name}.ipynb"
-        if page_state(page, one.given) != "done":
-            try:
-                papermill.execute_notebook(
-                    notebook, str(page), parameters=one.given, cwd=str(here), progress_bar=False
-                )
-            except PapermillExecutionError as error:
-                ended[one.name] = f"failed: {str(error.evalue).splitlines()[0]}"
-                continue
-        ended[one.name] = "done"
-    return pd.DataFrame(dict(state=ended)).rename_axis("page")
 
 # %% ../../nbs/reports/truth.ipynb #truth-setting
 _budget = ("d_sae", "tokens", "batch", "lr", "warmup_steps", "decay")
