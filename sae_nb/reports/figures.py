@@ -300,6 +300,11 @@ def _with_nulls(fig, axes, runs, columns):
     legend_below(fig)
 
 
+def _title(column, columns):
+    "What a metric is called: as the columns say, if they are a dict."
+    return columns[column] if isinstance(columns, dict) else metrics.get(column, column)
+
+
 @housed
 def metric_bars(
     runs: list,  # of RunFiles
@@ -323,7 +328,11 @@ def ablation_figures(
 @housed
 def combined(
     runs: list,  # of RunFiles
-    columns=("core/explained_variance", "core/l0", "core/kl_div_score"),  # A panel each
+    columns=(
+        "core/explained_variance",
+        "core/l0",
+        "core/kl_div_score",
+    ),  # A panel each; or a dict with titles
 ):  # A figure
     "Several metrics across the rows of an ablation, as points with their interval."
     look = run_looks(runs)
@@ -332,7 +341,7 @@ def combined(
         numbers, failures = _numbers(runs, column)
         draw_points(ax, numbers, look)
         draw_failures(ax, failures if ax is axes[0] else {}, list(numbers))
-        ax.set_title(metrics.get(column, column))
+        ax.set_title(_title(column, columns))
     for ax in axes[1:]:
         bare_rows(ax, len(numbers))
     _with_nulls(fig, axes, runs, columns)
@@ -361,21 +370,19 @@ table_metrics = ("core/mse", "core/l0", "core/kl_div_score", "core/l2_ratio", "c
 
 def ablation_numbers(
     runs: list,  # of RunFiles
-    columns=table_metrics,  # Of metrics.json
+    columns=table_metrics,  # Of metrics.json; or a dict with their titles
 ):  # pandas.DataFrame: row, metric, mean, low, high, seeds, state
     "Every number of the ablation table, one per line, nulls last."
     texts, found = short_names(rows_of(runs)), []
     for column in columns:
-        numbers, failures = _numbers(runs, column)
+        (numbers, failures), title = _numbers(runs, column), _title(column, columns)
         for row, values in numbers.items():
             mean, low, high = mean_interval(values)
             state = failures.get(row, "finished")
-            found.append(
-                dict(row=texts[row], metric=metrics.get(column, column), mean=mean, low=low, high=high)
-            )
+            found.append(dict(row=texts[row], metric=title, mean=mean, low=low, high=high))
             found[-1] |= dict(seeds=len(values), state=state)
         for null, level in null_levels(runs, column).items():
-            found.append(dict(row=null, metric=metrics.get(column, column), mean=level, state="null"))
+            found.append(dict(row=null, metric=title, mean=level, state="null"))
     return pd.DataFrame(found)
 
 # %% ../../nbs/reports/figures.ipynb #figures-table-text
@@ -389,11 +396,11 @@ def _cell(line):
 
 def ablation_table(
     runs: list,  # of RunFiles
-    columns=table_metrics,  # Of metrics.json
+    columns=table_metrics,  # Of metrics.json; or a dict with their titles
 ):  # pandas.DataFrame of text
     "Rows of an ablation, a column per metric; a row without numbers says why."
     numbers = ablation_numbers(runs, columns)
-    titles = [metrics.get(column, column) for column in columns]
+    titles = [_title(column, columns) for column in columns]
     rows = list(dict.fromkeys(numbers.row))
     table = pd.DataFrame("", index=pd.Index(rows, name="row"), columns=titles)
     for _, line in numbers.iterrows():
