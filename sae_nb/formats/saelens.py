@@ -6,6 +6,7 @@
 __all__ = ['SAELens']
 
 # %% ../../nbs/formats/saelens.ipynb #saelens-imports
+import re
 from dataclasses import replace
 
 import torch
@@ -45,13 +46,25 @@ def _six(file, cfg):
     return {**six, "metadata": flat}
 
 # %% ../../nbs/formats/saelens.ipynb #saelens-about
+_places = {"attn.hook_z": "hook_z", "mlp.hook_in": "hook_mlp_in", "hook_mlp_in": "hook_resid_mid"}
+_places_there = {here: there for there, here in _places.items()}
+
+
+def _place(hook, words):
+    "A hook point by other words, e.g. blocks.3.hook_z for blocks.3.attn.hook_z."
+    block = re.fullmatch(r"(blocks\.\d+\.)(.+)", str(hook))
+    return block[1] + words.get(block[2], block[2]) if block else hook
+
+
 _same_words = ("hook_head_index", "prepend_bos", "context_size", "dataset_path")
 
 
 def _about(cfg):
     "Model, hook and what else is known, in this repository's words."
     said = {name: said_in(cfg, f"metadata.{name}") for name in _same_words}
-    said |= dict(model=said_in(cfg, "metadata.model_name"), hook=said_in(cfg, "metadata.hook_name"))
+    said |= dict(
+        model=said_in(cfg, "metadata.model_name"), hook=_place(said_in(cfg, "metadata.hook_name"), _places)
+    )
     centred = said_in(cfg, "metadata.model_from_pretrained_kwargs.center_writing_weights")
     said["centred"] = True if centred is True else None
     return dict(format="saelens") | {name: value for name, value in said.items() if value is not None}
@@ -61,7 +74,8 @@ def _check_cfg(where, cfg):
     "The architecture, or one line about what is not read."
     kind = one_said(where, cfg, "architecture", tuple(_kinds))
     one_said(where, cfg, "normalize_activations", _none, "none")
-    one_said(where, cfg, "reshape_activations", _none, "none")
+    heads = ("hook_z",) if str(said_in(cfg, "metadata.hook_name")).endswith("hook_z") else ()
+    one_said(where, cfg, "reshape_activations", (*_none, *heads), "none")
     one_said(where, cfg, "finetuning_scaling_factor", (False, None), False)
     return kind
 
@@ -110,9 +124,11 @@ def write(self: SAELens, plain, folder):
     tensors = {name: getattr(plain, "b_enc" if name == "b_gate" else name) for name in _kinds[kind]}
     d_in, d_sae = plain.W_enc.shape
     known = {name: plain.meta.get(name) for name in _same_words}
-    known |= dict(model_name=plain.meta.get("model"), hook_name=plain.meta.get("hook"))
+    hook = _place(plain.meta.get("hook"), _places_there)
+    known |= dict(model_name=plain.meta.get("model"), hook_name=hook)
     cfg = dict(architecture=kind, d_in=d_in, d_sae=d_sae, dtype="float32", device="cpu")
-    cfg |= dict(apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none")
+    cfg |= dict(apply_b_dec_to_input=True, normalize_activations="none")
+    cfg["reshape_activations"] = "hook_z" if str(hook).endswith("hook_z") else "none"
     if kind == "topk":
         cfg |= dict(k=plain.k, rescale_acts_by_decoder_norm=False)
     cfg["metadata"] = dict(sae_lens_version=_checked_with, sae_lens_training_version=None, **known)
