@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['found', 'dtypes', 'InputError', 'Damaged', 'one_of', 'ints', 'register', 'names', 'find', 'root', 'output_folder',
-           'short', 'files_like', 'remove_leftovers', 'figure_text', 'write_text', 'write_json', 'is_there',
-           'read_text', 'read_json', 'seal', 'read_if_whole', 'checksum', 'write_tensors', 'read_meta', 'read_tensors',
-           'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch', 'counted']
+           'short', 'files_like', 'remove_leftovers', 'make_folder', 'figure_text', 'write_text', 'write_json',
+           'is_there', 'read_text', 'read_json', 'seal', 'read_if_whole', 'checksum', 'write_tensors', 'read_meta',
+           'read_tensors', 'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch', 'counted']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import hashlib
@@ -139,8 +139,7 @@ def output_folder(
 ) -> Path:  # Made if it is not there
     "Where figures and tables are written: the folder of the project, or in tests one that is not tracked."
     folder = root() / "_proc" / name if os.environ.get("IN_TEST") else root() / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return make_folder(folder)
 
 # %% ../nbs/00_core.ipynb #core-short
 def short(
@@ -210,6 +209,18 @@ def remove_leftovers(
     for path in left:
         path.unlink(missing_ok=True)
     return len(left)
+
+# %% ../nbs/00_core.ipynb #core-folder
+def make_folder(
+    path,  # A folder, there or not
+    mend: str = "choose another place",  # What to do if it cannot be, for the message
+) -> Path:  # The folder
+    "Make a folder and those above it, or say in one line why it cannot be."
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot make the folder {path}: {_reason(error)}; {mend}") from None
+    return Path(path)
 
 # %% ../nbs/00_core.ipynb #core-figure-text
 def figure_text(

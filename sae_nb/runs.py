@@ -802,7 +802,7 @@ def launch(
             f"{Path.cwd()} is not in a clone of sae-nb, where nbs/run.ipynb lies; go there first"
         )
     out = Path(out or root() / "runs" / _page_folder(p) / "run.ipynb").expanduser().absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent, "say another out")
     papermill.execute_notebook(
         str(notebook),
         str(out),

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from filelock import FileLock
 
-from ..core import InputError, is_there, one_of, register
+from ..core import InputError, is_there, make_folder, one_of, register
 from ..lm import layouts
 
 # %% ../../nbs/models/gguf.ipynb #gguf-cache
@@ -61,11 +61,13 @@ def _opened(path):
         raise InputError(f"{path} is damaged or not whole ({error}); fetch it again") from None
 
 # %% ../../nbs/models/gguf.ipynb #gguf-room
+_elsewhere = "name another folder in SAE_NB_CACHE"
+
+
 def _check_room(path, reader):
     "An error if the disk has no room for the weights in float32."
     needed = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
-    where = cache_folder()
-    where.mkdir(parents=True, exist_ok=True)
+    where = make_folder(cache_folder(), _elsewhere)
     free = shutil.disk_usage(where).free
     if needed > free:
         raise InputError(
@@ -138,7 +140,7 @@ def gguf_folder(
         raise InputError(f"{path} does not exist; give a GGUF file that is there")
     folder = _kept_at(path)
     if not is_there(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent, _elsewhere)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not is_there(folder):
                 _unpack(path, folder)

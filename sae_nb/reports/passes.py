@@ -112,7 +112,7 @@ def work_folder(
             f"folder = {str(folder)!r} lies within the project {ours[0].name}/, and runs would go there; "
             "name a folder outside, or none"
         )
-    (here / "runs").mkdir(parents=True, exist_ok=True)
+    make_folder(here / "runs")
     return here
 
 
