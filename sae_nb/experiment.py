@@ -577,7 +577,8 @@ def _lm_data(plan):
     "A language model and text, at every hook point."
     p = plan.params
     lm, hooks, width = _open_lm(p)
-    check_widths(plan.brought, {asked: lm.width(hook) for asked, hook in hooks.items()}, lm.name)
+    out = (p.hook_out, lm.width(p.hook_out)) if p.hook_out else None
+    check_widths(plan.brought, {asked: lm.width(hook) for asked, hook in hooks.items()}, lm.name, out)
     check_size(p, 0 if plan.brought else len(plan.runs), width, lm.device)
     source = _open_text(p, lm, plan.seed)
     more = dict(cache=p.cache or None, cache_gb=p.cache_gb, medians=p.sink, seed=plan.seed)
@@ -630,7 +631,7 @@ def open_data(
                 run.config.update(content=dict(own.content, sae=brought.files), scale=brought.scale)
             if own.hook_out:
                 out = dict(hook_out=own.hook_out, d_out=own.stream.d_out, scale_out=own.stream.scale_out)
-                run.config.update(out)
+                run.config.update(out | (dict(scale_out=brought.scale_out) if brought else {}))
             run.check_content()
             run.start(plan.params.resume)
             if brought:
@@ -640,7 +641,8 @@ def open_data(
 
 def _bring(plan, data, run, brought):
     "An SAE that is there into its folder, and what differs from its training."
-    bring_in(run, brought, model=public(plan.params)["model"], hook=data.hook)
+    found = dict(model=public(plan.params)["model"], hook=data.hook)
+    bring_in(run, brought, **found | (dict(hook_out=data.hook_out) if data.hook_out else {}))
     for line in remarks(brought, plan.params, getattr(data.lm, "bos", None)):
         print(line)
 

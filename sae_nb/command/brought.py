@@ -37,6 +37,10 @@ class Brought:
         return self.sae.meta.get("scale", 1.0)
 
     @property
+    def scale_out(self):  # The same where a transcoder writes
+        return self.sae.meta.get("scale_out", 1.0)
+
+    @property
     def config(self):  # Of the run that trained it, if that was one of ours
         return self.sae.meta.get("config", {})
 
@@ -101,15 +105,39 @@ def _agreed(saes):
     return hub_name(next(iter(said), ""))
 
 
+def _written(p, saes):
+    "Where transcoders write, as asked, else as their files say; empty for SAEs."
+    kinds = {b.sae.elsewhere is not None: b.place for b in saes}
+    if len(kinds) > 1:
+        raise InputError(
+            f"sae = {kinds[True]!r} is a transcoder and {kinds[False]!r} is none; "
+            "evaluate them in two commands"
+        )
+    if False in kinds:
+        if p.hook_out:
+            raise InputError(
+                f"hook_out = {p.hook_out!r} beside sae = {kinds[False]!r}, which is no transcoder; "
+                "leave it out"
+            )
+        return ""
+    said = {b.says("hook_out") for b in saes} - {None}
+    if len(said) > 1 and not p.hook_out:
+        raise InputError(
+            f"the transcoders write at {' and '.join(sorted(said))}; evaluate them in as many commands"
+        )
+    return p.hook_out or next(iter(said), "")
+
+
 def found_at(
     p: Params,  # Parameters, as they were asked for
     saes: list,  # of Brought; each is told its hook
-) -> dict:  # model, hook
+) -> dict:  # model, hook, and hook_out of transcoders
     "Where SAEs are evaluated: as asked, else as their files say."
     if len(hooks_of(p)) > 1:
         raise InputError(
             f"hook = {p.hook!r} beside sae: an SAE is evaluated at one; give one, or leave it to the files"
         )
+    written = _written(p, saes)
     own = p.model if p.model != Params.model else ""
     model = own or _agreed(saes) or (p.model if p.hook else "")
     if kind_of(model):
@@ -117,27 +145,35 @@ def found_at(
     said = {b.says("hook") for b in saes} - {None}
     for b in saes:
         b.hook = p.hook or b.says("hook") or (next(iter(said)) if len(said) == 1 else "")
-        missing = [f"-p {name}" for name, value in dict(model=model, hook=b.hook).items() if not value]
+        needed = dict(model=model, hook=b.hook) | (dict(hook_out=written) if b.sae.elsewhere else {})
+        missing = [f"-p {name}" for name, value in needed.items() if not value]
         if missing:
             raise InputError(
                 f"sae = {b.place!r} does not say where it was trained; "
                 f"give {' and '.join(missing)}, such as -p model gpt2 -p hook blocks.8.hook_resid_post"
             )
-    return dict(model=model, hook=",".join(dict.fromkeys(b.hook for b in saes)))
+    found = dict(model=model, hook=",".join(dict.fromkeys(b.hook for b in saes)))
+    return found | (dict(hook_out=written) if written else {})
 
 # %% ../../nbs/command/brought.ipynb #brought-fits
 def check_widths(
     saes: dict,  # name of a run -> Brought
     widths: dict,  # hook -> width of the activations there
     model: str,  # For the message
+    out: tuple = None,  # (hook, width) where transcoders write
 ):
-    "An error if an SAE reads activations of another width."
+    "An error if an SAE reads activations of another width, or a transcoder writes another one."
     for b in saes.values():
         width, where = widths[b.hook], f"{b.hook} of {model}" if b.hook else model
         if b.sae.d_in != width:
             raise InputError(
                 f"sae = {b.place!r} reads activations of width {b.sae.d_in}, and those at {where} have "
                 f"width {width}; give the model and hook that it was trained on (-p model, -p hook)"
+            )
+        if out and b.sae.d_out != out[1]:
+            raise InputError(
+                f"sae = {b.place!r} writes activations of width {b.sae.d_out}, and those at {out[0]} of "
+                f"{model} have width {out[1]}; give the place that it was trained for (-p hook_out)"
             )
 
 # %% ../../nbs/command/brought.ipynb #brought-remarks
@@ -188,7 +224,9 @@ def _asked_of(b, p):
     known = b.config.get("params", {})
     of_training = {name: known.get(name) for name in noted("training")}
     of_training.update(variant=b.sae.variant, d_sae=b.sae.d_sae, k=b.sae.args.get("k", of_training["k"]))
-    return {**public(p), **of_training, "sae": _source(b)["place"], "hook": b.hook}
+    skip = (b.sae.elsewhere or {}).get("skip_connection", False)
+    here = dict(sae=_source(b)["place"], hook=b.hook, skip_connection=skip)
+    return {**public(p), **of_training, **here}
 
 # %% ../../nbs/command/brought.ipynb #brought-runs
 def _check_same(folder, source):
@@ -228,7 +266,7 @@ def _lies_there(run, hashed):
 def bring_in(
     run: Run,  # That has begun
     b: Brought,  # Its SAE
-    **found,  # model, hook
+    **found,  # model, hook, and hook_out of a transcoder
 ):
     "Write the weights of an SAE that was brought along, unless they are there and whole."
     hashed = weight_hash(b.sae)
@@ -239,4 +277,5 @@ def bring_in(
     if "history" in own:
         write_text(run.folder / "history.csv", own["history"])
     about = dict(config=run.config, weight_hash=hashed, scale=b.scale)
+    about.update(dict(scale_out=b.scale_out) if b.sae.elsewhere else {})
     save(b.sae, run.folder, **about, **{"train": {}, **own}, **found)
