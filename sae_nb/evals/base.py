@@ -27,6 +27,7 @@ from torch import Tensor
 from ..core import *
 from .codes import latents_of, null_saes
 from .store import Store, code_digest, digest, live_code, rows_to_block, source_of
+from ..models.onward import Passes
 from ..sae import build, check_option, declared
 from sae_nb.style import (
     bare_rows,
@@ -274,12 +275,14 @@ class Context:
     parts: Store = None  # What depends on the SAE under evaluation; None: in memory
     name: str = ""  # What to call it
     hook_out: str = None  # Where a transcoder writes; None: SAEs write where they read
+    passes: object = None  # `Passes` of the model over the batches, shared by all SAEs; None: new ones
 
     def __post_init__(self):
         if self.hook is None and self.model is not None:
             self.hook = self.model.default_hook
         self.store = self.store or Store()
         self.parts = self.parts or Store()
+        self.passes = self.passes or Passes()
 
 # %% ../../nbs/evals/base.ipynb #base-read
 @patch

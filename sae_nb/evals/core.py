@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['no_lm', 'no_harm', 'kept_by_kl', 'kept_by_ce', 'of_encoder', 'per_latent', 'flags', 'CoreConfig', 'Core', 'Item',
            'read', 'row_losses', 'Row', 'by_row', 'sequence_sums', 'through', 'skip_only', 'constant', 'identity',
-           'linear_map', 'Walk', 'preserved', 'how_often', 'geometry', 'latents', 'table', 'misc', 'categories',
-           'null_row', 'seen', 'further']
+           'linear_map', 'gone_on', 'Walk', 'preserved', 'how_often', 'geometry', 'latents', 'table', 'misc',
+           'categories', 'null_row', 'seen', 'further']
 
 # %% ../../nbs/evals/core.ipynb #core-eval-imports
 import math
@@ -33,9 +33,11 @@ from sae_nb.evals.base import (
 )
 from .codes import random_sae
 from .running import Running, ratio_se
+from .store import digest
 from ..lm import next_in_doc
 from ..look import density_counts, draw_usage
 from ..metrics import loss_recovered, nearest_cos, unit
+from ..models.onward import Onward
 from ..sae import SAE
 from ..style import bare_rows, draw_nulls, draw_row, height_for, housed, legend_below, name_rows, say
 
@@ -102,6 +104,7 @@ class Item:
     tokens: Tensor = None  # [B, T], None on toy data
     docs: Tensor = None  # [B, T]
     y: Tensor = None  # What a transcoder should write, [..., d_out]
+    there: Onward = None  # The model's pass over the batch, to go on from; None: a model made by hand
 
     @property
     def target(self):
@@ -118,6 +121,7 @@ def read(
     batch,  # (tokens, docs, mask), or a Batch of activations without a language model
     sae,  # Decides dtype and device
     ctx: Context,  # Model and hook
+    whole: bool = False,  # The model will go on from here
 ) -> Item:
     "Activations of a batch."
     to = dict(device=sae.W_dec.device, dtype=sae.W_dec.dtype)
@@ -132,12 +136,20 @@ def read(
         mask = torch.ones(x.shape[:-1], dtype=torch.int64) if batch.mask is None else batch.mask
         return Item(x, mask.to(x.device), y=y)
     tokens, docs, mask = batch
-    if ctx.hook_out is None:
-        x, y = ctx.model.acts(tokens, ctx.hook, docs=docs).to(**to), None
-    else:
-        both = ctx.model.acts(tokens, [ctx.hook, ctx.hook_out], docs=docs)
-        x, y = both[ctx.hook].to(**to), both[ctx.hook_out].to(**to)
-    return Item(x, mask.to(to["device"]), tokens, docs, y)
+    values, there = _values(ctx, tokens, docs, whole)
+    y = values[ctx.hook_out].to(**to) if ctx.hook_out else None
+    return Item(values[ctx.hook].to(**to), mask.to(to["device"]), tokens, docs, y, there)
+
+
+def _values(ctx, tokens, docs, whole):
+    "Activations by hook point, and the pass they come from if others are to go on from it."
+    if whole and hasattr(ctx.model, "onward"):
+        also = [ctx.hook] if ctx.hook_out else []
+        there = ctx.passes.onward(ctx.model, tokens, ctx.hook_out or ctx.hook, docs, also)
+        return there.values, there
+    if ctx.hook_out:
+        return ctx.model.acts(tokens, [ctx.hook, ctx.hook_out], docs=docs), None
+    return {ctx.hook: ctx.model.acts(tokens, ctx.hook, docs=docs)}, None
 
 # %% ../../nbs/evals/core.ipynb #core-eval-row-losses
 def _kl(
@@ -358,6 +370,21 @@ def edit(
     return where_counted if self.config.exclude_special_tokens_from_reconstruction else everywhere
 
 # %% ../../nbs/evals/core.ipynb #core-eval-splice
+def gone_on(
+    item: Item,  # A batch
+    ctx: Context,  # Model and hook
+) -> tuple:  # Untouched logits [B, T, vocab], and a function from an edit to such logits
+    "How the model goes on from the hook point."
+    if item.there is not None:
+        return item.there.untouched(), item.there.edited
+    hook = ctx.hook_out or ctx.hook
+
+    def edited(change):
+        return ctx.model.logits(item.tokens, hook, change, docs=item.docs)
+
+    return ctx.model.logits(item.tokens, docs=item.docs), edited
+
+
 @patch
 def splice(
     self: Core,
@@ -369,19 +396,24 @@ def splice(
     "Run the model as it is, with zeros, and with each reconstruction."
     keep = item.mask > 0
     keep_ce = keep[:, :-1].cpu() & next_in_doc(item.docs).cpu()
-    base = ctx.model.logits(item.tokens, docs=item.docs)
+    base, edited = gone_on(item, ctx)
+    known = {} if item.there is None else item.there.known
+    same = digest(keep, keep_ce, self.config.exclude_special_tokens_from_reconstruction)
 
-    def losses(change):
-        logits = ctx.model.logits(item.tokens, ctx.hook_out or ctx.hook, change, docs=item.docs)
-        return row_losses(logits, item.tokens, keep_ce, keep, base)
+    def losses(what, change):
+        if (same, what) not in known:
+            known[same, what] = row_losses(edited(change), item.tokens, keep_ce, keep, base)
+        return known[same, what]
 
-    ce, _ = row_losses(base, item.tokens, keep_ce, keep)
-    ce_zero, kl_zero = losses(torch.zeros_like)
+    if (same, "untouched") not in known:
+        known[same, "untouched"] = row_losses(base, item.tokens, keep_ce, keep)
+    ce, _ = known[same, "untouched"]
+    ce_zero, kl_zero = losses("zeros", torch.zeros_like)
     counts = dict(n_ce=keep_ce.sum(1).double(), n_kl=keep.sum(1).double().cpu())
     for name, v in dict(ce=ce, ce_zero=ce_zero, kl_zero=kl_zero, **counts).items():
         sums.setdefault(name, []).append(v)
     for row, x_hat in rebuilt.values():
-        ce, kl = losses(self.edit(x_hat, keep))
+        ce, kl = losses(digest(x_hat), self.edit(x_hat, keep))
         row.ce.append(ce)
         row.kl.append(kl)
 
@@ -440,7 +472,8 @@ def piece(
     c, sums = self.config, {}
     rows = {name: Row(row.fn) for name, row in walk.rows.items()}
     for i, batch in enumerate(batches, first):
-        item = walk.head[i] if i < len(walk.head) else read(batch, sae, ctx)
+        whole = i < c.n_eval_reconstruction_batches
+        item = walk.head[i] if i < len(walk.head) else read(batch, sae, ctx, whole)
         size = torch.tensor([item.mask.numel()])
         now = {name: row for name, row in rows.items() if name == "sae" or i < c.null_batches}
         rebuilt = {name: row.fn(item.x, item.mask) for name, row in now.items()}
@@ -448,7 +481,7 @@ def piece(
             for name, row in now.items():
                 row.take(item, *rebuilt[name])
             sums.setdefault("seen_x", []).append(size)
-        if ctx.model is not None and i < c.n_eval_reconstruction_batches:
+        if ctx.model is not None and whole:
             self.splice(item, {name: (row, rebuilt[name][0]) for name, row in now.items()}, ctx, sums)
             sums.setdefault("seen_lm", []).append(size)
         bar.update()
@@ -469,7 +502,8 @@ def walk(self: Core, sae, ctx: Context) -> Walk:
     c, model = self.config, ctx.model
     n = max(0 if model is None else c.n_eval_reconstruction_batches, c.n_eval_sparsity_variance_batches)
     batches = [tuple(batch) if isinstance(batch, list) else batch for batch in list(ctx.batches)[:n]]
-    head = [read(batch, sae, ctx) for batch in batches[: c.null_batches]]
+    whole = c.n_eval_reconstruction_batches
+    head = [read(batch, sae, ctx, i < whole) for i, batch in enumerate(batches[: c.null_batches])]
     hooks = ctx.hook if ctx.hook_out is None else [ctx.hook, ctx.hook_out]
     rows, how = self.rows(sae, head, ctx.nulls)
     out, parts = Walk(rows, head, how, {}), {}
