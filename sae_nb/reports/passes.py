@@ -80,7 +80,7 @@ def methods_in(
     given, found = one.given, []
     for variant in given["variant"].split(","):
         asked = given.get("preset", "").split(",")
-        found += [(variant, preset) for preset in asked if not preset or preset in presets[variant]]
+        found += [(variant, preset) for preset in asked if not preset or preset in presets.get(variant, ())]
     return found
 
 # %% ../../nbs/reports/passes.ipynb #passes-page
