@@ -9,6 +9,7 @@ __all__ = ['curves', 'TrainConfig', 'Trainer', 'in_words', 'check_fits', 'Traine
 
 # %% ../nbs/04_train.ipynb #train-imports
 import csv
+import gc
 import hashlib
 import json
 import math
@@ -981,26 +982,34 @@ def _restore_history(self: Trainee, ts, path, step):
 
 # %% ../nbs/04_train.ipynb #train-live
 class LivePlot:
-    "Redraws `plot_history` in the notebook at most every few seconds."
+    "Redraws `plot_history` in the notebook every few seconds, and for at most a fiftieth of the time."
 
     def __init__(
         self,
-        every: float = 10.0,  # Seconds
+        every: float = 10.0,  # Seconds between the end of a drawing and the next, at the least
     ):
         self.every = every
-        self.last = 0.0
+        self.due = 0.0
         self.handle = None
 
     def __call__(self, trainees, force=False):
         import matplotlib.pyplot as plt
+
+        start = time.monotonic()
+        if start < self.due and not force:
+            return
+        with plt.ioff():  # otherwise a notebook keeps every figure until its cell ends
+            self._draw(trainees)
+        gc.collect()  # a figure is held by cycles, and among so many objects they are not looked for in hours
+        now = time.monotonic()
+        self.due = now + max(self.every, 50 * (now - start))
+
+    def _draw(self, trainees):
+        import matplotlib.pyplot as plt
         from IPython.display import display
 
-        if time.monotonic() - self.last < self.every and not force:
-            return
-        self.last = time.monotonic()
-        fig = plot_history(
-            {t.name: t.history for t in trainees}, variants={t.name: t.sae.variant or "" for t in trainees}
-        )
+        variants = {t.name: t.sae.variant or "" for t in trainees}
+        fig = plot_history({t.name: t.history for t in trainees}, variants=variants)
         if self.handle is None:
             self.handle = display(fig, display_id=True)
         else:
