@@ -504,19 +504,11 @@ def seven_digits(o):
 
 
 def without_sinks(ours):
-    "What our metrics become when attention sinks do not count."
+    "What our numbers become when attention sinks do not count, and SAEBench's formulas with them."
     every, other = (ours["core"].get(which) for which in ("every token", "without sinks"))
     if other is None:
         return {}
-    names = (
-        "explained_variance",
-        "ce_loss_score",
-        "kl_div_score",
-        "l0",
-        "cossim",
-        "l2_norm_in",
-        "l2_norm_out",
-    )
+    names = ("explained_variance", "explained_variance_saebench", "mse", "mse_saebench", "cossim", "l0", "l1")
     every_numbers, numbers = metrics(every["envelope"]), metrics(other["envelope"])
     out = {name: dict(every=every_numbers[name], without=numbers[name]) for name in names}
     return dict(out, tokens=dict(every=every["tokens"], without=other["tokens"]))
