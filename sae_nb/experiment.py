@@ -685,6 +685,7 @@ def _keep(run, trainee, plan, data):
     run.mark("running", weights=hashed)
     about = dict(model=public(plan.params)["model"], hook=data.hook, scale=scale, weight_hash=hashed)
     about.update(dict(hook_out=data.hook_out, scale_out=out) if data.hook_out else {})
+    about.update(dict(context_size=plan.params.ctx, prepend_bos=data.lm.bos is not None) if data.lm else {})
     last = trainee.history[-1]
     about["train"] = {name: _rounded(last[name]) for name in _last_columns if math.isfinite(last[name])}
     about["history"] = read_text(run.folder / "history.csv")
