@@ -13,8 +13,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import t as student
 from torch import Tensor
 
 from .core import InputError, rng
@@ -160,6 +158,8 @@ def match(
     signed: bool = False,  # Keep the sign of the cosine
 ) -> tuple:  # Latent indices, direction indices, cosines; each [min(d_sae, n_true)]
     "The one-to-one pairing of rows and directions with the largest total cosine."
+    from scipy.optimize import linear_sum_assignment  # here, because scipy takes long to import
+
     cos = cosines(W, directions).cpu()
     if not signed:
         cos = cos.abs()
@@ -254,6 +254,8 @@ def mean_interval(
     values: list,  # One number per seed; what is None or not finite does not count
 ) -> tuple:  # (mean, low, high); low and high are NaN with one seed, all are with none
     "Mean and its 95 % interval."
+    from scipy.stats import t as student
+
     values = [value for value in values if value is not None and math.isfinite(value)]
     mean = float(np.mean(values)) if values else math.nan
     if len(values) < 2:

@@ -6,7 +6,6 @@
 __all__ = ['largest', 'steer', 'beside_random']
 
 # %% ../../nbs/models/steer.ipynb #steer-imports
-import pandas as pd
 import torch
 
 from ..core import InputError, rng
@@ -120,7 +119,7 @@ def steer(
     max_new_tokens: int = 20,  # Tokens to write
     temperature: float = 0.0,  # See `lm.generate`
     seed: int = 0,  # Seeds random directions and sampling
-) -> pd.DataFrame:  # A row for each prompt, strength and direction
+):  # A `pandas.DataFrame`: a row for each prompt, strength and direction
     "What adding a latent does to what the model writes, beside random directions of equal length."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     strengths = list(strengths)
@@ -138,13 +137,15 @@ def steer(
                 written = _written(lm, prompts, how)
             said = dict(direction=name, draw=draw, strength=strength, added=strength * unit)
             table += _rows(*fixed, alone[2], written, said)
+    import pandas as pd  # here, because it takes long to import
+
     return pd.DataFrame(table)
 
 # %% ../../nbs/models/steer.ipynb #steer-summary
 def beside_random(
-    table: pd.DataFrame,  # From `steer`
+    table,  # From `steer`
     column: str = "fires",  # Which of its numbers
-) -> pd.DataFrame:  # A row for each strength
+):  # A `pandas.DataFrame`: a row for each strength
     "What the latent did beyond random directions: mean of the difference over prompts, with its interval."
     if column not in table:
         raise InputError(f"the table has no column {column!r}; it has {', '.join(table.columns)}")
@@ -154,4 +155,6 @@ def beside_random(
         mean, low, high = mean_interval(list(means["latent"] - means["random"]))
         row = dict(strength=strength, latent=means["latent"].mean(), random=means["random"].mean())
         out.append(dict(row, difference=mean, low=low, high=high, prompts=int(means.dropna().shape[0])))
+    import pandas as pd
+
     return pd.DataFrame(out).set_index("strength")

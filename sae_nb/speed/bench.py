@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -33,8 +32,10 @@ def interleave(
     rounds: int = 7,  # Times every arm is measured
     warmup: int = 1,  # Rounds before that, not kept
     clock=time.perf_counter,  # Or `time.process_time`; None: the arms say their seconds themselves
-) -> pd.DataFrame:  # Seconds; one row per round, one column per arm
+):  # A `pandas.DataFrame` of seconds: one row per round, one column per arm
     "Time several things in turn."
+    import pandas as pd  # here, because it takes long to import, and this module is always imported
+
     rows = []
     for r in range(-warmup, rounds):
         order = list(arms)[:: 1 if r % 2 == 0 else -1]
@@ -55,10 +56,12 @@ def _timed(arm, clock):
 
 # %% ../../nbs/speed/bench.ipynb #bench-interleave-ratios
 def ratios(
-    times: pd.DataFrame,  # As `interleave` gives them
+    times,  # As `interleave` gives them
     to: str,  # The arm everything is compared with
-) -> pd.DataFrame:  # One row per arm: ratio (median over rounds), low, high (quartiles), seconds (median)
+):  # `pandas.DataFrame`, a row per arm: ratio (median over rounds), low, high (quartiles), seconds (median)
     "How many times the reference each arm takes, round by round."
+    import pandas as pd
+
     r = times.div(times[to], axis=0)
     low, high = r.quantile(0.25), r.quantile(0.75)
     return pd.DataFrame(dict(ratio=r.median(), low=low, high=high, seconds=times.median()))
@@ -220,7 +223,7 @@ def _check_fair(said):
 
 # %% ../../nbs/speed/bench.ipynb #bench-race-against
 def against(
-    times: pd.DataFrame,  # As `race` gives them
+    times,  # As `race` gives them
     peers,  # Arms of which the fastest counts
     ours: str = "ours",  # The arm that is judged
 ) -> dict:  # fastest (a name), ratio, low, high (median and quartiles over rounds)
@@ -351,7 +354,7 @@ def by_stage(
     n_tokens: int,  # Tokens in its batch
     d_in: int,  # Width of its activations
     repeats: int = 5,  # Steps recorded; the quickest counts
-) -> pd.Series:  # Seconds by stage; their sum is the step
+):  # A `pandas.Series`: seconds by stage; their sum is the step
     "Where the time of a step goes."
 
     def whole(events):
@@ -361,4 +364,6 @@ def by_stage(
     seconds = dict.fromkeys(stages, 0.0)
     for e in quickest:
         seconds[stage_of(e, n_tokens, d_in)] += e.self_cpu_time_total / 1e6
+    import pandas as pd
+
     return pd.Series(seconds)

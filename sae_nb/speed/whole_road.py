@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from ..acts import harvest, sink_limit
@@ -130,7 +129,7 @@ def in_rounds(
     folder,  # Where each run gets a folder
     rounds: int = 2,  # Times every arm is taken
     threads: int = 2,  # Threads of each process
-) -> pd.DataFrame:  # A row per run: round, arm, what `travel` says, the folder of the SAE
+):  # A `pandas.DataFrame`, a row per run: round, arm, what `travel` says, the folder of the SAE
     "Every arm, in turn, one process at a time."
     found = []
     for r in range(rounds):
@@ -139,13 +138,15 @@ def in_rounds(
             out = Path(folder) / f"{r}-{name.replace(' ', '-')}"
             took = travel(library, common | own | dict(out=str(out)), python, threads)
             found.append(dict(round=r, arm=name, **took, sae=str(out / "sae")))
+    import pandas as pd  # here, because it takes long to import
+
     return pd.DataFrame(found)
 
 
 def compared(
-    found: pd.DataFrame,  # From `in_rounds`, with `ev` if it was measured
+    found,  # From `in_rounds`, with `ev` if it was measured
     ours: str,  # The arm that is judged
-) -> pd.DataFrame:  # A row per arm: medians, and ratios to the faster peer
+):  # A `pandas.DataFrame`, a row per arm: medians, and ratios to the faster peer
     "Everybody beside the faster peer."
     shown = [
         c

@@ -6,7 +6,6 @@
 __all__ = ['branches_of', 'branch_statistics', 'BranchWatch', 'branch_table']
 
 # %% ../../nbs/trainers/branch_watch.ipynb #branch-watch-imports
-import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -82,7 +81,7 @@ def _columns(stats):
 def branch_table(
     history: list,  # Of a temporal SAE
     dilations,  # Of its branches
-) -> pd.DataFrame:  # One row per branch: dilation, mean, std, and both at the start
+):  # A `pandas.DataFrame`: one row per branch: dilation, mean, std, and both at the start
     "What branches say at the end of training, beside what they said before it."
     if not history or "branch_0_std" not in history[-1]:
         raise InputError(
@@ -93,4 +92,6 @@ def branch_table(
     for name in ("mean", "std"):
         columns[name] = [last[f"branch_{r}_{name}"] for r in range(len(dilations))]
         columns[f"{name} at start"] = [first[f"branch_{r}_{name}_at_start"] for r in range(len(dilations))]
+    import pandas as pd  # here, because it takes long to import
+
     return pd.DataFrame(columns)

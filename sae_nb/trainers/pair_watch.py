@@ -6,7 +6,6 @@
 __all__ = ['jaccard', 'PairWatch', 'held_pairs']
 
 # %% ../../nbs/trainers/pair_watch.ipynb #pair-watch-imports
-import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -83,6 +82,8 @@ def after_step(self: PairWatch, t, o):
         self.sets.append((i * self.n + j).sort().values.cpu())
         self.rows.append(self._row(len(self.sets) - 1))
         if t.folder:
+            import pandas as pd  # here, because it takes long to import
+
             write_text(t.folder / "pair_watch.csv", pd.DataFrame(self.rows).to_csv(index=False))
     self.taken += 1
 

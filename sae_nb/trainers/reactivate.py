@@ -6,7 +6,6 @@
 __all__ = ['Reactivate', 'conflicts', 'LeaveDead']
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-imports
-import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -188,8 +187,10 @@ def wake(
 @patch
 def events(
     self: Reactivate,
-) -> pd.DataFrame:  # One row per restart, with `columns`
+):  # A `pandas.DataFrame`: one row per restart, with `columns`
     "What was restarted, for which time, and what became of it; `ended` is 0 if it lived at the last look."
+    import pandas as pd  # here, because it takes long to import
+
     return pd.DataFrame(self.rows.tolist(), columns=list(self.columns))
 
 # %% ../../nbs/trainers/reactivate.ipynb #reactivate-events-after-step
