@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cut_lengths', 'Halted', 'harvest', 'Ahead', 'CacheFolder', 'Shards', 'rows_hash', 'Buffer', 'deal_order',
-           'norm_and_mean', 'sink_limit', 'Together', 'Stream', 'Rest', 'streams', 'PlacesStream', 'heldout']
+           'norm_and_mean', 'sink_limit', 'Together', 'Stream', 'Rest', 'streams', 'PlacesStream', 'heldout', 'HeldOut']
 
 # %% ../nbs/07_acts.ipynb #acts-imports
 import hashlib
@@ -851,3 +851,40 @@ def heldout(
     tokens, docs = source.heldout(n_rows)
     mask = what_counts(lm, hook or lm.default_hook, tokens, docs)
     return list(zip(tokens.split(batch), docs.split(batch), mask.split(batch)))
+
+# %% ../nbs/07_acts.ipynb #acts-heldout-later
+class HeldOut:
+    "What `heldout` gives, in batches of 16 rows; which tokens count is found out when a batch is asked for."
+
+    def __init__(
+        self,
+        lm,  # Language model
+        source,  # Where rows come from
+        n_rows: int,  # Rows to evaluate on
+        hook: str,  # Hook point, where lengths may decide what counts
+    ):
+        source.check(lm)
+        tokens, docs = source.heldout(n_rows)
+        self.lm = lm
+        self.hook = hook
+        self.n_rows = len(tokens)
+        self.limit = getattr(lm, "limits", {}).get(hook)
+        self.rows = list(zip(tokens.split(16), docs.split(16)))
+        self.masks = {}
+
+    def __len__(self):
+        return len(self.rows)
+
+# %% ../nbs/07_acts.ipynb #acts-heldout-later-get
+@patch
+def __getitem__(self: HeldOut, i):
+    "(tokens, docs, mask), each [B, T]; for a slice a list of them."
+    if isinstance(i, slice):
+        return [self[j] for j in range(*i.indices(len(self)))]
+    i = range(len(self))[i]
+    tokens, docs = self.rows[i]
+    if i not in self.masks:
+        x = None if self.limit is None else self.lm.acts(tokens, self.hook, docs=docs)
+        first = getattr(self.lm, "first_counts", False)
+        self.masks[i] = count_mask(tokens, docs, self.lm.special_ids, x, self.limit, first)
+    return tokens, docs, self.masks[i]

@@ -479,7 +479,7 @@ class Data:
     "What SAEs are trained and measured on."
 
     stream: object  # Batches of activations, with a position
-    held: list  # Held-out batches: (tokens, docs, mask), or core.Batch on a toy
+    held: list  # Held-out batches, or `HeldOut`: (tokens, docs, mask), or core.Batch on a toy
     hook: str  # Where in the model
     content: dict  # Hashes of model and text
     about: str  # One line for the reader
@@ -597,10 +597,9 @@ def _lm_data(plan):
 def _lm_place(plan, lm, source, stream):
     "What there is at one hook point."
     p = plan.params
-    held = heldout(lm, source, p.eval_rows, hook=stream.hook)
+    held = HeldOut(lm, source, p.eval_rows, stream.hook)
     model = p.model if lm.from_hub else lm.fingerprint()[:16]
-    n_held = sum(len(tokens) for tokens, _, _ in held)
-    of = f" of the {p.eval_rows} asked for" if n_held < p.eval_rows else ""
+    of = f" of the {p.eval_rows} asked for" if held.n_rows < p.eval_rows else ""
     counted = f"; {stream.counts['words']}" if stream.counts["words"] else ""
     will_train = 0 if plan.brought else p.tokens
     return Data(
@@ -609,7 +608,7 @@ def _lm_place(plan, lm, source, stream):
         hook=stream.hook,
         hook_out=p.hook_out or None,
         content=dict(model=model, text=source.fingerprint(), rows=plan.rows),
-        about=f"{source.about(will_train)}, rows of {p.ctx} tokens; {n_held} rows{of} held out{counted}",
+        about=f"{source.about(will_train)}, rows of {p.ctx} tokens; {held.n_rows} rows{of} held out{counted}",
         lm=lm,
     )
 
@@ -788,7 +787,7 @@ def evaluation_context(
         model=data.lm,
         hook=data.hook if data.lm else None,
         hook_out=data.hook_out,
-        batches=data.held,
+        batches=list(data.held),
         toy=data.toy,
         store=store or Store(room and room.folder / "evals", room=room),
         nulls=Nulls(plan.nulls, sample=drawn, steps=steps),

@@ -328,7 +328,7 @@ def scan_runs(
     for run in plan.runs:
         if data.lm and run.trained:
             sae, own = load(run.folder, data.device), data.at(run)
-            found[run.name] = sae, scan(sae, own.lm, own.hook, own.held)
+            found[run.name] = sae, scan(sae, own.lm, own.hook, list(own.held))
             hooks[run.name] = own.hook
     return Scans(found, data, {run.name: run.config["variant"] for run in plan.runs}, hooks)
 
