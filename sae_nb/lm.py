@@ -137,7 +137,12 @@ def width(
     return self.d_z if kinds[kind] == "hook_z" else self.d_model
 
 # %% ../nbs/06_lm.ipynb #lm-default
-customary = {"EleutherAI/pythia-70m-deduped": 3, "google/gemma-2-2b": 12, "google/gemma-2-2b-it": 12}
+customary = {
+    "EleutherAI/pythia-70m-deduped": 3,
+    "google/gemma-2-2b": 12,
+    "google/gemma-2-2b-it": 12,
+    "smollm2": 12,
+}
 
 
 @patch(as_prop=True)

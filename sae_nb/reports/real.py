@@ -38,7 +38,7 @@ def real_plan(
         k=32,
         d_sae=2304,
         tokens=500_000,
-        eval_rows=64,
+        eval_rows=48,
         evals="core,sparse_probing,absorption",
         eval_options=options,
         probe_data=",".join(map(str, sets)),
