@@ -993,12 +993,12 @@ class LivePlot:
         self.handle = None
 
     def __call__(self, trainees, force=False):
-        import matplotlib.pyplot as plt
+        from matplotlib import rc_context
 
         start = time.monotonic()
         if start < self.due and not force:
             return
-        with plt.ioff():  # otherwise a notebook keeps every figure until its cell ends
+        with rc_context({"interactive": False}):  # else a notebook keeps every figure until its cell ends
             self._draw(trainees)
         gc.collect()  # a figure is held by cycles, and among so many objects they are not looked for in hours
         now = time.monotonic()
