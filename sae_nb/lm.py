@@ -307,6 +307,24 @@ class _There(Exception):
     "The pass has reached the last hook point."
 
 
+def _on(module, side, change):
+    "A hook that puts `change(value)` in the place of the value at one side of a module; None leaves it."
+
+    def before(module, args, kw):
+        y = change(args[0] if args else kw["hidden_states"])
+        if y is None:
+            return None
+        return ((y, *args[1:]), kw) if args else (args, dict(kw, hidden_states=y))
+
+    def after(module, args, out):
+        y = change(_first(out))
+        return None if y is None else _swapped(out, y)
+
+    if side == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
+
+
 def _catch(module, side, got, hook, last):
     "A hook that takes the value at one side of `module` into `got`, and the last one ends the pass."
 
@@ -315,15 +333,7 @@ def _catch(module, side, got, hook, last):
         if last:
             raise _There
 
-    def before(module, args, kw):
-        keep(args[0] if args else kw["hidden_states"])
-
-    def after(module, args, out):
-        keep(_first(out))
-
-    if side == "input":
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after)
+    return _on(module, side, keep)
 
 # %% ../nbs/06_lm.ipynb #lm-read-read
 @patch

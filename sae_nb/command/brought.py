@@ -104,7 +104,7 @@ def _agreed(saes):
         )
     return hub_name(next(iter(said), ""))
 
-
+# %% ../../nbs/command/brought.ipynb #brought-where-written
 def _written(p, saes):
     "Where transcoders write, as asked, else as their files say; empty for SAEs."
     kinds = {b.sae.elsewhere is not None: b.place for b in saes}
@@ -127,7 +127,7 @@ def _written(p, saes):
         )
     return p.hook_out or next(iter(said), "")
 
-
+# %% ../../nbs/command/brought.ipynb #brought-where-found
 def found_at(
     p: Params,  # Parameters, as they were asked for
     saes: list,  # of Brought; each is told its hook

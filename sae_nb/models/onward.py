@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..lm import LM, _edited, _first, _swapped, _There, kinds
+from ..lm import LM, _edited, _first, _on, _swapped, _There, kinds
 
 # %% ../../nbs/models/onward.ipynb #onward-given
 class _Given(nn.Module):
@@ -42,24 +42,6 @@ def _without(blocks, n, out):
             blocks[i] = block
 
 # %% ../../nbs/models/onward.ipynb #onward-class
-def _on(module, side, change):
-    "A hook that puts `change(value)` in the place of the value at one side of a module; None leaves it."
-
-    def before(module, args, kw):
-        y = change(args[0] if args else kw["hidden_states"])
-        if y is None:
-            return None
-        return ((y, *args[1:]), kw) if args else (args, dict(kw, hidden_states=y))
-
-    def after(module, args, out):
-        y = change(_first(out))
-        return None if y is None else _swapped(out, y)
-
-    if side == "input":
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after)
-
-
 class Onward:
     "One pass of a language model, from which others go on; made by `lm.onward`."
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import InputError, rng
 from ..data import short_enough
-from ..lm import LM, _first, _swapped
+from ..lm import LM, _on
 from ..sae import SAE, Allowed
 
 # %% ../../nbs/models/splice.ipynb #splice-changes
@@ -243,20 +243,8 @@ def _attach(self: Splice):
     "Set the hooks; their handles."
     path, side = self.lm._path(self.hook)
     module = self.lm.model.get_submodule(path)
-
-    def before(module, args, kw):
-        if args:
-            return (self._swap(args[0]), *args[1:]), kw
-        return args, dict(kw, hidden_states=self._swap(kw["hidden_states"]))
-
-    def after(module, args, out):
-        return _swapped(out, self._swap(_first(out)))
-
     yield self.lm.model.base_model.register_forward_pre_hook(self._note, with_kwargs=True)
-    if side == "input":
-        yield module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        yield module.register_forward_hook(after)
+    yield _on(module, side, self._swap)
 
 # %% ../../nbs/models/splice.ipynb #splice-spliced
 @patch
