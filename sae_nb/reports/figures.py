@@ -39,6 +39,7 @@ class RunFiles:
     reason: str = ""  # Why it failed, or what could not be read
     metrics: dict = field(default_factory=dict)  # "evaluator/name" -> number
     history: list = field(default_factory=list)  # Rows of history.csv
+    weights: str = ""  # Digest of what training ended with
 
     @property
     def name(self):
@@ -69,6 +70,7 @@ def read_run(
     "What lies in a run folder; what cannot be read is said in `reason`."
     folder = Path(folder)
     run = RunFiles(folder, read_config(folder), *run_status(folder))
+    run.weights = (read_if_whole(folder / "status.json") or {}).get("weights", "")
     try:
         run.metrics = read_metrics(folder) or {}
         run.history = read_history(folder / "history.csv") if is_there(folder / "history.csv") else []

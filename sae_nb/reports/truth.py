@@ -158,7 +158,7 @@ def _point(run):
         seed=run.seed,
         stream=(config.get("content") or {}).get("text", ""),
         tokens=read.get("size/tokens"),
-        weights=(read_if_whole(run.folder / "status.json") or {}).get("weights"),
+        weights=run.weights or None,
         **{name: read.get(name, np.nan) for name in dict.fromkeys([*names, *nulls])},
     )
 
