@@ -260,5 +260,5 @@ def mean_interval(
     mean = float(np.mean(values)) if values else math.nan
     if len(values) < 2:
         return mean, math.nan, math.nan
-    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
     return mean, mean - half, mean + half
