@@ -4,7 +4,7 @@
 
 The settings name a language model in a folder (`model`), a file with a text on every line (`text`), where to
 read the model (`hook`), the size of the work (`tokens`, `d_sae`, `k`, `batch`, `ctx`, `buffer`), `seed`, `lr`
-(null: the library's own) and an empty folder (`out`). In it lie afterwards the SAE, in the library's own
+(null: the library's own), the language model's `dtype` (float32 or bfloat16) and an empty folder (`out`). In it lie afterwards the SAE, in the library's own
 format, and `road.json`: what it took. The README beside this file says which choices were made, and why.
 """
 
@@ -76,7 +76,7 @@ def sae_nb(s):
     from sae_nb import acts, experiment
 
     acts.harvest = stages.around("reading", acts.harvest)
-    names = ("model", "text", "hook", "tokens", "d_sae", "k", "batch", "ctx", "buffer", "seed")
+    names = ("model", "text", "hook", "tokens", "d_sae", "k", "batch", "ctx", "buffer", "seed", "dtype")
     given = {name: s[name] for name in names}
     if s["lr"] is not None:
         given["lr"] = s["lr"]
@@ -106,7 +106,7 @@ def sae_lens(s):
         sae=TopKTrainingSAEConfig(d_in=width, d_sae=s["d_sae"], k=s["k"], **scaled),
         model_name=s["model"],
         model_class_name="AutoModelForCausalLM",
-        model_from_pretrained_kwargs=dict(dtype="float32"),
+        model_from_pretrained_kwargs=dict(dtype=s["dtype"]),
         hook_name=block,
         dataset_path=s["text"],
         is_dataset_tokenized=False,
@@ -156,7 +156,7 @@ def dictionary_learning(s):
 
     stages.note("imports")
     block, width = block_of(s)
-    how = dict(device_map="cpu", dispatch=True, dtype=torch.float32, patch_llama_scan=False)
+    how = dict(device_map="cpu", dispatch=True, dtype=getattr(torch, s["dtype"]), patch_llama_scan=False)
     model = LanguageModel(s["model"], tokenizer_kwargs=dict(padding_side="right"), **how)
     stages.note("model")
     module = model
