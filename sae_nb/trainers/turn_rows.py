@@ -105,6 +105,26 @@ def aims(
     along = torch.einsum("id,idk->ik", rows, vectors) * (values > 0)
     return _unit(rows + _unit(torch.einsum("idk,ik->id", vectors, along)))
 
+# %% ../../nbs/trainers/turn_rows.ipynb #turn-rows-fit
+@patch
+def size(self: FiringMoments) -> torch.Tensor:  # Scalar
+    "The squared mean size of latents that fire."
+    f, a = self.split()[0][: 2 * self.n].view(2, -1)
+    return (f[a > 0] / a[a > 0]).mean() ** 2
+
+
+@patch
+def least_squares(
+    self: FiringMoments,
+    towards: torch.Tensor,  # Rows that they are drawn to, [n, d]
+    pull: float,  # How strongly, in squared mean sizes of a latent
+) -> torch.Tensor:  # [n, d], float64
+    "The decoder that fits what was seen."
+    n, (_, cov) = self.n, self.split()
+    ridge = pull * self.size()
+    within = cov[:n, :n] + ridge * torch.eye(n).to(cov)
+    return torch.linalg.solve(within, cov[:n, 2 * n :] + ridge * towards)
+
 # %% ../../nbs/trainers/turn_rows.ipynb #turn-rows-turn
 @patch
 @torch.no_grad()
@@ -115,18 +135,15 @@ def turn(
     pull: float = 0.01,  # How strongly rows are drawn to `aims`, in squared mean sizes of a latent
 ):
     "Give an SAE the rows that firing and error ask for."
-    n, (mean, cov) = self.n, self.split()
-    f, a, y = mean[:n], mean[n : 2 * n], mean[2 * n :]
-    size = (f[a > 0] / a[a > 0]).mean() ** 2
+    mean, cov = self.split()
+    n = self.n
+    rows = _unit(self.least_squares(self.aims(sae.W_dec, ridge), pull))
     within, across = cov[:n, :n], cov[:n, 2 * n :]
-    unit = size * torch.eye(n).to(cov)
-    aimed = self.aims(sae.W_dec, ridge)
-    rows = _unit(torch.linalg.solve(within + pull * unit, across + pull * size * aimed))
-    even = 1e-4 * size  # draws lengths to 1, for latents that hardly fire
-    lengths = torch.linalg.solve(within * (rows @ rows.T) + 1e-4 * unit, (across * rows).sum(1) + even)
+    even = 1e-4 * self.size() * torch.eye(n).to(cov)  # draws lengths to 1, for latents that hardly fire
+    lengths = torch.linalg.solve(within * (rows @ rows.T) + even, (across * rows).sum(1) + even.diagonal())
     rows = rows * lengths.clamp_min(0.1)[:, None]
     sae.W_dec.copy_(rows)
-    _move_centre(sae, (y - f @ rows).to(sae.b_dec) - sae.b_dec)
+    _move_centre(sae, (mean[2 * n :] - mean[:n] @ rows).to(sae.b_dec) - sae.b_dec)
 
 
 def _move_centre(sae, by):
@@ -139,6 +156,9 @@ def _move_centre(sae, by):
 @torch.no_grad()
 def _stays(sae):
     "Are latents the same with another decoder and another `b_dec`?"
+    own = {name for name, _ in sae.named_parameters()}
+    if not {"W_dec", "b_dec", "b_enc"} <= own:  # they are made of others
+        return False
     x = torch.randn(64, sae.d_in, generator=rng("latents that stay", 0)).to(sae.W_dec)
     state = {name: value.clone() for name, value in sae.state_dict().items()}
     training = sae.training
