@@ -171,7 +171,8 @@ def draw_compared(
 ):
     "Differences with their intervals, and what could not have been seen."
     lines = [line for line in compared.itertuples() if np.isfinite(line.mean)]
-    called = [f"{line.method} less {line.against}" for line in lines]
+    one = len({line.against for line in lines}) == 1  # then the title says against what
+    called = [line.method if one else f"{line.method} less {line.against}" for line in lines]
     look = looks(called, {name: line.method for name, line in zip(called, lines)})
     if margin is not None:
         ax.axvspan(-margin, margin, color=shade(grey, 0.75), lw=0)
