@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['its_base', 'way_of', 'by_way', 'Pass', 'count_saes', 'seeds_of', 'methods_in', 'page_state', 'work_folder',
-           'run_notebook', 'run_plan']
+           'run_notebook', 'run_plan', 'progress']
 
 # %% ../../nbs/reports/passes.ipynb #passes-imports
+import csv
 import functools
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ import pandas as pd
 
 from ..core import *
 from ..experiment import listed
-from ..runs import params_from
+from ..runs import params_from, run_status
 from ..sae import build, options, presets, sparsity_options
 
 # %% ../../nbs/reports/passes.ipynb #passes-kinds
@@ -155,3 +157,33 @@ def run_plan(
                 continue
         ended[one.name] = "done"
     return pd.DataFrame(dict(state=ended)).rename_axis("page")
+
+# %% ../../nbs/reports/passes.ipynb #passes-progress
+def progress(
+    passes: list,  # of Pass
+    folder=None,  # Where runs/ is; None: this project
+):  # pandas.DataFrame: page, state, SAEs, finished, failed, steps (share of those to take)
+    "What has become of every pass so far; nothing is changed."
+    here, found = Path(folder or root()).expanduser() / "runs", {}
+    configs = {path.parent: read_if_whole(path) or {} for path in here.glob("*/config.json")}
+    for one in passes:
+        asked = asdict(params_from(one.given))
+        own = [run for run, config in configs.items() if config.get("params") == asked]
+        states, n = [run_status(run)[0] for run in own], count_saes([one])
+        found[one.name] = dict(
+            state=page_state(here / f"{one.name}.ipynb", one.given),
+            SAEs=n,
+            finished=states.count("finished"),
+            failed=states.count("failed"),
+            steps=sum(_share_taken(run, configs[run]) for run in own) / n,
+        )
+    return pd.DataFrame(found).T.rename_axis("page")
+
+
+def _share_taken(run, config):
+    "Share of its steps that a run has taken."
+    if not is_there(run / "history.csv"):
+        return 0.0
+    with open(run / "history.csv", encoding="utf-8") as lines:
+        tokens = [row["tokens"] for row in csv.DictReader(lines)]
+    return int(tokens[-1]) / config["training"]["tokens"] if tokens else 0.0
