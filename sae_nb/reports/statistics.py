@@ -189,4 +189,4 @@ def _draw_difference(ax, at, line, colour):
         ax.barh(at, 2 * line.smallest, left=-line.smallest, height=0.5, color=shade(colour, 0.75), lw=0)
         ax.plot([line.low, line.high], [at, at], color=colour, lw=1.5)
     clear = line.word.startswith(("more", "less"))
-    ax.plot(line.mean, at, "o", ms=5, color=colour, mfc=colour if clear else "white")
+    ax.plot(line.mean, at, "o", ms=5, color=colour, mfc=shade(colour, 0 if clear else 1))
