@@ -2,11 +2,11 @@
 
     python road.py {sae_nb,sae_lens,dictionary_learning} SETTINGS.json
 
-The settings name a language model in a folder (`model`), a file with a text on every line (`text`), where to
-read the model (`hook`), the size of the work (`tokens`, `d_sae`, `k`, `batch`, `ctx`, `buffer`), `seed`, `lr`
-(null: the library's own), the language model's `dtype` (float32 or bfloat16) and an empty folder (`out`). In it
-lie afterwards the SAE, in the library's own format, and `road.json`: what it took. The README beside this file
-says which choices were made, and why.
+The settings name a language model in a folder (`model`), a file with a text on every line (`text`), where
+to read the model (`hook`), the size of the work (`tokens`, `d_sae`, `k`, `batch`, `ctx`, `buffer`), `seed`,
+`lr` (null: the library's own), the language model's `dtype` (float32 or bfloat16) and an empty folder
+(`out`). In it lie afterwards the SAE, in the library's own format, and `road.json`: what it took. The
+README beside this file says which choices were made, and why.
 """
 
 import json
