@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['layouts', 'kinds', 'customary', 'LM', 'positions', 'token_loss', 'next_in_doc', 'what_counts', 'Words',
-           'folder_hashes', 'check_hashes', 'load_lm']
+           'folder_hashes', 'check_hashes', 'half_cost', 'load_lm']
 
 # %% ../nbs/06_lm.ipynb #lm-imports
 import codecs
+import functools
 import hashlib
 import json
 import re
 import threading
+import time
 import traceback
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -700,6 +702,27 @@ def _quietly(bars):
         if shown:
             logging.enable_progress_bar()
 
+# %% ../nbs/06_lm.ipynb #lm-half
+@functools.cache
+def half_cost(
+    dtype: torch.dtype,  # That a model would have
+    n: int = 256,  # Rows and columns of the product
+) -> float:  # 1 for float32
+    "How many times as long as in float32 a matrix product takes on this CPU."
+    if dtype == torch.float32:
+        return 1.0
+    return _product_time(dtype, n) / _product_time(torch.float32, n)
+
+
+def _product_time(dtype, n):
+    "Seconds of the fastest of three, after one that warms up."
+    a, taken = torch.ones(n, n, dtype=dtype), []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
+
 # %% ../nbs/06_lm.ipynb #lm-load
 def load_lm(
     name: str = "world",  # "world", "smollm2", a folder in Hugging Face layout, a GGUF file, or a hub's name
@@ -708,7 +731,7 @@ def load_lm(
 ) -> LM:  # The model, frozen, ready to be read and edited
     "Load a language model with its tokenizer."
     device = pick_device(device)
-    dtype = pick_dtype(dtype)
+    asked, dtype = dtype, pick_dtype(dtype)
     folder = _find(name)
     try:
         with _quietly(bars=folder is None):
@@ -723,6 +746,8 @@ def load_lm(
         )
         mend = "; its files are damaged or do not belong together, save or copy them again" if folder else ""
         raise InputError(why_not(str(name), e, "model", instead) + mend) from None
+    if device.type == "cpu" and half_cost(dtype) > 2:
+        print(f"{asked} takes {half_cost(dtype):.0f} times as long as float32 on this processor")
     lm = LM(model.to(device), tokenizer, str(name))
     lm.from_hub = folder is None
     return lm

@@ -65,6 +65,8 @@ def _follow_sizes(sae, p, places, z):
     "Tell of the sizes of what was kept, and where the batch would cut if all latents had the same size."
     kept = z.relu()
     shares = sae.follow_sizes(latent_sums(places, (kept > 0).to(kept)), latent_sums(places, kept))
+    if not sae.follows_share:
+        return
 
     def make(latents):
         return p.piece(latents) * shares[latents].to(z)

@@ -44,23 +44,24 @@ class BatchTopKSAE(TopKSAE):
         d_sae: int,  # Number of latents
         k: float = 32,  # Latents kept per token, on average
         seed: int = 0,  # Seeds the initial weights
-        thresholds: str = "shared",  # After training: one for all, or "per_latent", a share of its size
+        thresholds: str = "shared",  # After training one for all, or "per_latent", or "half" of its size
     ):
         super().__init__(d_in, d_sae, k, seed)
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("n_batches", torch.zeros((), dtype=torch.long))
         self.batch_k = None  # see `choose_by_batch`
-        self.own_thresholds = one_of("thresholds", thresholds, ["shared", "per_latent"]) == "per_latent"
+        self.own_thresholds = one_of("thresholds", thresholds, ["shared", "per_latent", "half"]) != "shared"
+        self.follows_share = thresholds == "per_latent"
         if self.own_thresholds:
-            self._add_sizes()
+            self._add_sizes(0.0 if self.follows_share else 0.5)
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-sizes
 @patch
-def _add_sizes(self: BatchTopKSAE):
+def _add_sizes(self: BatchTopKSAE, share):
     "Room for the size of each latent, and for the share of it that a threshold is."
     self.register_buffer("mean_on", torch.zeros(self.d_sae))
     self.register_buffer("n_fired", torch.zeros(self.d_sae))
-    self.register_buffer("factor", torch.zeros(()))
+    self.register_buffer("factor", torch.tensor(share))
     self.scaled += ("mean_on",)
     self.remembers += ("mean_on", "n_fired", "factor")
 
@@ -126,7 +127,8 @@ def _follow_dense(self: BatchTopKSAE, z, f):
     "Sizes and share from all pre-activations and latents."
     z, f = (v.reshape(-1, self.d_sae) for v in (z, f))
     shares = self.follow_sizes((f > 0).sum(0), f.sum(0))
-    self.follow_factor(batch_topk(z * shares.to(z), self.k)[1])
+    if self.follows_share:
+        self.follow_factor(batch_topk(z * shares.to(z), self.k)[1])
 
 # %% ../../nbs/variants/batchtopk.ipynb #batchtopk-latent-thresholds
 @patch(as_prop=True)

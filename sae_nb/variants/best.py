@@ -25,7 +25,7 @@ class BestSAE(MatryoshkaSAE):
         k_start: float = None,  # Latents kept per token at the first step; None: 3.6 times k
         k_over: float = 0.5,  # Share of the steps over which they fall to `k`
         seed: int = 0,  # Seeds the initial weights and the drawn levels
-        thresholds: str = "shared",  # After training: one for all latents, or "per_latent" (`batchtopk`)
+        thresholds: str = "shared",  # After training: one for all, "per_latent" or "half" (`batchtopk`)
     ):
         super().__init__(
             d_in,

@@ -92,7 +92,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         aux: float = None,  # Weight of AuxK level by level (`trainers/auxk`); None: AuxK is the run's
         weights=None,  # One weight per level; None: all alike
         seed: int = 0,  # Seeds the initial weights and the drawn levels
-        thresholds: str = "shared",  # After training: one for all latents, or "per_latent" (`batchtopk`)
+        thresholds: str = "shared",  # After training: one for all, "per_latent" or "half" (`batchtopk`)
     ):
         super().__init__(d_in, d_sae, k, seed, thresholds)
         self.sizes = nested_sizes(prefixes, d_sae)
