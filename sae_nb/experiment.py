@@ -251,7 +251,7 @@ class Plan:
 
     @property
     def seed(self):  # of the data
-        return self.runs[0].config["seed"]
+        return self.runs[0].config["seed"] if self.params.data_seed < 0 else self.params.data_seed
 
 # %% ../nbs/10_experiment.ipynb #experiment-names
 def _variants_and_seeds(p):
@@ -265,6 +265,8 @@ def _variants_and_seeds(p):
     for seed in seeds:
         if not (seed.isascii() and seed.isdigit() and len(seed) < 10):
             raise InputError(f"seed = {seed!r} is not a whole number of 0 or more")
+    if p.data_seed >= 10**9:
+        raise InputError(f"data_seed = {p.data_seed} is too large; give a whole number below a billion")
     return variants, list(dict.fromkeys(map(int, seeds)))
 
 # %% ../nbs/10_experiment.ipynb #experiment-training
@@ -289,9 +291,9 @@ def _run_name(p, choice, seed, several, *company, hook=""):
     return f"fast-{name}" if os.environ.get("SAE_NB_FAST") else name
 
 
-def _company(sae, seed, seeds, rows):
+def _company(sae, seed, data, rows):
     "Words for what a run owes to those that are trained beside it."
-    shared = f"data={seeds[0]}" if seed != seeds[0] else ""
+    shared = f"data={data}" if seed != data else ""
     return shared, "rows" if rows and not sae.sequential else ""
 
 # %% ../nbs/10_experiment.ipynb #experiment-runs-of
@@ -300,10 +302,11 @@ def _runs(p, choices, seeds, saes, joining, **shared):
     hooks = hooks_of(p)
     several = len(hooks) * len(choices) * len(seeds) > 1
     rows = any(sae.sequential for sae in saes)
+    data = seeds[0] if p.data_seed < 0 else p.data_seed
     shared.update(provenance())
     runs = []
     for hook, (choice, sae), seed in itertools.product(hooks, list(zip(choices, saes)), seeds):
-        own, company = copy.copy(p), _company(sae, seed, seeds, rows)
+        own, company = copy.copy(p), _company(sae, seed, data, rows)
         own.hook = hook
         name = _run_name(own, choice, seed, several, *company, hook=hook if len(hooks) > 1 else "")
         config = dict(name=name, variant=choice.variant, preset=choice.preset, seed=seed)

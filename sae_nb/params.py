@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['variant', 'sae', 'model', 'hook', 'hook_out', 'skip_connection', 'text', 'repeat', 'text_column', 'd_sae', 'k', 'l1',
            'options', 'preset', 'trainers', 'trainer_options', 'diagnostics', 'tokens', 'batch', 'lr', 'warmup_steps',
-           'decay', 'ctx', 'buffer', 'sink', 'seed', 'evals', 'eval_rows', 'eval_options', 'eval_nulls', 'probe_data',
-           'label_column', 'data_dir', 'device', 'dtype', 'checkpoint', 'cache', 'cache_gb', 'name', 'resume']
+           'decay', 'ctx', 'buffer', 'sink', 'seed', 'data_seed', 'evals', 'eval_rows', 'eval_options', 'eval_nulls',
+           'probe_data', 'label_column', 'data_dir', 'device', 'dtype', 'checkpoint', 'cache', 'cache_gb', 'name',
+           'resume']
 
 # %% ../nbs/run.ipynb #run-parameters
 variant: str = "standard"  # registered, comma-separated, or all; ortho/jumprelu: one on another [training]
@@ -34,7 +35,8 @@ decay: float = 0.2  # share of the steps, the last ones, over which the learning
 ctx: int = 128  # tokens per row
 buffer: int = 512  # rows harvested and shuffled at a time
 sink: float = 10.0  # tokens longer than this many median norms do not count, if there are any; 0: all count
-seed: str = "0"  # seeds of the weights, comma-separated; the first one also seeds the data, which all share
+seed: str = "0"  # seeds of the weights, comma-separated
+data_seed: int = -1  # seed of the data, which all share; -1: the first of seed [training]
 evals: str = "usual"  # evaluators, or all; usual: core, and the truth if known; empty: none [not in weights]
 eval_rows: int = 256  # held-out rows to evaluate on [not in weights]
 eval_options: str = ""  # options of evaluators, as words or JSON; see 10_experiment [not in weights]

@@ -231,7 +231,9 @@ def params_from(
 
 # %% ../nbs/09_runs.ipynb #runs-ranges
 _least = dict.fromkeys(("d_sae", "k", "tokens", "batch", "ctx", "buffer", "eval_rows"), 1)
-_least.update(dict.fromkeys(("l1", "lr", "decay", "sink", "checkpoint", "cache_gb"), 0), warmup_steps=-1)
+_least.update(
+    dict.fromkeys(("l1", "lr", "decay", "sink", "checkpoint", "cache_gb"), 0), warmup_steps=-1, data_seed=-1
+)
 
 
 def _check_places(p):
@@ -336,7 +338,7 @@ def differences(
     default = Params(model=p.model)
     default = fast(default) if os.environ.get("SAE_NB_FAST") else default
     usual, asked = asdict(default), public(p)
-    apart = {"variant", "model", "preset", "seed", "sae"} | noted("not in weights")
+    apart = {"variant", "model", "preset", "seed", "data_seed", "sae"} | noted("not in weights")
     changed = [name for name in asked if name not in apart and asked[name] != usual[name]]
     words = {
         name: f"{asked[name]:g}" if isinstance(asked[name], float) else str(asked[name]) for name in changed
@@ -478,7 +480,8 @@ def _of_weights(config):
     "The part of a config that the weights depend on."
     own = {name: config.get(name, "") for name in ("seed", "variant", "preset")}
     asked = {**asdict(Params()), **config["params"], **own}
-    return {name: value for name, value in asked.items() if name not in noted("not in weights")}
+    apart = noted("not in weights") | {"data_seed"}  # `check_content` knows the data
+    return {name: value for name, value in asked.items() if name not in apart}
 
 # %% ../nbs/09_runs.ipynb #runs-differs-run
 @patch
