@@ -10,6 +10,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core import *
+from ..metrics import unit
 from ..train import Trainer
 
 # %% ../../nbs/trainers/turn_rows.ipynb #turn-rows-sums
@@ -83,11 +84,6 @@ def expect(self: FiringMoments) -> torch.Tensor:  # [n + 1, d]
     return torch.cat([A, (mean[2 * n :] - mean[n : 2 * n] @ A)[None]]).to(self.sums)
 
 # %% ../../nbs/trainers/turn_rows.ipynb #turn-rows-aims
-def _unit(rows):
-    "Rows of length 1; what is zero stays."
-    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-
-
 @patch
 def aims(
     self: FiringMoments,
@@ -101,9 +97,9 @@ def aims(
     G = cov[n:, n : 2 * n] + ridge * torch.eye(n).to(cov)
     S = torch.linalg.solve(G, change.flatten(1)).view_as(change)
     values, vectors = torch.linalg.eigh(S)
-    rows = _unit(rows.double())
+    rows = unit(rows.double())
     along = torch.einsum("id,idk->ik", rows, vectors) * (values > 0)
-    return _unit(rows + _unit(torch.einsum("idk,ik->id", vectors, along)))
+    return unit(rows + unit(torch.einsum("idk,ik->id", vectors, along)))
 
 # %% ../../nbs/trainers/turn_rows.ipynb #turn-rows-fit
 @patch
@@ -137,7 +133,7 @@ def turn(
     "Give an SAE the rows that firing and error ask for."
     mean, cov = self.split()
     n = self.n
-    rows = _unit(self.least_squares(self.aims(sae.W_dec, ridge), pull))
+    rows = unit(self.least_squares(self.aims(sae.W_dec, ridge), pull))
     within, across = cov[:n, :n], cov[:n, 2 * n :]
     even = 1e-4 * self.size() * torch.eye(n).to(cov)  # draws lengths to 1, for latents that hardly fire
     lengths = torch.linalg.solve(within * (rows @ rows.T) + even, (across * rows).sum(1) + even.diagonal())
