@@ -6,6 +6,8 @@
 __all__ = ['sizes', 'real_metrics', 'real_plan', 'scores_of', 'last_step']
 
 # %% ../../nbs/reports/real.ipynb #real-imports
+from pathlib import Path
+
 import pandas as pd
 import torch
 
