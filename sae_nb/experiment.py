@@ -251,7 +251,12 @@ class Plan:
 
     @property
     def seed(self):  # of the data
-        return self.runs[0].config["seed"] if self.params.data_seed < 0 else self.params.data_seed
+        return _data_seed(self.params, self.runs[0].config["seed"])
+
+
+def _data_seed(p, first):
+    "The seed of the data, where `first` is that of the first SAE."
+    return first if p.data_seed < 0 else p.data_seed
 
 # %% ../nbs/10_experiment.ipynb #experiment-names
 def _variants_and_seeds(p):
@@ -302,7 +307,7 @@ def _runs(p, choices, seeds, saes, joining, **shared):
     hooks = hooks_of(p)
     several = len(hooks) * len(choices) * len(seeds) > 1
     rows = any(sae.sequential for sae in saes)
-    data = seeds[0] if p.data_seed < 0 else p.data_seed
+    data = _data_seed(p, seeds[0])
     shared.update(provenance())
     runs = []
     for hook, (choice, sae), seed in itertools.product(hooks, list(zip(choices, saes)), seeds):
