@@ -38,8 +38,8 @@ from sae_nb.evals.base import (
 )
 from .codes import bootstrap, dictionary_sae, latents_of, wilson
 from .split import families, plain_word
-from .store import Store
-from ..lm import LM, what_counts
+from .store import Store, blocks
+from ..lm import LM
 from ..metrics import unit
 from ..style import dark, grey, ink, legend_below, pale, panels, short_names
 from ..world import sets as W
@@ -182,19 +182,17 @@ def at_tokens(
     batch: int = 64,  # Rows at a time
     sae=None,  # Read its latents; None: the activations
     desc: str = "",  # Words before a progress bar; empty: no bar
+    store=None,  # Keeps activations of whole rows for the next SAE; None: they are read and forgotten
 ) -> Tensor:  # [n, d_in] or [n, d_sae], float32, on the CPU
     "Activations or latents at single tokens."
+    used, row = at[:, 0].unique(return_inverse=True)
     out = [torch.zeros(0, lm.width(hook) if sae is None else sae.d_sae)]
-    for i in tqdm(range(0, len(tokens), batch), desc=desc, disable=not desc, leave=False, ncols=80):
-        here = at[(at[:, 0] >= i) & (at[:, 0] < i + batch)] - torch.tensor([i, 0])
-        if not len(here):
-            continue
-        longest = int((docs[i : i + batch] > 0).sum(-1).max())
-        rows, numbers = tokens[i : i + batch, :longest], docs[i : i + batch, :longest]
-        found = lm.acts(rows, hook, docs=numbers)
+    kept = Store(limit_mb=0) if store is None else store
+    for rows, found, mask in blocks(kept, lm, hook, tokens[used], docs[used], batch, desc):
+        here = (row >= rows.start) & (row < rows.stop)
         if sae is not None:
-            found = latents_of(sae, found, what_counts(lm, hook, rows, numbers, found).to(found.device))
-        out.append(found[here[:, 0], here[:, 1]].float().cpu())
+            found = latents_of(sae, found, mask)
+        out.append(found[row[here] - rows.start, at[here, 1]].float().cpu())
     return torch.cat(out)
 
 # %% ../../nbs/evals/absorption.ipynb #abs-fit
@@ -670,6 +668,7 @@ def codes(
     lm,  # Language model
     hook,  # Hook point
     w: Words,  # With activations
+    store=None,  # Where activations of whole prompts stay, for SAEs that look along the row
 ):  # Function from indices to latents [m, d_sae], float32
     "Latents at the words."
 
@@ -677,7 +676,8 @@ def codes(
         return latents_of(sae, w.x[i]).float()
 
     if getattr(sae, "sequential", False):
-        return at_tokens(lm, hook, w.tokens, w.docs, w.at, self.config.llm_batch_size, sae).__getitem__
+        batch = self.config.llm_batch_size
+        return at_tokens(lm, hook, w.tokens, w.docs, w.at, batch, sae, store=store).__getitem__
     if not self.config.precalc_k_sparse_probe_sae_acts:
         return each
     none = [torch.zeros(0, sae.d_sae)]
@@ -818,29 +818,27 @@ def judge(
 def kept_letters(
     self: Absorption,
     sae,  # Any SAE
-    lm,  # Language model
-    hook,  # Hook point
+    ctx: Context,  # Model, hook and store
     D: Letters,  # Words and probes
     kept,  # Store of the result
     made: dict,  # This SAE's latents: name of the words -> function from indices; filled in here
     what="",  # Words before progress bars
-    quiet=True,  # No progress bars
 ) -> list:  # One dict per letter, from `judge`
     "Counts for each letter, from the store if they are there."
 
     def take(name):
         if name not in made:
-            made[name] = self.codes(sae, lm, hook, getattr(D, name))
+            made[name] = self.codes(sae, ctx.model, ctx.hook, getattr(D, name), ctx.store)
         return made[name]
 
     def main():
-        desc = "" if quiet else f"{what} main latents".strip()
+        desc = "" if ctx.quiet else f"{what} main latents".strip()
         return self.main_latents(take("train"), take("test"), D.train.y, D.test.y, desc)
 
     def count():
         return self.judge(sae, D, mains, take("again"), None if D.text is None else take("text"))
 
-    key = [sae, lm, hook, D.train.x, D.train.y, D.test.x, D.test.y, self.ranking()]
+    key = [sae, ctx.model, ctx.hook, D.train.x, D.train.y, D.test.x, D.test.y, self.ranking()]
     mains = kept.get("absorption-main", key, main)
     text = [] if D.text is None else [D.text.x, D.text.y]
     return kept.get("absorption-letters", [key, mains, D.w, D.b, D.again.x, text], count)
@@ -998,7 +996,7 @@ def measure(
             data=dict(warnings=self.warned(sae, lm)),
         )
     made = {}
-    rows = self.kept_letters(sae, lm, hook, D, ctx.parts, made, "", ctx.quiet)
+    rows = self.kept_letters(sae, ctx, D, ctx.parts, made)
     return self.report(sae, lm, D, rows, self.beside(sae, D, made, ctx))
 
 # %% ../../nbs/evals/absorption.ipynb #abs-beside
@@ -1014,7 +1012,7 @@ def beside(
     c = self.config
 
     def row(sae, name, D, kept, made):
-        return self.kept_letters(sae, ctx.model, ctx.hook, D, kept, made, name, ctx.quiet)
+        return self.kept_letters(sae, ctx, D, kept, made, name)
 
     out = {}
     if c.shuffled:
