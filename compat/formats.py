@@ -1,7 +1,8 @@
 """Files of other libraries, opened by them and by this repository.
 
 python compat/formats.py ours FOLDER                    # here: small SAEs, exported in every format
-PEER/bin/python compat/formats.py theirs NAME FOLDER    # where saelens, dictionary_learning or sparsify is
+PEER/bin/python compat/formats.py theirs NAME FOLDER    # where it is installed: saelens, gemma_scope (read by
+                                                        # SAELens), dictionary_learning or sparsify
 python compat/formats.py compare FOLDER                 # here: what differs; writes agreement.json
 
 `theirs` opens what was exported with the library's own loader and keeps its latents and reconstructions.
@@ -16,12 +17,14 @@ import tempfile
 import types
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 FIXTURES = Path(__file__).parent / "fixtures" / "formats"
 THRESHOLDS = dict(
     batchtopk=dict(k=3),
+    batchtopk_half=dict(variant="batchtopk", k=3, thresholds="half"),
     matryoshka=dict(k=3, prefixes=(4, 12, 24)),
     best=dict(k=3),
     tsae=dict(k=3),
@@ -37,10 +40,12 @@ TRANSCODERS = dict(
     transcoder=dict(variant="topk", k=3, d_out=16),
     skip_transcoder=dict(variant="topk", k=3, d_out=16, skip_connection=True),
 )
+PLACES = {name: dict(variant="topk", k=3, hook=f"blocks.3.hook_{name}") for name in ("z", "mlp_in")}
 OURS = dict(
-    saelens={**THRESHOLDS, **COUNTS, **RELU, **GATED},
-    dictionary_learning={**THRESHOLDS, **COUNTS, **RELU, **GATED},
+    saelens={**THRESHOLDS, **COUNTS, **RELU, **GATED, **PLACES},
+    dictionary_learning={**THRESHOLDS, **COUNTS, **RELU, **GATED, **PLACES},
     sparsify={**COUNTS, **TRANSCODERS},
+    gemma_scope={**THRESHOLDS, **RELU},
 )
 
 
@@ -49,19 +54,57 @@ OURS = dict(
 
 def ours(folder):
     "Small SAEs: as this repository keeps them, exported, and tokens to try them on."
-    from sae_nb.formats.base import example, example_tokens, export
+    from sae_nb.formats.base import example_tokens, export
     from sae_nb.sae import save
 
     x = torch.cat([example_tokens(at).flatten(0, 1) for at in range(1000, 1008)])
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(x=x), folder / "tokens.safetensors")
     for library, variants in OURS.items():
-        for variant, options in variants.items():
-            sae = example(**{"variant": variant, **options})
-            name = variant.replace("/", "-")
-            save(sae, folder / "ours" / name)
-            sae.meta = dict(model="gpt2", hook="blocks.3.hook_resid_post")
-            export(sae, folder / library / name, library)
+        for name in variants:
+            sae = ours_of(library, name)
+            at = name.replace("/", "-")
+            save(sae, folder / "ours" / at)
+            export(sae, folder / library / at, library)
+
+
+def ours_of(library, name, steps=40):
+    "One of the small SAEs; after fewer `steps` its files have the same form and other numbers."
+    from sae_nb.formats.base import example
+
+    options = {"variant": name, **OURS[library][name]}
+    hook = options.pop("hook", "blocks.3.hook_resid_post")
+    sae = example(steps=steps, **options)
+    sae.meta = dict(model="gpt2", hook=hook)
+    return sae
+
+
+def form(folder):
+    "What is in an exported folder but for numbers: configurations whole, and each tensor's type and shape."
+    from sae_nb.formats.dictionary_learning import read_pt
+
+    readers = {".json": lambda at: json.loads(at.read_text()), ".pt": read_pt, ".safetensors": load_file}
+    readers[".npz"] = lambda at: {name: torch.from_numpy(a) for name, a in np.load(at).items()}
+    out = {}
+    for at in sorted(folder.iterdir()):
+        held = readers[at.suffix](at)
+        if at.suffix != ".json":
+            held = {name: f"{t.dtype} {list(t.shape)}" for name, t in sorted(held.items())}
+        out[at.name] = held
+    return out
+
+
+def changed(library):
+    "Of what does this repository write other files today than those that the library opened?"
+    from sae_nb.formats.base import export
+
+    said = json.loads((FIXTURES / "agreement.json").read_text())["form"][library]
+    out = [f"{name} was never opened" for name in OURS[library] if name not in said]
+    for name in said:
+        with tempfile.TemporaryDirectory() as d:
+            if form(export(ours_of(library, name, steps=1), Path(d), library)) != said[name]:
+                out.append(f"{name} is written differently")
+    return out
 
 
 def compare(folder):
@@ -70,7 +113,7 @@ def compare(folder):
     from sae_nb.sae import load
 
     x = load_file(folder / "tokens.safetensors")["x"]
-    out = dict(tokens=len(x), versions={}, differ={})
+    out = dict(tokens=len(x), versions={}, differ={}, form={})
     for library, variants in OURS.items():
         for variant in variants:
             name = variant.replace("/", "-")
@@ -80,7 +123,8 @@ def compare(folder):
                 continue
             theirs = load_file(file)
             d = differ(load(folder / "ours" / name), (theirs["latents"], theirs["rebuilt"]), x)
-            out["differ"].setdefault(library, {})[variant] = {k: v for k, v in d.items()}
+            out["differ"].setdefault(library, {})[variant] = d
+            out["form"].setdefault(library, {})[variant] = form(folder / library / name)
             print(f"{library:20} {variant:16} {theirs_kind(folder / library / name):24}", d)
         versions = folder / f"{library}.versions.json"
         if versions.exists():
@@ -116,6 +160,8 @@ def agreement(library):
 
 def theirs_kind(folder):
     "What the other library calls it."
+    if (folder / "params.npz").exists():
+        return "params.npz"
     if (folder / "config.json").exists():
         return json.loads((folder / "config.json").read_text())["trainer"]["dict_class"]
     cfg = json.loads((folder / "cfg.json").read_text())
@@ -134,8 +180,11 @@ class SAELens:
         return SAE.load_from_disk(folder)
 
     def answers(self, sae, x):
-        f = sae.encode(x)
-        return f, sae.decode(f)
+        "Latents and reconstructions; at `hook_z` it takes heads apart and puts them together."
+        heads = sae.cfg.reshape_activations == "hook_z" if hasattr(sae, "cfg") else False
+        f = sae.encode(x.unflatten(-1, (4, -1)) if heads else x)
+        rebuilt = sae.decode(f)
+        return f, rebuilt.flatten(-2) if heads else rebuilt
 
     def own(self):
         "name -> an SAE of this library."
@@ -160,6 +209,31 @@ class SAELens:
 
     def keep(self, sae, folder, name):
         sae.save_model(folder)
+
+
+class GemmaScope:
+    "Gemma Scope's files as SAELens reads them."
+
+    package = "sae-lens"
+
+    def open(self, folder):
+        from unittest import mock
+
+        from sae_lens.loading import pretrained_sae_loaders as loaders
+        from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+
+        at = "google/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_3"
+        with mock.patch.object(loaders, "hf_hub_download", lambda **_: folder / "params.npz"):
+            cfg, state, _ = loaders.gemma_2_sae_huggingface_loader(*at, cfg_overrides=dict(d_in=16, d_sae=24))
+        sae = JumpReLUSAE(JumpReLUSAEConfig.from_dict(loaders.handle_config_defaulting(cfg)))
+        sae.process_state_dict_for_loading(state)
+        sae.load_state_dict(state)
+        return sae
+
+    answers = SAELens.answers
+
+    def own(self):
+        return {}
 
 
 class DictionaryLearning:
@@ -188,7 +262,7 @@ class DictionaryLearning:
         nested = matryoshka_batch_top_k.MatryoshkaBatchTopKSAE(16, 24, 3, [4, 8, 12])
         made = [d.AutoEncoder(16, 24), d.GatedAutoEncoder(16, 24)]
         made += [d.JumpReluAutoEncoder(16, 24), top_k.AutoEncoderTopK(16, 24, 3)]
-        made += [batch_top_k.BatchTopKSAE(16, 24, 3), nested]
+        made += [batch_top_k.BatchTopKSAE(16, 24, 3), nested, d.AutoEncoderNew(16, 24)]
         for ae in made:
             if "threshold" in dict(ae.named_buffers()):
                 ae.threshold.fill_(2.5)
@@ -202,7 +276,7 @@ class DictionaryLearning:
         trainer |= dict(
             submodule_name="resid_post_layer_3", **({"k": ae.k.item()} if hasattr(ae, "k") else {})
         )
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         state = {key: v.cpu().contiguous().clone() for key, v in ae.state_dict().items()}
         torch.save(state, folder / "ae.pt")
         if name != "BatchTopKSAE":
@@ -244,7 +318,9 @@ class Sparsify:
         sae.save_to_disk(folder)
 
 
-LIBRARIES = dict(saelens=SAELens, dictionary_learning=DictionaryLearning, sparsify=Sparsify)
+LIBRARIES = dict(
+    saelens=SAELens, gemma_scope=GemmaScope, dictionary_learning=DictionaryLearning, sparsify=Sparsify
+)
 
 
 @torch.no_grad()
@@ -284,7 +360,8 @@ def theirs(library, folder):
         answers |= {f"{name}.latents": f.contiguous(), f"{name}.rebuilt": rebuilt.contiguous()}
         if hasattr(lib, "tidy"):
             lib.tidy(at)
-    save_file(answers, FIXTURES / library / "answers.safetensors")
+    if lib.own():
+        save_file(answers, FIXTURES / library / "answers.safetensors")
 
 
 if __name__ == "__main__":

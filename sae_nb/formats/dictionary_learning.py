@@ -92,13 +92,13 @@ def _ends(file, widths, d_sae):
     return tuple(ends)
 
 # %% ../../nbs/formats/dictionary_learning.ipynb #dl-about
-_places = re.compile(r"(resid_pre|resid_post|attn_out|mlp_out)_layer_(\d+)")
+_place = re.compile(r"(\w+)_layer_(\d+)")
 
 
 def _about(cfg):
     "Model and hook in this repository's words."
     place = said_in(cfg, "trainer.submodule_name")
-    match = _places.fullmatch(str(place))
+    match = _place.fullmatch(str(place))
     said = dict(model=said_in(cfg, "trainer.lm_name"), context_size=said_in(cfg, "buffer.ctx_len"))
     said["hook"] = f"blocks.{match[2]}.hook_{match[1]}" if match else place
     return dict(format="dictionary_learning") | {name: v for name, v in said.items() if v is not None}
