@@ -11,6 +11,7 @@ fixtures/formats/NAME.
 """
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -158,6 +159,16 @@ def agreement(library):
     return {**said["versions"][library], "variants": len(rows), "tokens": said["tokens"], **worst}
 
 
+class Harmful:
+    "What it does when it is unpickled shows on disk."
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
 def theirs_kind(folder):
     "What the other library calls it."
     if (folder / "params.npz").exists():
@@ -171,6 +182,12 @@ def theirs_kind(folder):
 # ------------------------------------------------------------------ theirs
 
 
+def coded(sae, x):
+    "Latents and reconstructions."
+    f = sae.encode(x)
+    return f, sae.decode(f)
+
+
 class SAELens:
     package = "sae-lens"
 
@@ -180,11 +197,11 @@ class SAELens:
         return SAE.load_from_disk(folder)
 
     def answers(self, sae, x):
-        "Latents and reconstructions; at `hook_z` it takes heads apart and puts them together."
-        heads = sae.cfg.reshape_activations == "hook_z" if hasattr(sae, "cfg") else False
-        f = sae.encode(x.unflatten(-1, (4, -1)) if heads else x)
-        rebuilt = sae.decode(f)
-        return f, rebuilt.flatten(-2) if heads else rebuilt
+        "At `hook_z` it takes heads apart and puts them together."
+        if sae.cfg.reshape_activations != "hook_z":
+            return coded(sae, x)
+        f, rebuilt = coded(sae, x.unflatten(-1, (4, -1)))
+        return f, rebuilt.flatten(-2)
 
     def own(self):
         "name -> an SAE of this library."
@@ -253,7 +270,8 @@ class DictionaryLearning:
 
         return load_dictionary(str(folder), "cpu")[0]
 
-    answers = SAELens.answers
+    def answers(self, ae, x):
+        return coded(ae, x)
 
     def own(self):
         from dictionary_learning import dictionary as d
@@ -349,9 +367,9 @@ def theirs(library, folder):
         save_file(kept, folder / library / f"{at.name}.theirs.safetensors")
     versions = {name: importlib.metadata.version(name) for name in (lib.package, "torch")}
     (folder / f"{library}.versions.json").write_text(json.dumps(versions))
-    answers = dict(x=x[:64].contiguous())
+    answers, own = dict(x=x[:64].contiguous()), lib.own()
     g = torch.Generator().manual_seed(0)
-    for name, sae in lib.own().items():
+    for name, sae in own.items():
         draw(sae, g)
         at = FIXTURES / library / name
         lib.keep(sae, at, name)
@@ -360,7 +378,7 @@ def theirs(library, folder):
         answers |= {f"{name}.latents": f.contiguous(), f"{name}.rebuilt": rebuilt.contiguous()}
         if hasattr(lib, "tidy"):
             lib.tidy(at)
-    if lib.own():
+    if own:
         save_file(answers, FIXTURES / library / "answers.safetensors")
 
 
