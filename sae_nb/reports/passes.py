@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['its_base', 'way_of', 'by_way', 'Pass', 'count_saes', 'seeds_of', 'methods_in', 'page_state', 'work_folder',
-           'run_notebook', 'run_plan', 'progress']
+           'run_notebook', 'start_pass', 'why_failed', 'run_plan', 'progress']
 
 # %% ../../nbs/reports/passes.ipynb #passes-imports
 import csv
 import functools
 import json
+import os
 import shlex
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -134,29 +139,88 @@ def run_notebook() -> str:
     return str(path)
 
 # %% ../../nbs/reports/passes.ipynb #passes-drive
+_execute = """
+import json, sys, papermill
+papermill.execute_notebook(**json.load(sys.stdin))
+"""
+
+
+def start_pass(
+    one: Pass,
+    here: Path,  # Holds runs/
+    threads: int = None,  # Of torch; None: as the environment says
+) -> subprocess.Popen:  # Its output goes to runs/<name>.log
+    "Begin to execute a pass in a process of its own."
+    page = here / "runs" / f"{one.name}.ipynb"
+    asked = dict(input_path=run_notebook(), output_path=str(page), parameters=one.given, cwd=str(here))
+    env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    with open(page.with_suffix(".log"), "wb") as log:
+        how = dict(stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, text=True)
+        process = subprocess.Popen([sys.executable, "-c", _execute], **how)
+    json.dump(asked | dict(progress_bar=False), process.stdin)
+    process.stdin.close()
+    return process
+
+
+def why_failed(
+    page,  # Executed notebook, finished or not
+) -> str:
+    "The error of a page in a line, or the last line that its process printed."
+    for cell in (read_if_whole(page) or {}).get("cells", []):
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":
+                return (output["evalue"].splitlines() or [output["ename"]])[0]
+    log = Path(page).with_suffix(".log")
+    said = log.read_text(errors="replace").split("\n") if is_there(log) else []
+    return next((line for line in reversed(said) if line.strip()), "it said nothing")
+
+# %% ../../nbs/reports/passes.ipynb #passes-drive-all
+class _Work:
+    "Passes that are being executed, which can be stopped."
+
+    def __init__(self, here, threads):
+        self.here, self.threads = here, threads
+        self.begun, self.stopped = [], threading.Event()
+
+    def __call__(self, one):
+        "What became of a pass."
+        page = self.here / "runs" / f"{one.name}.ipynb"
+        if page_state(page, one.given) == "done":
+            return "done"
+        if self.stopped.is_set():
+            return "stopped"
+        process = start_pass(one, self.here, self.threads)
+        self.begun.append(process)
+        if self.stopped.is_set():  # meanwhile
+            process.terminate()
+        return f"failed: {why_failed(page)}" if process.wait() else "done"
+
+    def stop(self):
+        "Let nothing more begin, and end what has begun."
+        self.stopped.set()
+        for process in self.begun:
+            process.terminate()
+
+
 def run_plan(
-    passes: list,  # From `plan`
+    passes: list,  # of Pass
     folder=None,  # Where runs/ is; None: this project
+    workers: int = 1,  # Passes side by side, which share the cores
 ):  # pandas.DataFrame: page, state
     "Execute every pass that is not done."
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
     for one in passes:
         params_from(one.given)  # an error now rather than after hours
-    here, notebook, ended = work_folder(folder), run_notebook(), {}
-    for one in passes:
-        page = here / "runs" / f"{one.name}.ipynb"
-        if page_state(page, one.given) != "done":
-            try:
-                papermill.execute_notebook(
-                    notebook, str(page), parameters=one.given, cwd=str(here), progress_bar=False
-                )
-            except PapermillExecutionError as error:
-                ended[one.name] = f"failed: {str(error.evalue).splitlines()[0]}"
-                continue
-        ended[one.name] = "done"
-    return pd.DataFrame(dict(state=ended)).rename_axis("page")
+    if not isinstance(workers, int) or workers < 1:
+        raise InputError(f"workers = {workers!r} is not a number of processes; give a whole number from 1")
+    run_notebook()  # an error now if it is not there
+    work = _Work(work_folder(folder), None if workers == 1 else max(1, (os.cpu_count() or 1) // workers))
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            states = list(pool.map(work, passes))
+        except BaseException:
+            work.stop()
+            raise
+    return pd.DataFrame(dict(state=dict(zip((one.name for one in passes), states)))).rename_axis("page")
 
 # %% ../../nbs/reports/passes.ipynb #passes-progress
 def progress(
