@@ -86,8 +86,8 @@ def _read(lm, sae, hook, latent, before, after):
 
 # %% ../../nbs/models/steer.ipynb #steer-words
 def words_of(text: str) -> list:  # In small letters
-    "Words and punctuation marks of a text, in order; a word may hold hyphens and apostrophes."
-    return re.findall(r"\w+(?:['’-]\w+)*|[^\w\s]", text.lower())
+    "Words and punctuation marks of a text, in order; a word may hold hyphens and apostrophes, but no 's."
+    return re.findall(r"\w+(?:-\w+|['’](?!s\b)\w+)*|['’]s\b|[^\w\s]", text.lower())
 
 
 def share_of(
