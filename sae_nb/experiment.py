@@ -525,9 +525,14 @@ def _known(model):
         about = "toy: 256 known directions in 64 dimensions, 8 active"
         return Toy(d_in=64, n_true=256, n_active=8, seed=0), about
     size, number, word = synth_size(model)
-    world = SynthTime(size, number, noise=in_time[word]) if word else SynthWorld(size, number)
-    lasts = f" that last {', '.join(map(str, world.times))} tokens" if word else ""
+    cos = parent_cos(word)
+    timeless = word not in in_time
+    world = (
+        SynthWorld(size, number, parent_cos=cos) if timeless else SynthTime(size, number, noise=in_time[word])
+    )
+    lasts = "" if timeless else f" that last {', '.join(map(str, world.times))} tokens"
     noise = f", noise of {world.noise:g}" if world.noise else ""
+    noise += f", child and parent at a cosine of {cos:g}" if cos is not None else ""
     what = f"{world.n_true:,} features{lasts} in {world.d_in} dimensions{noise}"
     return world, f"synthetic world {size}, number {number}: {what}"
 
