@@ -85,6 +85,7 @@ def methods_in(
 ) -> list:  # (variant, preset)
     "What a pass trains of each seed."
     given, found = one.given, []
+    names("variants")  # their presets are known once they are imported
     for variant in given["variant"].split(","):
         asked = given.get("preset", "").split(",")
         found += [(variant, preset) for preset in asked if not preset or preset in presets.get(variant, ())]
