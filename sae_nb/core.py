@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['found', 'dtypes', 'InputError', 'Damaged', 'one_of', 'ints', 'register', 'names', 'find', 'root', 'output_folder',
-           'short', 'files_like', 'remove_leftovers', 'make_folder', 'figure_text', 'write_text', 'write_json',
-           'is_there', 'read_text', 'read_json', 'seal', 'read_if_whole', 'checksum', 'write_tensors', 'read_meta',
-           'read_tensors', 'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch', 'counted']
+           'short', 'files_like', 'remove_leftovers', 'make_folder', 'figure_text', 'write_text', 'write_bytes',
+           'write_json', 'is_there', 'read_text', 'read_json', 'seal', 'read_if_whole', 'checksum', 'write_tensors',
+           'read_meta', 'read_tensors', 'seed_all', 'rng', 'pick_device', 'pick_dtype', 'Batch', 'counted']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import hashlib
@@ -237,6 +237,14 @@ def write_text(
 ) -> Path:  # `path`
     "Write `text` to `path` in UTF-8, whole or not at all."
     return _write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def write_bytes(
+    path,  # File to write
+    data: bytes,  # Its whole content
+) -> Path:  # `path`
+    "Write `data` to `path`, whole or not at all."
+    return _write_whole(path, lambda beside: beside.write_bytes(data))
 
 # %% ../nbs/00_core.ipynb #core-write-write-json
 def write_json(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['scores', 'targets', 'near', 'ground', 'baselines', 'selectors', 'forms', 'along', 'rows_of_004', 'steered',
-           'questions', 'Score', 'target_of', 'tidy', 'again', 'study', 'study_plan', 'Question', 'ask', 'not_yet']
+           'questions', 'Score', 'target_of', 'tidy', 'again', 'study', 'study_plan', 'Question', 'ask', 'not_yet',
+           'write_tidy', 'draw_answer']
 
 # %% ../../nbs/reports/study.ipynb #study-imports
 import re
@@ -18,9 +19,10 @@ from ..core import *
 from ..experiment import parse_options
 from .figures import read_runs
 from .passes import *
-from .statistics import Asked, compare_all
+from .statistics import Asked, compare_all, draw_compared
 from .truth import method_of
 from ..runs import Params
+from ..style import *
 
 # %% ../../nbs/reports/study.ipynb #study-scores
 class Score(NamedTuple):
@@ -337,3 +339,34 @@ def not_yet(
     there = set(zip(table.target, table.method))
     methods = dict.fromkeys(method for pair in question.pairs for method in pair)
     return [(at, method) for at in question.at for method in methods if (at, method) not in there]
+
+# %% ../../nbs/reports/study.ipynb #study-write
+def write_tidy(
+    table,  # From `tidy`
+    name: str = "study",  # Of the files
+    folder=None,  # None: runs/ of the project
+) -> list:  # of Path
+    "The table as CSV and as Parquet."
+    folder = Path(folder or output_folder("runs"))
+    files = [folder / f"{name}.csv", folder / f"{name}.parquet"]
+    write_text(files[0], table.to_csv(index=False, float_format="%.6g"))
+    write_bytes(files[1], table.to_parquet(index=False))
+    return files
+
+# %% ../../nbs/reports/study.ipynb #study-draw
+def draw_answer(
+    question: Question,
+    answer,  # From `ask`
+    at: float = targets[1],  # Target L0
+):  # A figure
+    "Every comparison of a question at one L0."
+    here = answer[answer.target == at]
+    shown = [score for score in question.scores if (here.score == score).any()]
+    n = here.groupby("score").size().max()
+    fig, axes = panels(1, len(shown), figsize=(3.2 + 2.1 * len(shown), height_for(n, 1.4)), squeeze=False)
+    for ax, score in zip(axes[0], shown):
+        margin = question.scores[score]
+        draw_compared(ax, here[here.score == score], score, margin)
+    for ax in axes[0, 1:]:
+        bare_rows(ax, n)
+    return fig
