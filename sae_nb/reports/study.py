@@ -10,6 +10,7 @@ __all__ = ['scores', 'targets', 'near', 'ground', 'baselines', 'selectors', 'for
 # %% ../../nbs/reports/study.ipynb #study-imports
 import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
