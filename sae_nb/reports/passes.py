@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ import pandas as pd
 
 from ..core import *
 from ..experiment import listed
-from ..runs import params_from, run_status
+from ..runs import Params, params_from, public, run_status
 from ..sae import build, options, presets, sparsity_options
 
 # %% ../../nbs/reports/passes.ipynb #passes-kinds
@@ -77,18 +76,20 @@ def count_saes(
 
 def seeds_of(one):
     "The seeds of a pass."
-    return listed(one.given["seed"])
+    return listed(one.given.get("seed", Params().seed))
 
 
 def methods_in(
     one: Pass,
 ) -> list:  # (variant, preset)
     "What a pass trains of each seed."
-    given, found = one.given, []
-    names("variants")  # their presets are known once they are imported
-    for variant in given["variant"].split(","):
-        asked = given.get("preset", "").split(",")
-        found += [(variant, preset) for preset in asked if not preset or preset in presets.get(variant, ())]
+    every = names("variants")  # their presets are known once they are imported
+    asked, found = one.given.get("variant", Params().variant), []
+    for variant in every if asked == "all" else listed(asked):
+        own = presets.get(variant, {})
+        some = one.given.get("preset", "")
+        for preset in [*own] if some == "all" else listed(some) or [""]:
+            found += [(variant, preset)] if not preset or preset in own else []
     return found
 
 # %% ../../nbs/reports/passes.ipynb #passes-page
@@ -99,7 +100,9 @@ def page_state(
     "What a page says of its pass."
     if not is_there(page):
         return "missing"
-    about = read_json(page).get("metadata", {}).get("papermill", {})
+    about = (read_if_whole(page) or {}).get("metadata", {}).get("papermill", {})
+    if not about:  # it is being written, or its writer was killed
+        return "unfinished"
     if about.get("parameters") != json.loads(json.dumps(given)):
         return "other parameters"
     if about.get("exception"):
@@ -141,9 +144,18 @@ def run_notebook() -> str:
 
 # %% ../../nbs/reports/passes.ipynb #passes-drive
 _execute = """
-import json, sys, papermill
+import json, os, sys, threading, time
+parent = os.getppid()
+
+def follow():
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+threading.Thread(target=follow, daemon=True).start()
+import papermill
 papermill.execute_notebook(**json.load(sys.stdin))
-"""
+"""  # it ends with the process that began it; so does a kernel, with its own
 
 
 def start_pass(
@@ -211,6 +223,10 @@ def run_plan(
     "Execute every pass that is not done."
     for one in passes:
         params_from(one.given)  # an error now rather than after hours
+    names_of = [one.name for one in passes]
+    twice = [name for name in dict.fromkeys(names_of) if names_of.count(name) > 1]
+    if twice:
+        raise InputError(f"two passes are called {twice[0]!r} and would write one page; rename one of them")
     if not isinstance(workers, int) or workers < 1:
         raise InputError(f"workers = {workers!r} is not a number of processes; give a whole number from 1")
     run_notebook()  # an error now if it is not there
@@ -221,7 +237,7 @@ def run_plan(
         except BaseException:
             work.stop()
             raise
-    return pd.DataFrame(dict(state=dict(zip((one.name for one in passes), states)))).rename_axis("page")
+    return pd.DataFrame(dict(state=dict(zip(names_of, states)))).rename_axis("page")
 
 # %% ../../nbs/reports/passes.ipynb #passes-progress
 def progress(
@@ -232,7 +248,7 @@ def progress(
     here, found = Path(folder or root()).expanduser() / "runs", {}
     configs = {path.parent: read_if_whole(path) or {} for path in here.glob("*/config.json")}
     for one in passes:
-        asked = asdict(params_from(one.given))
+        asked = public(params_from(one.given))
         own = [run for run, config in configs.items() if config.get("params") == asked]
         states, n = [run_status(run)[0] for run in own], count_saes([one])
         found[one.name] = dict(

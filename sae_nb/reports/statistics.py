@@ -7,6 +7,7 @@ __all__ = ['Difference', 'apart', 'difference', 'holm', 'same_within', 'smallest
            'compare_all', 'on_front', 'share_of_way', 'draw_compared']
 
 # %% ../../nbs/reports/statistics.ipynb #statistics-imports
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -92,18 +93,36 @@ def same_within(
     return float(DescrStatsW(d).ttost_mean(-margin, margin)[0])
 
 # %% ../../nbs/reports/statistics.ipynb #statistics-power
+_chances = (np.arange(20_000) + 0.5) / 20_000
+
+
+def _seen(effect, seeds, alpha):
+    "How often a paired t test sees a difference of so many standard deviations, on the side where it is."
+    from scipy.stats import chi2, norm, t
+
+    free = seeds - 1
+    spread = np.sqrt(chi2.ppf(_chances, free) / free)  # of the estimated deviation about the true one
+    return norm.cdf(effect * seeds**0.5 - t.ppf(1 - alpha / 2, free) * spread).mean()
+
+
+@functools.cache
+def _needed(seeds, power, alpha):
+    "The difference in standard deviations that is seen so often."
+    from scipy.optimize import brentq
+
+    return brentq(lambda effect: _seen(effect, seeds, alpha) - power, 0, 1e4)
+
+
 def smallest_difference(
     sd: float,  # Of the differences, from seed to seed
     seeds: int,  # Pairs
     power: float = 0.8,  # How often it should be seen
-    alpha: float = 0.05,  # Of the two-sided test
+    alpha: float = 0.05,  # Of the two-sided test; divided by how many there are
 ) -> float:  # In the units of `sd`; NaN with fewer than two seeds
     "The smallest true difference that a paired t test sees so often."
-    from statsmodels.stats.power import TTestPower
-
     if not (seeds > 1 and np.isfinite(sd)):
         return np.nan
-    return sd * float(TTestPower().solve_power(nobs=seeds, alpha=alpha, power=power))
+    return sd * float(_needed(int(seeds), power, alpha))
 
 # %% ../../nbs/reports/statistics.ipynb #statistics-word
 def _word(line, alpha=0.05):
@@ -141,7 +160,8 @@ def _corrected(found):
     found["p_holm"] = holm(found.p)
     if "p_same" in found:
         found["p_same"] = holm(found.p_same)
-    found["smallest"] = [smallest_difference(sd, n) for sd, n in zip(found.sd, found.seeds)]
+    alpha = 0.05 / max(1, found.p.notna().sum())
+    found["smallest"] = [smallest_difference(sd, n, alpha=alpha) for sd, n in zip(found.sd, found.seeds)]
     return found.assign(word=[_word(line) for line in found.to_dict("records")])
 
 
