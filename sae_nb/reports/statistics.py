@@ -232,6 +232,11 @@ def draw_compared(
     for at, (name, line) in enumerate(zip(called, lines)):
         _draw_difference(ax, at, line, look[name].color)
     ax.axvline(0, color=grey, lw=0.8)
+    reach = 2 * max(
+        [margin or 0, *(abs(v) for line in lines for v in (line.mean, line.low, line.high) if v == v)]
+    )
+    left, right = ax.get_xlim()
+    ax.set_xlim(max(left, -reach), min(right, reach))  # bars may be far longer than intervals
     name_rows(ax, called, look, dict(zip(called, called)))
     ax.set_xlabel(title)
 

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['language', 'known', 'near', 'on_world', 'baselines', 'selectors', 'forms', 'along', 'rows_of_004', 'steered',
-           'leaning', 'questions', 'Score', 'Ground', 'ground_of', 'target_of', 'tidy', 'again', 'study', 'study_plan',
-           'overlap_plan', 'Question', 'ask', 'not_yet', 'write_tidy', 'draw_answer']
+           'leaning', 'questions', 'Score', 'Ground', 'ground_of', 'target_of', 'row_method', 'tidy', 'made_by',
+           'again', 'study', 'study_plan', 'overlap_plan', 'Question', 'ask', 'not_yet', 'write_tidy', 'draw_answer']
 
 # %% ../../nbs/reports/study.ipynb #study-imports
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +17,11 @@ import pandas as pd
 
 from ..core import *
 from ..experiment import parse_options
-from .figures import read_runs
+from .figures import read_run
 from .passes import *
 from .statistics import Asked, compare_all, draw_compared
 from .truth import method_of
-from ..runs import Params, kind_of
+from ..runs import Params, kind_of, params_from, public
 from ..style import *
 
 # %% ../../nbs/reports/study.ipynb #study-scores
@@ -41,6 +40,7 @@ class Ground(NamedTuple):
     scores: dict  # column -> Score
     l0: str  # Column of the L0 that is matched
     targets: tuple  # L0s
+    d_sae: int = None  # Usual width; None: what is usual on the model
 
 
 language = Ground(
@@ -62,6 +62,7 @@ language = Ground(
     },
     "core/l0",
     (8.0, 16.0, 32.0),
+    1024,
 )
 known = Ground(
     {
@@ -82,7 +83,7 @@ def ground_of(
     "What is measured on a model; a real one is looked at at one L0."
     if kind_of(model) == "synth":
         return known
-    return language if model == "world" else language._replace(targets=(32.0,))
+    return language if model == "world" else language._replace(targets=(32.0,), d_sae=2304)
 
 # %% ../../nbs/reports/study.ipynb #study-target
 near = 0.03  # How far from its target a measured L0 may be, as a share
@@ -98,7 +99,7 @@ def target_of(
     return min(wanted, key=lambda target: abs(np.log(l0 / target)))
 
 # %% ../../nbs/reports/study.ipynb #study-tidy
-_who = ["ground", "method", "knob", "target"]  # what the seeds of one trained row have in common
+_who = ["ground", "method", "knob"]  # what the seeds of one trained row have in common
 
 
 def _knob(config):
@@ -112,18 +113,37 @@ def _end(run, end):
     return run.number(end) if isinstance(end, str) else end
 
 
-def _width(asked, usual_widths):
-    "A width is part of what a method is called where most SAEs of its model have another."
+def _width(asked, ground):
+    "A width is part of what a method is called where another is usual."
     d_sae = asked.get("d_sae")
-    return "" if d_sae == usual_widths[asked["model"]] else f" d_sae={d_sae}"
+    usual = ground.d_sae or Params(model=asked["model"]).d_sae
+    return "" if d_sae in (None, usual) else f" d_sae={d_sae}"
 
 
-def _rows(run, ground, usual_widths):
+def row_method(
+    config: dict,  # config.json of a run
+    ground: Ground = None,  # None: that of its model
+) -> str:  # Such as "ortho/batchtopk selector_pre" or "batchtopk d_sae=3070"
+    "What a trained row is called."
+    asked = config["params"]
+    return method_of(config) + _width(asked, ground or ground_of(asked["model"]))
+
+
+_alike = ("tokens", "batch", "lr", "warmup_steps", "decay", "hook", "ctx")
+
+
+def _setting(config):
+    "What all SAEs of a table must have in common."
+    asked = {name: config["params"].get(name) for name in _alike}
+    return asked | dict(text=(config.get("content") or {}).get("text"))
+
+
+def _rows(run, ground):
     "The rows of one run."
     asked = run.config["params"]
     about = dict(
         ground=asked["model"],
-        method=method_of(run.config) + _width(asked, usual_widths),
+        method=row_method(run.config, ground),
         seed=run.seed,
         knob=_knob(run.config),
         l0=run.number(ground.l0),
@@ -136,25 +156,38 @@ def _rows(run, ground, usual_widths):
             yield about | dict(score=score.title, value=value, **ends) | from_run
 
 
-def _usual_widths(runs):
-    "The width that most SAEs of each model have."
-    widths = {}
-    for run in runs:
-        widths.setdefault(run.config["params"]["model"], []).append(run.config["params"].get("d_sae"))
-    return {model: max(found, key=found.count) for model, found in widths.items()}
-
-
 def _with_targets(table, ground):
-    "Which L0 each trained row belongs to, whether it has it, and whether another is nearer."
-    means = table.drop_duplicates("run").groupby(_who[:3]).l0.mean().reset_index()
-    wanted = [(ground or ground_of(model)).targets for model in means.ground]
-    means["target"] = [target_of(l0, some) for l0, some in zip(means.pop("l0"), wanted)]
-    table = table.merge(means, on=_who[:3])
-    off = table.drop_duplicates("run").groupby(_who).l0.mean().rename("off").reset_index()
-    off["off"] = (off.off / off.target - 1).abs()
-    first = off.sort_values("off", kind="stable").drop_duplicates(["ground", "method", "target"])
-    table = table.merge(off, on=_who).merge(first[_who].assign(chosen=True), on=_who, how="left")
-    return table.assign(chosen=table.chosen.notna(), matched=table.off <= near).drop(columns="off")
+    "Which L0 each trained row belongs to, whether it has it, and which row of a method stands for it there."
+    rows = (
+        table.drop_duplicates("run")
+        .groupby(_who)
+        .agg(mean=("l0", "mean"), seeds=("run", "size"))
+        .reset_index()
+    )
+    wanted = [(ground or ground_of(model)).targets for model in rows.ground]
+    rows["target"] = [
+        knob if knob in some else target_of(mean, some)
+        for knob, mean, some in zip(rows.knob, rows["mean"], wanted)
+    ]
+    rows["off"] = (rows["mean"] / rows.target - 1).abs()
+    order = rows.assign(few=-rows.seeds).sort_values(["few", "off"], kind="stable")
+    chosen = order[order.target.notna()].drop_duplicates(["ground", "method", "target"]).index
+    rows = rows.assign(chosen=rows.index.isin(chosen), matched=rows.off <= near)
+    return table.merge(rows[[*_who, "target", "chosen", "matched"]], on=_who)
+
+
+def _check_alike(runs):
+    "An error if SAEs of one model differ in what is not compared."
+    first = {}
+    for run in runs:
+        other = first.setdefault(run.config["params"]["model"], run)
+        mine, theirs = _setting(run.config), _setting(other.config)
+        differ = [name for name in mine if mine[name] != theirs[name]]
+        if differ:
+            raise InputError(
+                f"{other.name} and {run.name} differ in {differ[0]} ({theirs[differ[0]]} and "
+                f"{mine[differ[0]]}), and a table compares SAEs that were trained alike; leave one out"
+            )
 
 
 def _check_once(table):
@@ -174,10 +207,8 @@ def tidy(
 ):  # pandas.DataFrame: a row per SAE and score
     "Finished runs as one long table, with where each number comes from."
     done = [run for run in runs if not run.failed]
-    usual = _usual_widths(done)
-    rows = [
-        row for run in done for row in _rows(run, ground or ground_of(run.config["params"]["model"]), usual)
-    ]
+    _check_alike(done)
+    rows = [row for run in done for row in _rows(run, ground or ground_of(run.config["params"]["model"]))]
     if not rows:
         raise InputError(f"none of {len(runs)} runs is finished and has a score; make some with run_plan")
     table = pd.DataFrame(rows)
@@ -188,11 +219,25 @@ def tidy(
     return _with_targets(table, ground).sort_values(order, ignore_index=True)
 
 # %% ../../nbs/reports/study.ipynb #study-again
-def _again(run, k):
-    "The parameters that train the row of a run alone, with another k."
-    usual, asked = asdict(Params()), run.config["params"]
-    given = {name: value for name, value in asked.items() if name not in usual or value != usual[name]}
-    given |= dict(variant=run.config["variant"], preset=run.config.get("preset", ""), k=k)
+def made_by(
+    one: Pass,
+    runs: list,  # of RunFiles
+) -> list:  # of RunFiles
+    "The finished runs of a pass, known by their parameters."
+    asked = public(params_from(one.given))
+    return [run for run in runs if not run.failed and run.config.get("params") == asked]
+
+
+def _counts(config):
+    "Whether a row keeps a whole number of latents."
+    base, variant = config["variant_args"].get("base"), config["variant"]
+    return way_of(variant if "/" in variant or not base else f"{variant}/{base}") == "whole"
+
+
+def _with_k(one, config, k):
+    "The parameters of a pass for one of its rows alone, with another k."
+    given = {name: value for name, value in one.given.items() if name != "name"}
+    given |= dict(variant=config["variant"], preset=config.get("preset", ""), k=k)
     own = parse_options(given.get("options", ""))
     if "target_l0" in own:  # then it and not k is what was asked for
         given["options"] = " ".join(f"{name}={value}" for name, value in (own | dict(target_l0=k)).items())
@@ -200,24 +245,28 @@ def _again(run, k):
 
 
 def again(
-    runs: list,  # of RunFiles
+    passes: list,  # of Pass
+    runs: list,  # of RunFiles; those of other passes are left alone
     ground: Ground = None,  # As for `tidy`
 ) -> list:  # of Pass
     "Passes for the rows that missed their L0, each with a `k` of its own that was not tried."
-    table = tidy(runs, ground).drop_duplicates("run")
-    by_name, passes = {run.name: run for run in runs}, []
+    maker = {run.name: one for one in passes for run in made_by(one, runs)}
+    own_runs = {run.name: run for run in runs if run.name in maker}
+    if not own_runs:
+        return []
+    table, todo = tidy(list(own_runs.values()), ground).drop_duplicates("run"), []
     tried = set(zip(table.ground, table.method, table.knob))
-    for (model, method, target), own in table[table.chosen & ~table.matched].groupby(
-        ["ground", "method", "target"]
-    ):
-        run, knob = by_name[own.run.iloc[0]], own.knob.iloc[0]
-        if not own.l0.mean() > 0 or way_of(run.config["variant"]) == "whole":
+    missed = table[table.chosen & ~table.matched]
+    for (model, method, target), row in missed.groupby(["ground", "method", "target"]):
+        name, knob, l0 = row.run.iloc[0], row.knob.iloc[0], row.l0.mean()
+        config = own_runs[name].config
+        k = float(f"{knob * target / l0:.3g}") if l0 > 0 else knob
+        if _counts(config) or (model, method, k) in tried:
+            print(f"{method} has an L0 of {l0:.3g} on {model} and not of {target:g}, and keeps it")
             continue
-        k = float(f"{knob * target / own.l0.mean():.3g}")
-        if (model, method, k) not in tried:
-            name = re.sub(r"[^\w.=+-]+", "-", f"again-{model}-{method}-{k:g}")
-            passes.append(Pass(name, "again", _again(run, k)))
-    return passes
+        page = re.sub(r"[^\w.=+-]+", "-", f"again-{model}-{method}-{k:g}")
+        todo.append(Pass(page, "again", _with_k(maker[name], config, k)))
+    return todo
 
 # %% ../../nbs/reports/study.ipynb #study-run
 def study(
@@ -228,13 +277,12 @@ def study(
     ground: Ground = None,  # As for `tidy`
 ):  # pandas.DataFrame: page, state
     "Execute a plan, and what has to be done again."
-    states = [run_plan(passes, folder, workers)]
+    every, states = list(passes), [run_plan(passes, folder, workers)]
     for _ in range(rounds):
-        runs = [run for run in read_runs(work_folder(folder) / "runs") if not run.failed]
-        todo = again(runs, ground)
-        if not todo:
-            break
+        done = [*(work_folder(folder) / "runs").glob("*/metrics.json")]
+        todo = again(every, [read_run(path.parent) for path in sorted(done)], ground)
         states.append(run_plan(todo, folder, workers))
+        every += todo
     return pd.concat(states)
 
 # %% ../../nbs/reports/study.ipynb #study-plan
@@ -399,42 +447,52 @@ def _at(question, table):
             yield model, at, table[table.chosen & (table.ground == model) & (table.target == at)]
 
 
+def _tables(question, table):
+    "(where and what is compared, whether both have their L0) of a question."
+    for model, at, here in _at(question, table):
+        met = here.groupby("method").matched.all()
+        for score, margin in question.scores.items():
+            found = here[here.score == score].pivot(index="seed", columns="method", values="value")
+            there = [pair for pair in question.pairs if set(found).issuperset(pair)]
+            for both in (True, False):
+                pairs = [(a, b) for a, b in there if (met[a] and met[b]) == both]
+                if pairs:
+                    yield Asked(dict(ground=model, target=at, score=score), found, pairs, margin), both
+
+
 def ask(
     question: Question,
     table,  # From `tidy`
-):  # pandas.DataFrame: a row per model, L0, score and pair, corrected together; `matched`: both have their L0
-    "The answer to a question, as far as its runs are there."
-    asked, met = [], {}
-    for model, at, here in _at(question, table):
-        there = set(here.method)
-        pairs = [pair for pair in question.pairs if there.issuperset(pair)]
-        met |= {(model, at, method): own.matched.all() for method, own in here.groupby("method")}
-        for score, margin in question.scores.items():
-            found = here[here.score == score].pivot(index="seed", columns="method", values="value")
-            known_pairs = [pair for pair in pairs if set(found).issuperset(pair)]
-            if known_pairs:
-                where = dict(ground=model, target=at, score=score)
-                asked.append(Asked(where, found, known_pairs, margin))
-    if not asked:
+):  # pandas.DataFrame: a row per model, L0, score and pair
+    "The answer to a question, as far as its runs are there; what did not meet its L0 is not judged."
+    titles = {score.title for model in question.grounds for score in ground_of(model).scores.values()}
+    for score in question.scores:
+        one_of("score", score, titles)
+    found = [*_tables(question, table)]
+    if not found:
         raise InputError(
             f"{question.name}: none of its runs is there; make them with study(study_plan(), ...)"
         )
-    answer = compare_all(asked)
-    both = [
-        met[line.ground, line.target, line.method] and met[line.ground, line.target, line.against]
-        for line in answer.itertuples()
-    ]
-    return answer.assign(matched=both)
+    judged, apart = ([asked for asked, both in found if both == matched] for matched in (True, False))
+    parts = [compare_all(judged)] if judged else []
+    if apart:
+        unmet = dict(p_holm=np.nan, smallest=np.nan, word="L0 not met")
+        parts.append(compare_all(apart).assign(**unmet))
+    return pd.concat(parts, ignore_index=True)
 
 
 def not_yet(
     question: Question,
     table,  # From `tidy`
-) -> list:  # (model, target, method)
+) -> list:  # (model, target, method, score)
     "What a question names and no run has measured."
-    methods = dict.fromkeys(method for pair in question.pairs for method in pair)
-    found = _at(question, table)
-    return [(model, at, m) for model, at, here in found for m in methods if m not in set(here.method)]
+    methods, lost = dict.fromkeys(method for pair in question.pairs for method in pair), []
+    for model, at, here in _at(question, table):
+        there = set(zip(here.method, here.score))
+        lost += [
+            (model, at, m, score) for score in question.scores for m in methods if (m, score) not in there
+        ]
+    return lost
 
 # %% ../../nbs/reports/study.ipynb #study-write
 def write_tidy(
@@ -458,6 +516,8 @@ def draw_answer(
 ):  # A figure
     "Every comparison of a question on one model at one L0."
     here = answer[(answer.target == at) & (answer.ground == model)]
+    if not len(here):
+        raise InputError(f"{question.name}: no comparison on {model} at an L0 of {at:g} is there to be drawn")
     shown = [score for score in question.scores if (here.score == score).any()]
     n = here.groupby("score").size().max()
     fig, axes = panels(1, len(shown), figsize=(3.2 + 2.1 * len(shown), height_for(n, 1.4)), squeeze=False)
