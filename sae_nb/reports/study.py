@@ -326,7 +326,7 @@ def study_plan(
     return passes
 
 # %% ../../nbs/reports/study.ipynb #study-overlap
-leaning = tuple(f"synth:1k-cos{cosine}" for cosine in ("0", "0.2", "0.4", "0.6"))
+leaning = tuple(f"synth:1k-cos{cosine}" for cosine in (0, 0.2, 0.4, 0.6))
 
 
 def overlap_plan(
