@@ -386,10 +386,10 @@ questions = [
         "pairs",
         "Does penalising the thousandth of pairs that fire together most reduce absorption, at the same L0 "
         "and explained variance, more than pairs at random do, and than the nearest rows (OrtSAE)?",
-        [(_pair(way, w), _pair("random", w)) for w in ("0.1", "100") for way in ("post", "pre", "geometric")]
-        + [(_pair("post", w), "batchtopk") for w in ("0.1", "100")]
+        [(_pair(way, w), _pair("random", w)) for w in (0.1, 100) for way in ("post", "pre", "geometric")]
+        + [(_pair("post", w), "batchtopk") for w in (0.1, 100)]
         + [(_form("tau_fixed"), "batchtopk")]  # penalises activations, as the logs have it
-        + [("ortsae", "batchtopk"), (_pair("post", "100"), "ortsae")],
+        + [("ortsae", "batchtopk"), (_pair("post", 100), "ortsae")],
         _usual,
     ),
     Question(
@@ -430,8 +430,8 @@ questions = [
         "Where does keeping decoder rows apart begin to cost, as children lean on their parents?",
         [
             ("ortsae", "batchtopk"),
-            (_pair("post", "100"), _pair("random", "100")),
-            (_pair("post", "100"), "batchtopk"),
+            (_pair("post", 100), _pair("random", 100)),
+            (_pair("post", 100), "batchtopk"),
         ],
         {"F1": 0.02, "MCC": 0.01, "EV": 0.005, "absorbed by children of roots": 0.05},
         known.targets,
