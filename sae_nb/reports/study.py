@@ -42,7 +42,7 @@ class Ground(NamedTuple):
     targets: tuple  # L0s
     d_sae: int = None  # Usual width; None: what is usual on the model
 
-
+# %% ../../nbs/reports/study.ipynb #study-language
 language = Ground(
     {
         "core/explained_variance": Score("EV", "core/null_random/explained_variance", 1.0),
@@ -64,6 +64,8 @@ language = Ground(
     (8.0, 16.0, 32.0),
     1024,
 )
+
+# %% ../../nbs/reports/study.ipynb #study-known
 known = Ground(
     {
         "synth_truth/f1": Score("F1", "synth_truth/null_random/f1", 1.0),
@@ -76,7 +78,7 @@ known = Ground(
     (5.6,),
 )
 
-
+# %% ../../nbs/reports/study.ipynb #study-ground-of
 def ground_of(
     model: str,  # Of a run
 ) -> Ground:
@@ -128,7 +130,7 @@ def row_method(
     asked = config["params"]
     return method_of(config) + _width(asked, ground or ground_of(asked["model"]))
 
-
+# %% ../../nbs/reports/study.ipynb #study-setting
 _alike = ("tokens", "batch", "lr", "warmup_steps", "decay", "hook", "ctx")
 
 
@@ -155,7 +157,7 @@ def _rows(run, ground):
             ends = dict(null=_end(run, score.null), ceiling=_end(run, score.ceiling))
             yield about | dict(score=score.title, value=value, **ends) | from_run
 
-
+# %% ../../nbs/reports/study.ipynb #study-with-targets
 def _with_targets(table, ground):
     "Which L0 each trained row belongs to, whether it has it, and which row of a method stands for it there."
     rows = (
@@ -175,7 +177,7 @@ def _with_targets(table, ground):
     rows = rows.assign(chosen=rows.index.isin(chosen), matched=rows.off <= near)
     return table.merge(rows[[*_who, "target", "chosen", "matched"]], on=_who)
 
-
+# %% ../../nbs/reports/study.ipynb #study-check-alike
 def _check_alike(runs):
     "An error if SAEs of one model differ in what is not compared."
     first = {}
@@ -200,7 +202,7 @@ def _check_once(table):
             "is not compared here; leave one of them out"
         )
 
-
+# %% ../../nbs/reports/study.ipynb #study-tidy-table
 def tidy(
     runs: list,  # of RunFiles
     ground: Ground = None,  # None: that of each run's model
@@ -372,7 +374,7 @@ def _row(n):
     "The name of a row of log 004 as it was meant, with its L0 steered."
     return f"self_correcting run_{n} l1_coeff=0 error=squared"
 
-
+# %% ../../nbs/reports/study.ipynb #study-usual
 _usual = {
     "EV": 0.005,
     "loss recovered": 0.005,
