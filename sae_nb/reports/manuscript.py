@@ -244,8 +244,9 @@ def check_literals(
         if mark != "results":
             prose = re.sub(r"\\\[.*?\\\]|\$[^$]*\$", " ", prose, flags=re.S)
         if _typed(prose):
-            raise InputError(f"paper.tex types the number {_typed(prose)} by hand; quote a macro of numbers.tex")
-
+            raise InputError(
+                f"paper.tex types the number {_typed(prose)} by hand; quote a macro of numbers.tex"
+            )
 
 # %% ../../nbs/reports/manuscript.ipynb #manuscript-check-tex
 def check_tex(

@@ -221,11 +221,16 @@ def draw_compared(
     compared,  # From `compare`
     title: str,  # What is compared
     margin: float = None,  # As it was named
+    names: dict = None,  # method -> what it is called; None: as it is
 ):
     "Differences with their intervals, and what could not have been seen."
     lines = [line for line in compared.itertuples() if np.isfinite(line.mean)]
     one = len({line.against for line in lines}) == 1  # then the title says against what
-    called = [line.method if one else f"{line.method} less {line.against}" for line in lines]
+    name_of = (names or {}).get
+    called = [
+        name_of(line.method, line.method) + ("" if one else f" less {name_of(line.against, line.against)}")
+        for line in lines
+    ]
     look = looks(called, {name: line.method for name, line in zip(called, lines)})
     if margin is not None:
         ax.axvspan(-margin, margin, color=shade(grey, 0.75), lw=0)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['language', 'known', 'near', 'on_world', 'baselines', 'selectors', 'forms', 'along', 'rows_of_004', 'steered',
            'leaning', 'questions', 'Score', 'Ground', 'ground_of', 'target_of', 'row_method', 'tidy', 'made_by',
-           'again', 'study', 'study_plan', 'overlap_plan', 'Question', 'ask', 'not_yet', 'write_tidy', 'draw_answer']
+           'again', 'study', 'study_plan', 'overlap_plan', 'Question', 'ask', 'not_yet', 'write_tidy', 'titled',
+           'draw_answer']
 
 # %% ../../nbs/reports/study.ipynb #study-imports
 import re
@@ -466,7 +467,7 @@ def ask(
     question: Question,
     table,  # From `tidy`
 ):  # pandas.DataFrame: a row per model, L0, score and pair
-    "The answer to a question, as far as its runs are there; what did not meet its L0 is not judged."
+    "What a question comes to, as far as its runs are there; what missed its L0 is not judged."
     titles = {score.title for model in question.grounds for score in ground_of(model).scores.values()}
     for score in question.scores:
         one_of("score", score, titles)
@@ -475,11 +476,13 @@ def ask(
         raise InputError(
             f"{question.name}: none of its runs is there; make them with study(study_plan(), ...)"
         )
-    judged, apart = ([asked for asked, both in found if both == matched] for matched in (True, False))
-    parts = [compare_all(judged)] if judged else []
-    if apart:
-        unmet = dict(p_holm=np.nan, smallest=np.nan, word="L0 not met")
-        parts.append(compare_all(apart).assign(**unmet))
+    unmet, parts = dict(p_holm=np.nan, smallest=np.nan, word="L0 not met"), []
+    for score in question.scores:
+        judged, apart = (
+            [t for t, both in found if both == met and t.where["score"] == score] for met in (True, False)
+        )
+        parts += [compare_all(judged)] if judged else []
+        parts += [compare_all(apart).assign(**unmet)] if apart else []
     return pd.concat(parts, ignore_index=True)
 
 
@@ -509,23 +512,77 @@ def write_tidy(
     write_bytes(files[1], table.to_parquet(index=False))
     return files
 
+# %% ../../nbs/reports/study.ipynb #study-titled
+_titles = dict(
+    standard="ReLU with L1",
+    topk="TopK",
+    batchtopk="BatchTopK",
+    gated="Gated",
+    jumprelu="JumpReLU",
+    p_anneal="P-anneal",
+    matryoshka="Matryoshka",
+    matching_pursuit="Matching Pursuit",
+    tied="Tied",
+    best="Best of the worlds",
+    refine="Refined",
+    ortho="Pair penalty",
+    ortsae="OrtSAE",
+    interference="Interference",
+    temporal="Multi-scale",
+    temporal_shuffled="Shuffled neighbours",
+    temporal_wide="One wide kernel",
+    moving_average="Moving average",
+    tsae="T-SAE",
+    zscore="z-score",
+    self_correcting="Self-correcting",
+)
+_ways = dict(post="fire together", pre="alike before the cut", geometric="nearest rows", random="at random")
+_forms = {
+    "tau_fixed": "tau fixed",
+    "tau_adaptive": "tau follows",
+    "tau_mean_std": "tau = mean + sd",
+    "importance": "by importance",
+    "fraction_0.0005": "half the pairs",
+    "fraction_0.002": "twice the pairs",
+}
+
+
+def titled(
+    method: str,  # From `row_method`
+) -> str:  # Such as "Pairs: fire together, 100"
+    "What a figure or a table calls a method."
+    variant, *words = method.split()
+    asked = dict(word.split("=") for word in words if "=" in word)
+    first = words[0] if words else ""
+    if first.startswith("selector_"):
+        return f"Pairs: {_ways[first.removeprefix('selector_')]}, {asked['ortho_coeff']}"
+    if first in _forms:
+        return f"Pairs: {_forms[first]}"
+    if first.startswith("run_"):
+        return f"Row {first.removeprefix('run_')}"
+    name = _titles.get(variant.split("/")[0], variant)
+    return f"{name}, {int(asked['d_sae']):,} latents" if "d_sae" in asked else name
+
 # %% ../../nbs/reports/study.ipynb #study-draw
 def draw_answer(
     question: Question,
     answer,  # From `ask`
     at: float = 16.0,  # Target L0
     model: str = "world",  # The ground
+    scores=None,  # Titles of scores; None: all of the question
+    each: float = 2.1,  # Width of a panel
 ):  # A figure
     "Every comparison of a question on one model at one L0."
     here = answer[(answer.target == at) & (answer.ground == model)]
     if not len(here):
         raise InputError(f"{question.name}: no comparison on {model} at an L0 of {at:g} is there to be drawn")
-    shown = [score for score in question.scores if (here.score == score).any()]
+    shown = [score for score in scores or question.scores if (here.score == score).any()]
     n = here.groupby("score").size().max()
-    fig, axes = panels(1, len(shown), figsize=(3.2 + 2.1 * len(shown), height_for(n, 1.4)), squeeze=False)
+    names = {name: titled(name) for name in {*here.method, *here.against}}
+    size = (3.2 + each * len(shown), height_for(n, 1.4))
+    fig, axes = panels(1, len(shown), figsize=size, squeeze=False)
     for ax, score in zip(axes[0], shown):
-        margin = question.scores[score]
-        draw_compared(ax, here[here.score == score], score, margin)
+        draw_compared(ax, here[here.score == score], score, question.scores[score], names)
     for ax in axes[0, 1:]:
         bare_rows(ax, n)
     return fig
