@@ -6,15 +6,16 @@
 __all__ = ['families', 'dark', 'spare', 'grey', 'pale', 'markers', 'dashes', 'null_dashes', 'is_null', 'variant_in', 'colour_of',
            'shade', 'ink', 'row_of', 'Look', 'looks', 'short_names', 'style', 'housed', 'panels', 'spread',
            'height_for', 'label_right', 'name_curves', 'legend_beside', 'name_rows', 'bare_rows', 'draw_row',
-           'draw_nulls', 'legend_below', 'draw_hills', 'say', 'in_tokens', 'log_upwards', 'overlapping']
+           'draw_nulls', 'legend_below', 'draw_hills', 'say', 'in_tokens', 'log_upwards', 'overlapping', 'save_figure']
 
 # %% ../nbs/01_style.ipynb #style-imports
 import functools
 import re
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
-from .core import figure_text, short
+from .core import figure_text, output_folder, short, write_text
 
 # %% ../nbs/01_style.ipynb #style-families
 families = dict(  # family -> variant: colour
@@ -453,3 +454,18 @@ def _meet(a, b):
     across = min(a.x1, b.x1) - max(a.x0, b.x0)
     upwards = min(a.y1, b.y1) - max(a.y0, b.y0)
     return across > 1 and upwards > 1
+
+# %% ../nbs/01_style.ipynb #style-save
+def save_figure(
+    fig,  # A matplotlib figure
+    name: str,  # File name without ending
+    data,  # The DataFrame it was drawn from
+    folder=None,  # None: figures/ of the project; in tests, see `output_folder`
+):  # The figure
+    "Write PDF, PNG and CSV; the same figure gives the same bytes."
+    folder = Path(folder or output_folder("figures"))
+    no_dates = {"CreationDate": None, "Producer": None, "Creator": None}
+    fig.savefig(folder / f"{name}.pdf", metadata=no_dates, bbox_inches="tight")
+    fig.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    write_text(folder / f"{name}.csv", data.to_csv(index=False, float_format="%.6g"))
+    return fig

@@ -42,6 +42,7 @@ class Ground(NamedTuple):
     l0: str  # Column of the L0 that is matched
     targets: tuple  # L0s
     d_sae: int = None  # Usual width; None: what is usual on the model
+    tokens: int = None  # Usual length of a training; None: what is usual on the model
 
 # %% ../../nbs/reports/study.ipynb #study-language
 language = Ground(
@@ -64,6 +65,7 @@ language = Ground(
     "core/l0",
     (8.0, 16.0, 32.0),
     1024,
+    500_000,
 )
 
 # %% ../../nbs/reports/study.ipynb #study-known
@@ -116,11 +118,13 @@ def _end(run, end):
     return run.number(end) if isinstance(end, str) else end
 
 
-def _width(asked, ground):
-    "A width is part of what a method is called where another is usual."
-    d_sae = asked.get("d_sae")
-    usual = ground.d_sae or Params(model=asked["model"]).d_sae
-    return "" if d_sae in (None, usual) else f" d_sae={d_sae}"
+def _unusual(asked, ground):
+    "A width, or a length of training, is part of what a method is called where another is usual."
+    of_model, words = Params(model=asked["model"]), ""
+    for name in ("d_sae", "tokens"):
+        usual = getattr(ground, name) or getattr(of_model, name)
+        words += "" if asked.get(name) in (None, usual) else f" {name}={asked[name]}"
+    return words
 
 
 def row_method(
@@ -129,10 +133,10 @@ def row_method(
 ) -> str:  # Such as "ortho/batchtopk selector_pre" or "batchtopk d_sae=3070"
     "What a trained row is called."
     asked = config["params"]
-    return method_of(config) + _width(asked, ground or ground_of(asked["model"]))
+    return method_of(config) + _unusual(asked, ground or ground_of(asked["model"]))
 
 # %% ../../nbs/reports/study.ipynb #study-setting
-_alike = ("tokens", "batch", "lr", "warmup_steps", "decay", "hook", "ctx")
+_alike = ("batch", "lr", "warmup_steps", "decay", "hook", "ctx")
 
 
 def _setting(config):
@@ -311,6 +315,7 @@ def _groups(k):
         along=dict(variant=along),
         as_large=dict(variant="batchtopk", d_sae=3070),
         rows=dict(variant="self_correcting", preset=rows_of_004, options=steered.format(k)),
+        longer=dict(variant="standard,batchtopk,matryoshka,tied,best", tokens=2_000_000),
     )
 
 
@@ -561,7 +566,8 @@ def titled(
     if first.startswith("run_"):
         return f"Row {first.removeprefix('run_')}"
     name = _titles.get(variant.split("/")[0], variant)
-    return f"{name}, {int(asked['d_sae']):,} latents" if "d_sae" in asked else name
+    name += f", {int(asked['d_sae']):,} latents" if "d_sae" in asked else ""
+    return name + (f", {int(asked['tokens']) / 1e6:g} M tokens" if "tokens" in asked else "")
 
 # %% ../../nbs/reports/study.ipynb #study-draw
 def draw_answer(
