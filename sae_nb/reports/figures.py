@@ -418,13 +418,14 @@ def _tex(text):
     "Text for LaTeX."
     for letter in "\\&%$#_{}":
         text = text.replace(letter, "\\" + letter if letter != "\\" else r"\textbackslash ")
+    text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
     return text.replace("±", r"$\pm$").replace("<", "$<$").replace(">", "$>$")
 
 
 def as_tex(
     table,  # DataFrame of text or rounded numbers; its index may have several levels
 ) -> str:  # A booktabs tabular
-    "A table for LaTeX."
+    "A table for LaTeX; **what stands between stars** is bold."
     heads = [*(name or "" for name in table.index.names), *table.columns]
     columns = "l" * table.index.nlevels + "r" * len(table.columns)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]

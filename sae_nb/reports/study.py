@@ -528,7 +528,7 @@ _titles = dict(
     matryoshka="Matryoshka",
     matching_pursuit="Matching Pursuit",
     tied="Tied",
-    best="Best of the worlds",
+    best="Best (ours)",
     refine="Refined",
     ortho="Pair penalty",
     ortsae="OrtSAE",
@@ -541,33 +541,39 @@ _titles = dict(
     zscore="z-score",
     self_correcting="Self-correcting",
 )
-_ways = dict(post="fire together", pre="alike before the cut", geometric="nearest rows", random="at random")
+_ways = dict(post="Fire together", pre="Alike before the cut", geometric="Nearest rows", random="At random")
 _forms = {
-    "tau_fixed": "tau fixed",
-    "tau_adaptive": "tau follows",
-    "tau_mean_std": "tau = mean + sd",
-    "importance": "by importance",
-    "fraction_0.0005": "half the pairs",
-    "fraction_0.002": "twice the pairs",
+    "tau_fixed": "Tau fixed",
+    "tau_adaptive": "Tau follows",
+    "tau_mean_std": "Tau from mean and sd",
+    "importance": "By importance",
+    "fraction_0.0005": "Half the pairs",
+    "fraction_0.002": "Twice the pairs",
 }
+
+
+_added = {"+turn_rows": "rows turned", "+anneal_k": "k annealed"}
 
 
 def titled(
     method: str,  # From `row_method`
-) -> str:  # Such as "Pairs: fire together, 100"
+) -> str:  # Such as "Fire together, 100"
     "What a figure or a table calls a method."
     variant, *words = method.split()
     asked = dict(word.split("=") for word in words if "=" in word)
     first = words[0] if words else ""
     if first.startswith("selector_"):
-        return f"Pairs: {_ways[first.removeprefix('selector_')]}, {asked['ortho_coeff']}"
+        return f"{_ways[first.removeprefix('selector_')]}, {asked['ortho_coeff']}"
     if first in _forms:
-        return f"Pairs: {_forms[first]}"
+        return _forms[first]
     if first.startswith("run_"):
         return f"Row {first.removeprefix('run_')}"
-    name = _titles.get(variant.split("/")[0], variant)
-    name += f", {int(asked['d_sae']):,} latents" if "d_sae" in asked else ""
-    return name + (f", {int(asked['tokens']) / 1e6:g} M tokens" if "tokens" in asked else "")
+    name, _, base = variant.partition("/")
+    parts = [" ".join(_titles.get(part, part) for part in (name, base) if part not in ("", "batchtopk") or part == name)]
+    parts += [f"{int(asked['d_sae']):,} latents"] if "d_sae" in asked else []
+    parts += [f"{int(asked['tokens']) / 1e6:g} M tokens"] if "tokens" in asked else []
+    return ", ".join(parts + [_added.get(word, word) for word in words if "=" not in word])
+
 
 # %% ../../nbs/reports/study.ipynb #study-draw
 def draw_answer(
