@@ -127,7 +127,9 @@ def _draw_ratios(ax, own):
     ax.tick_params(axis="y", length=0)
 
 # %% ../../nbs/reports/grounds.ipynb #grounds-agreed
-less_is_better = ("absorbed by children of roots", "child carries parent", "full absorption")
+less_is_better = tuple(
+    score.title for ground in (known, language) for score in ground.scores.values() if score.less
+)
 
 
 def draw_agreement(

@@ -61,6 +61,12 @@ language = Ground(
         "absorption/mean_full_absorption_score": Score(
             "full absorption", "absorption/null_random/mean_full_absorption_score", 0.0, less=True
         ),
+        "absorption/truth_silent_text": Score(
+            "silent at its letter", "absorption/null_random/truth_silent_text", 0.0, less=True
+        ),
+        "absorption/share_with_main": Score(
+            "letters with a latent", "absorption/null_random/share_with_main", 1.0
+        ),
     },
     "core/l0",
     (8.0, 16.0, 32.0),
@@ -569,11 +575,14 @@ def titled(
     if first.startswith("run_"):
         return f"Row {first.removeprefix('run_')}"
     name, _, base = variant.partition("/")
-    parts = [" ".join(_titles.get(part, part) for part in (name, base) if part not in ("", "batchtopk") or part == name)]
+    parts = [
+        " ".join(
+            _titles.get(part, part) for part in (name, base) if part not in ("", "batchtopk") or part == name
+        )
+    ]
     parts += [f"{int(asked['d_sae']):,} latents"] if "d_sae" in asked else []
     parts += [f"{int(asked['tokens']) / 1e6:g} M tokens"] if "tokens" in asked else []
     return ", ".join(parts + [_added.get(word, word) for word in words if "=" not in word])
-
 
 # %% ../../nbs/reports/study.ipynb #study-draw
 def draw_answer(
