@@ -569,7 +569,8 @@ def titled(
     asked = dict(word.split("=") for word in words if "=" in word)
     first = words[0] if words else ""
     if first.startswith("selector_"):
-        return f"{_ways[first.removeprefix('selector_')]}, {asked['ortho_coeff']}"
+        way, weight = _ways[first.removeprefix("selector_")], asked.get("ortho_coeff")
+        return f"{way}, {weight}" if weight else way
     if first in _forms:
         return _forms[first]
     if first.startswith("run_"):
