@@ -250,8 +250,9 @@ def check_literals(
         piece = re.sub(r"(?<!\\)%.*", "", piece)
         prose = _prose(piece if mark == "results" else re.sub(_formulas, " ", piece, flags=re.S))
         if _typed(prose):
-            raise InputError(f"paper.tex types the number {_typed(prose)} by hand; quote a macro of numbers.tex")
-
+            raise InputError(
+                f"paper.tex types the number {_typed(prose)} by hand; quote a macro of numbers.tex"
+            )
 
 # %% ../../nbs/reports/manuscript.ipynb #manuscript-check-tex
 def check_tex(
