@@ -547,14 +547,14 @@ _titles = dict(
     zscore="z-score",
     self_correcting="Self-correcting",
 )
-_ways = dict(post="Fire together", pre="Alike before the cut", geometric="Nearest rows", random="At random")
+_ways = dict(post="fire together", pre="alike before the cut", geometric="nearest rows", random="at random")
 _forms = {
-    "tau_fixed": "Tau fixed",
-    "tau_adaptive": "Tau follows",
-    "tau_mean_std": "Tau from mean and sd",
-    "importance": "By importance",
-    "fraction_0.0005": "Half the pairs",
-    "fraction_0.002": "Twice the pairs",
+    "tau_fixed": "tau fixed",
+    "tau_adaptive": "tau follows",
+    "tau_mean_std": "tau from mean and sd",
+    "importance": "by importance",
+    "fraction_0.0005": "half the pairs",
+    "fraction_0.002": "twice the pairs",
 }
 
 
@@ -563,14 +563,14 @@ _added = {"+turn_rows": "rows turned", "+anneal_k": "k annealed"}
 
 def titled(
     method: str,  # From `row_method`
-) -> str:  # Such as "Fire together, 100"
+) -> str:  # Such as "fire together (100)"
     "What a figure or a table calls a method."
     variant, *words = method.split()
     asked = dict(word.split("=") for word in words if "=" in word)
     first = words[0] if words else ""
     if first.startswith("selector_"):
         way, weight = _ways[first.removeprefix("selector_")], asked.get("ortho_coeff")
-        return f"{way}, {weight}" if weight else way
+        return f"{way} ({weight})" if weight else way
     if first in _forms:
         return _forms[first]
     if first.startswith("run_"):
