@@ -138,7 +138,8 @@ def _files_used(run):
     parts = [("variants", run.config["variant"].split("/")[0])]
     parts += [("trainers", name) for name in run.config.get("trainers", [])]
     parts += [("evals", name) for name in asked.get("evals", "").split(",") if name]
-    return {find(kind, name).__module__.split(".")[-1] + ".py" for kind, name in parts}
+    modules = {find(kind, name).__module__ for kind, name in parts}
+    return {module.split(".")[-1] + ".py" for module in modules - {"__main__"}}  # a notebook's own class has no file
 
 # %% ../../nbs/reports/manuscript.ipynb #manuscript-check-runs
 def check_runs(
