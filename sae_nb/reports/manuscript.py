@@ -111,10 +111,10 @@ def _commit_of(run):
     return run.config.get("commit") or ""
 
 # %% ../../nbs/reports/manuscript.ipynb #manuscript-code
-def _git(*words, said=None):
+def _git(*words):
     "What git says about this project; None where it cannot."
     try:
-        ran = subprocess.run(["git", *words], cwd=root(), input=said, capture_output=True, text=True)
+        ran = subprocess.run(["git", *words], cwd=root(), capture_output=True, text=True)
     except OSError:
         return None
     return ran.stdout.strip() if ran.returncode == 0 else None
@@ -139,7 +139,8 @@ def _files_used(run):
     parts += [("trainers", name) for name in run.config.get("trainers", [])]
     parts += [("evals", name) for name in asked.get("evals", "").split(",") if name]
     modules = {find(kind, name).__module__ for kind, name in parts}
-    return {module.split(".")[-1] + ".py" for module in modules - {"__main__"}}  # a notebook's own class has no file
+    modules.discard("__main__")  # a class that a notebook made has no file
+    return {module.split(".")[-1] + ".py" for module in modules}
 
 # %% ../../nbs/reports/manuscript.ipynb #manuscript-check-runs
 def check_runs(

@@ -403,6 +403,8 @@ _usual = {
 }
 _multi = "temporal/batchtopk"
 _others = [name for name in longer.split(",") if name != "batchtopk"]
+
+# %% ../../nbs/reports/study.ipynb #study-asked
 questions = [
     Question(
         "pairs",
@@ -432,6 +434,10 @@ questions = [
         + [(_multi, "batchtopk"), (_multi, "batchtopk d_sae=3070"), (_multi, "tsae"), ("tsae", "batchtopk")],
         _usual,
     ),
+]
+
+# %% ../../nbs/reports/study.ipynb #study-asked-more
+questions += [
     Question(
         "correction",
         "What does each row of log 004 add to the row before, and are the first and the last better than "
@@ -489,7 +495,7 @@ def _tables(question, table):
                 if pairs:
                     yield Asked(dict(ground=model, target=at, score=score), found, pairs, margin), both
 
-
+# %% ../../nbs/reports/study.ipynb #study-answer
 def ask(
     question: Question,
     table,  # From `tidy`
@@ -512,7 +518,7 @@ def ask(
         parts += [compare_all(apart).assign(**unmet)] if apart else []
     return pd.concat(parts, ignore_index=True)
 
-
+# %% ../../nbs/reports/study.ipynb #study-not-yet
 def not_yet(
     question: Question,
     table,  # From `tidy`
@@ -563,6 +569,8 @@ _titles = dict(
     zscore="z-score",
     self_correcting="Self-correcting",
 )
+
+# %% ../../nbs/reports/study.ipynb #study-words
 _ways = dict(post="fire together", pre="alike before the cut", geometric="nearest rows", random="at random")
 _forms = {
     "tau_fixed": "tau fixed",
@@ -576,7 +584,7 @@ _forms = {
 
 _added = {"+turn_rows": "rows turned", "+anneal_k": "k annealed"}
 
-
+# %% ../../nbs/reports/study.ipynb #study-called
 def titled(
     method: str,  # From `row_method`
 ) -> str:  # Such as "fire together (100)"
