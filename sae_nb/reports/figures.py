@@ -6,8 +6,8 @@
 __all__ = ['metrics', 'table_metrics', 'RunFiles', 'read_run', 'read_runs', 'rows_of', 'run_looks', 'grad_mean', 'branch_mean',
            'draw_runs', 'draw_failures', 'draw_bars', 'last', 'training_analysis', 'run_comparison', 'null_levels',
            'metric_bars', 'ablation_figures', 'combined', 'draw_points', 'ablation_numbers', 'ablation_table', 'as_tex',
-           'write_table', 'branch_table', 'read_pairs', 'overlap_by_lag', 'mean_curve', 'pair_stability',
-           'absorption_costs', 'absorption_figure', 'restarts_of', 'random_rank', 'restart_figure', 'unlearning_figure']
+           'write_table', 'branch_table', 'overlap_by_lag', 'mean_curve', 'pair_stability', 'absorption_costs',
+           'absorption_figure', 'restarts_of', 'random_rank', 'restart_figure', 'unlearning_figure']
 
 # %% ../../nbs/reports/figures.ipynb #figures-imports
 import fnmatch
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..analyses.correction import by_look, read_events, survival
+from ..analyses.correction import by_look, survival
 from ..core import *
 from ..metrics import effective_rank, mean_interval
 from ..runs import read_config, read_metrics, run_status
@@ -40,6 +40,7 @@ class RunFiles:
     metrics: dict = field(default_factory=dict)  # "evaluator/name" -> number
     history: list = field(default_factory=list)  # Rows of history.csv
     weights: str = ""  # Digest of what training ended with
+    tables: dict = field(default_factory=dict)  # Name -> columns of what was kept of its CSV files
 
     @property
     def name(self):
@@ -62,6 +63,12 @@ class RunFiles:
 
     def number(self, metric):  # None where there is none
         return self.metrics.get(metric) if self.status == "finished" else None
+
+    def table(self, name):  # A CSV file beside the metrics; None if there is none
+        path = self.folder / f"{name}.csv"
+        if name in self.tables:
+            return pd.DataFrame(self.tables[name])
+        return pd.read_csv(path) if is_there(path) else None
 
 # %% ../../nbs/reports/figures.ipynb #figures-read-one
 def read_run(
@@ -473,16 +480,8 @@ def _dilations(run):
     return tuple(asked.get("dilations") or options(run.variant.split("/")[0])["dilations"])
 
 # %% ../../nbs/reports/figures.ipynb #figures-pairs
-def read_pairs(
-    run: RunFiles,
-):  # pandas.DataFrame; None if there is none
-    "What pair_watch wrote."
-    path = run.folder / "pair_watch.csv"
-    return pd.read_csv(path) if is_there(path) else None
-
-
 def overlap_by_lag(
-    pairs,  # From `read_pairs`
+    pairs,  # The table "pair_watch" of a run
 ):  # pandas.DataFrame: lag in updates, overlap, random
     "Mean overlap of two records by how far they are apart, in the second half of training."
     half = pairs[len(pairs) // 2 :]
@@ -543,7 +542,7 @@ def pair_stability(
 ):  # A figure of two panels
     "How much of the held pairs is new, and how alike sets are that lie apart."
     look = run_looks(runs)
-    found = {run.name: read_pairs(run) for run in runs}
+    found = {run.name: run.table("pair_watch") for run in runs}
     found = {name: pairs for name, pairs in found.items() if pairs is not None and len(pairs) > 1}
     fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, height_for(len(found))))
     missing = "no record of pairs: run ortho with -p trainers auxk,pair_watch"
@@ -664,8 +663,7 @@ def restarts_of(
     run: RunFiles,
 ):  # pandas.DataFrame; None if nothing was ever restarted
     "The log of restarts of a run."
-    there = is_there(run.folder / "reactivations.csv")
-    events = read_events(run.folder) if there else None
+    events = run.table("reactivations")
     return events if events is not None and len(events) else None
 
 

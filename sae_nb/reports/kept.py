@@ -8,6 +8,7 @@ __all__ = ['keep_runs', 'kept_runs', 'missing_runs']
 # %% ../../nbs/reports/kept.ipynb #kept-imports
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from ..core import *
@@ -18,10 +19,11 @@ from .passes import Pass, methods_in, seeds_of
 def keep_runs(
     runs: list,  # of RunFiles
     path,  # File of lines, such as runs/truth.jsonl; made, or added to
+    tables=(),  # CSV files of the folders to keep as well, such as "pair_watch"
 ) -> Path:  # `path`
     "Add finished runs to a file, whole or not at all."
     there = {run.name: run for run in kept_runs(path)} if is_there(path) else {}
-    there |= {run.name: run for run in runs if run.status == "finished"}
+    there |= {run.name: _with_tables(run, tables) for run in runs if run.status == "finished"}
     make_folder(Path(path).parent)
     return write_text(path, "".join(_line(there[name]) for name in sorted(there)))
 
@@ -29,7 +31,22 @@ def keep_runs(
 def _line(run):
     "A run in one line of JSON."
     kept = dict(name=run.name, weights=run.weights, config=run.config, metrics=run.metrics)
+    kept |= dict(tables=run.tables) if run.tables else {}
     return json.dumps(kept, allow_nan=False) + "\n"
+
+# %% ../../nbs/reports/kept.ipynb #kept-tables
+def _with_tables(run, names):
+    "A run that carries some of its CSV files."
+    found = {name: run.table(name) for name in names}
+    return replace(
+        run, tables=run.tables | {name: _columns(df) for name, df in found.items() if df is not None}
+    )
+
+
+def _columns(table):
+    "A table as columns of six digits; what is missing is null."
+    short = table.map(lambda value: float(f"{value:.6g}") if isinstance(value, float) else value)
+    return short.astype(object).where(table.notna(), None).to_dict("list")
 
 # %% ../../nbs/reports/kept.ipynb #kept-read
 def kept_runs(
@@ -46,7 +63,9 @@ def _run(line, where):
     "A run from its line."
     try:
         kept = json.loads(line)
-        return RunFiles(Path(kept["name"]), kept["config"], metrics=kept["metrics"], weights=kept["weights"])
+        folder, config = Path(kept["name"]), kept["config"]
+        more = dict(metrics=kept["metrics"], weights=kept["weights"], tables=kept.get("tables", {}))
+        return RunFiles(folder, config, **more)
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(
             f"{where} is no kept run ({type(error).__name__}: {error}); restore the file from a copy"
