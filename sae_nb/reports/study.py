@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['language', 'known', 'near', 'on_world', 'baselines', 'selectors', 'forms', 'along', 'longer', 'rows_of_004',
-           'steered', 'leaning', 'questions', 'Score', 'Ground', 'ground_of', 'target_of', 'row_method', 'tidy',
-           'made_by', 'again', 'study', 'study_plan', 'overlap_plan', 'Question', 'ask', 'not_yet', 'write_tidy',
-           'titled', 'draw_answer']
+           'steered', 'leaning', 'crowded', 'cures', 'questions', 'Score', 'Ground', 'ground_of', 'target_of',
+           'row_method', 'tidy', 'made_by', 'again', 'study', 'study_plan', 'overlap_plan', 'restart_plan',
+           'watch_plan', 'Question', 'ask', 'not_yet', 'write_tidy', 'titled', 'draw_answer']
 
 # %% ../../nbs/reports/study.ipynb #study-imports
 import re
@@ -362,6 +362,40 @@ def overlap_plan(
         for name, given in groups.items()
     ]
 
+# %% ../../nbs/reports/study.ipynb #study-restarts
+crowded = known._replace(
+    scores=known.scores
+    | {
+        "synth_truth/frac_dead": Score("dead", "", 0.0, less=True),
+        "synth_truth/uniqueness": Score("uniqueness", "synth_truth/null_random/uniqueness", 1.0),
+    },
+    d_sae=1024,
+)
+cures = ("", "auxk", "resample", "reactivate")  # trainers
+
+
+def restart_plan(
+    seeds=range(5),  # Of the weights; all share the data
+    **more,  # Further parameters of run.ipynb, the same for all
+) -> list:  # of Pass
+    "A pass for each cure of dead latents."
+    base = dict(variant="interference", options="base=batchtopk ortho_coeff=0", evals="synth_truth")
+    common = dict(model="synth:1k", d_sae=1024, k=5.6, seed=",".join(map(str, seeds))) | base
+    return [
+        Pass(f"study-restarts-{cure or 'none'}", "restarts", common | dict(trainers=cure) | more)
+        for cure in cures
+    ]
+
+# %% ../../nbs/reports/study.ipynb #study-watched
+def watch_plan(
+    seeds=range(5),  # Of the weights; all share the data
+    **more,  # Further parameters of run.ipynb, the same for all
+) -> list:  # of Pass
+    "The pass whose pairs are written down."
+    given = on_world | dict(k=16.0, seed=",".join(map(str, seeds)), evals="core")
+    given |= _groups("16")["pairs_logged"] | dict(trainers="auxk,pair_watch")
+    return [Pass("study-watched-16", "watched", given | more)]
+
 # %% ../../nbs/reports/study.ipynb #study-questions
 class Question(NamedTuple):
     "What is to be decided, and by what."
@@ -372,6 +406,7 @@ class Question(NamedTuple):
     scores: dict  # title of a score -> margin, or None
     at: tuple = (16.0,)  # Target L0s
     grounds: tuple = ("world",)  # Models
+    ground: Ground = None  # What is measured there; None: what is usual
 
 
 def _pair(selector, weight):
@@ -387,6 +422,12 @@ def _form(name):
 def _long(variant):
     "The name of a method that was trained four times as long."
     return f"{variant} tokens=2000000"
+
+
+def _cured(cure):
+    "The name of a BatchTopK whose dead latents have a cure."
+    trainers = "" if cure == "auxk" else f" +{cure} -auxk" if cure else " -auxk"
+    return f"interference/batchtopk ortho_coeff=0{trainers}"
 
 
 def _row(n):
@@ -473,6 +514,17 @@ questions += [
         known.targets,
         leaning,
     ),
+    Question(
+        "restarts",
+        "Do latents that restart where others interfere stay alive and find more than with AuxK, with "
+        "restarts where the error is large, or with no cure?",
+        [(_cured("reactivate"), _cured(other)) for other in ("auxk", "resample", "")]
+        + [(_cured(cure), _cured("")) for cure in ("auxk", "resample")],
+        {"dead": 0.01, "uniqueness": 0.01, "F1": 0.02, "MCC": 0.01, "EV": 0.005},
+        known.targets,
+        ("synth:1k",),
+        crowded,
+    ),
 ]
 
 # %% ../../nbs/reports/study.ipynb #study-ask
@@ -501,7 +553,8 @@ def ask(
     table,  # From `tidy`
 ):  # pandas.DataFrame: a row per model, L0, score and pair
     "What a question comes to, as far as its runs are there; what missed its L0 is not judged."
-    titles = {score.title for model in question.grounds for score in ground_of(model).scores.values()}
+    asked = [question.ground or ground_of(model) for model in question.grounds]
+    titles = {score.title for ground in asked for score in ground.scores.values()}
     for score in question.scores:
         one_of("score", score, titles)
     found = [*_tables(question, table)]
@@ -582,6 +635,12 @@ _forms = {
 }
 
 
+_cures = {
+    "": "AuxK",
+    "-auxk": "no cure",
+    "+resample -auxk": "restarted by error",
+    "+reactivate -auxk": "restarted by interference",
+}
 _added = {"+turn_rows": "rows turned", "+anneal_k": "k annealed"}
 
 # %% ../../nbs/reports/study.ipynb #study-called
@@ -595,6 +654,8 @@ def titled(
     if first.startswith("selector_"):
         way, weight = _ways[first.removeprefix("selector_")], asked.get("ortho_coeff")
         return f"{way} ({weight})" if weight else way
+    if variant.startswith("interference") and first == "ortho_coeff=0":
+        return _cures[" ".join(words[1:])]
     if first in _forms:
         return _forms[first]
     if first.startswith("run_"):
