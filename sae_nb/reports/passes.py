@@ -100,14 +100,21 @@ def page_state(
     "What a page says of its pass."
     if not is_there(page):
         return "missing"
-    about = (read_if_whole(page) or {}).get("metadata", {}).get("papermill", {})
+    whole = read_if_whole(page) or {}
+    about = whole.get("metadata", {}).get("papermill", {})
     if not about:  # it is being written, or its writer was killed
         return "unfinished"
     if about.get("parameters") != json.loads(json.dumps(given)):
         return "other parameters"
     if about.get("exception"):
         return "failed"
-    return "done" if about.get("end_time") else "unfinished"
+    ended = about.get("end_time") and all(_went_through(cell) for cell in whole.get("cells", []))
+    return "done" if ended else "unfinished"
+
+
+def _went_through(cell):
+    "Whether a cell was executed; papermill ends a page as usual when its kernel dies."
+    return cell.get("metadata", {}).get("papermill", {}).get("exception") is False
 
 # %% ../../nbs/reports/passes.ipynb #passes-folder
 def work_folder(
