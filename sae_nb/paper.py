@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['left_out', 'on_worlds', 'on_real', 'of_language', 'of_letters', 'of_worlds', 'read_results', 'begun', 'check_asked',
-           'of_world', 'Results', 'score_table', 'with_ends', 'write_tex', 'draw_crossed', 'draw_recovery',
-           'quote_means', 'quote_answer', 'quote_grounds', 'quote_robust', 'all_numbers', 'words_of_answer',
-           'check_committed']
+           'of_world', 'over_l0s', 'Results', 'score_table', 'with_ends', 'write_tex', 'draw_crossed', 'draw_recovery',
+           'quote_means', 'quote_answer', 'quote_grounds', 'quote_robust', 'quote_sets', 'all_numbers',
+           'words_of_answer', 'check_committed']
 
 # %% ../nbs/99_paper.ipynb #paper-imports
 from itertools import product
@@ -17,6 +17,7 @@ import pandas as pd
 
 from .core import *
 from .metrics import mean_interval
+from .reports.curves import *
 from .reports.figures import as_tex
 from .reports.grounds import *
 from .reports.kept import kept_runs, missing_runs
@@ -28,10 +29,10 @@ from .style import *
 # %% ../nbs/99_paper.ipynb #paper-results
 def read_results(
     folder=None,  # Where the lines are; None: runs/ of the project
-) -> dict:  # "truth", "study", "real" -> list of RunFiles
+) -> dict:  # "truth", "study" and so on -> list of RunFiles
     "The runs that the paper reads, or an error that names one that is missing."
     folder, found = Path(folder or root() / "runs"), {}
-    for name in ("truth", "study", "real"):
+    for name in ("truth", "study", "real", "restarts", "pairs"):
         found[name] = kept_runs(folder / f"{name}.jsonl")
         lost = missing_runs(found[name])
         if lost:
@@ -43,7 +44,7 @@ def read_results(
     return found
 
 # %% ../nbs/99_paper.ipynb #paper-asked
-left_out = ("pairs", "tau", "context", "correction", "best", "overlap")  # some runs are not there
+left_out = ("best",)  # some runs are not there
 _of_known = {"F1": 0.01, "MCC": 0.01, "EV": 0.005}
 _own = "ortho/batchtopk selector_{}"
 on_worlds = [
@@ -111,11 +112,25 @@ def of_world(
     runs: list,  # of RunFiles, of synthetic worlds
     model: str,  # Such as "synth:1k:31"
     l0: float,  # That was asked for
+    ground: Ground = known,  # What is read
 ):  # pandas.DataFrame, as from `study.tidy`
     "What was measured on one world at one L0."
     asked = [(run, run.config["params"]) for run in runs]
     own = [run for run, p in asked if (p["model"], p["k"]) == (model, l0)]
-    return tidy(own, known._replace(targets=(l0,)))
+    return tidy(own, ground._replace(targets=(l0,)))
+
+
+def over_l0s(
+    runs: list,  # of RunFiles, of synthetic worlds
+    model: str,  # Such as "synth:1k:31"
+    least: int = 3,  # L0s that a method must have been asked for
+):  # pandas.DataFrame, as from `study.tidy`
+    "What was measured on one world of the methods that were asked for several L0s."
+    own = [run for run in runs if run.config["params"]["model"] == model]
+    targets = sorted({run.config["params"]["k"] for run in own})
+    table = tidy(own, known._replace(targets=tuple(targets)))
+    many = table.groupby("method").target.nunique() >= least
+    return table[table.method.isin(many.index[many])]
 
 
 def _flat(tau, p):
@@ -142,6 +157,10 @@ class Results:
         self.real = real[real.chosen].assign(method=real.method.str.replace("/batchtopk", ""))
         self.world_0 = of_world(runs["truth"], "synth:1k", 7.0)
         self.fresh = of_world(runs["truth"], "synth:1k:31", 5.6)
+        self.over_l0 = over_l0s(runs["truth"], "synth:1k:31")
+        self.depth = of_world(runs["truth"], "synth:1k", 7.0, by_depth)
+        self.restarts = tidy(runs["restarts"], crowded)
+        self.sets = pair_sets(runs["pairs"])
         self.grounds = three_grounds(**runs)
         self.strength = pd.concat({g: signal(some) for g, some in self.grounds.items()}, names=["ground"])
         self.means = ranks(self.grounds, less_is_better)
@@ -151,7 +170,8 @@ class Results:
 
     def _ask(self):
         "Answers, and the table that each is read from."
-        self.answered = {q.name: self.study for q in questions if begun(q, self.study)}
+        tables = {q.name: self.restarts if q.ground else self.study for q in questions}
+        self.answered = {q.name: tables[q.name] for q in questions if begun(q, tables[q.name])}
         for q in on_worlds:
             self.answered[q.name] = of_world(self.runs["truth"], q.grounds[0], q.at[0])
         self.answered |= {q.name: tidy(self.runs["real"]) for q in on_real}
@@ -292,7 +312,7 @@ def quote_answer(
     answer, table = made.answers[name], made.answered[name]
     asked = made.questions[name]
     many_l0s, many_grounds = len(asked.at) > 1, len(asked.grounds) > 1
-    for line in answer.itertuples():
+    for line in answer[answer["mean"].notna()].itertuples():
         here = table[table.chosen & (table.ground == line.ground) & (table.target == line.target)]
         runs = made.behind(here[(here.score == line.score) & here.method.isin([line.method, line.against])])
         words = [name, titled(line.method), "less", titled(line.against), line.score]
@@ -337,6 +357,21 @@ def quote_robust(
                 words = ["without two", score, ground, upwards, end]
                 numbers.add(*words, value=value, digits=2, signed=True, runs=runs)
 
+# %% ../nbs/99_paper.ipynb #paper-quote-sets
+def quote_sets(
+    numbers: Numbers,  # Takes them
+    made: Results,  # Has them
+):
+    "How alike the sets of a selector are, from one record to the next and at the largest distance."
+    ends = {"next": made.sets.lag.min(), "far": made.sets.lag.max()}
+    for preset, own in made.sets.groupby("method"):
+        runs = [run for run in made.runs["pairs"] if run.config["preset"] == preset]
+        name = titled(f"ortho/batchtopk {preset}")
+        for end, lag in ends.items():
+            value = own[own.lag == lag].overlap.mean()
+            numbers.add("sets", name, end, value=value, digits=3, runs=runs)
+        numbers.add("sets", name, "by chance", value=own.random.mean(), digits=4, runs=runs)
+
 # %% ../nbs/99_paper.ipynb #paper-all-numbers
 def all_numbers(
     made: Results,
@@ -347,6 +382,11 @@ def all_numbers(
     quote_means(numbers, "smol", made.real, of_language, made)
     quote_means(numbers, "known", made.world_0, of_worlds, made)
     quote_means(numbers, "fresh", made.fresh, of_worlds, made)
+    quote_means(numbers, "depth", made.depth, dict.fromkeys(depths.values(), 2), made)
+    quote_means(
+        numbers, "restarts", made.restarts, dict.fromkeys(("dead", "uniqueness", "F1", "MCC"), 3), made
+    )
+    quote_sets(numbers, made)
     for name in made.answers:
         quote_answer(numbers, name, made)
     quote_grounds(numbers, made)

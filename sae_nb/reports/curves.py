@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['depths', 'by_depth', 'fronts', 'draw_fronts', 'draw_depths', 'pair_sets', 'draw_pair_sets', 'lives', 'draw_lives',
-           'leaning_of', 'draw_leaning']
+           'leaning_of', 'draw_leaning', 'draw_forgotten']
 
 # %% ../../nbs/reports/curves.ipynb #curves-imports
 import numpy as np
@@ -218,3 +218,22 @@ def _draw_pair(ax, own, colour, mark, name):
         clear = line.word.startswith(("more", "less"))
         ax.plot([line.cosine] * 2, [line.low, line.high], color=colour, lw=0.8)
         ax.plot(line.cosine, line.mean, mark, ms=4.5, color=colour, mfc=shade(colour, 0 if clear else 1))
+
+# %% ../../nbs/reports/curves.ipynb #curves-forget
+def draw_forgotten(
+    table,  # From `tidy(runs, forgetting)`
+):  # A figure of two panels
+    "Unlearning against accuracy on what is to be kept, and how much of it waits behind a gate."
+    wide = table.pivot_table("value", ["method", "seed"], "score").reset_index()
+    look = looks(sorted(wide.method.unique()))
+    fig, axes = panels(1, 2, figsize=(7.4, 2.6))
+    across, upwards = ("unlearning", "unlearning"), ("retained", "unlearning behind a gate")
+    for ax, x, y in zip(axes, across, upwards):
+        for method, own in wide.groupby("method"):
+            colour, mark = look[method].color, look[method].marker
+            ax.plot(own[x], own[y], mark, ms=3, color=shade(colour, 0.5))
+            ax.plot(own[x].mean(), own[y].mean(), mark, ms=6.5, color=colour, label=titled(method))
+        ax.set(xlabel=x, ylabel=y)
+        ax.set_xlim(-0.02, None)
+    legend_below(fig)
+    return fig

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['language', 'known', 'near', 'on_world', 'baselines', 'selectors', 'forms', 'along', 'longer', 'rows_of_004',
-           'steered', 'leaning', 'crowded', 'cures', 'questions', 'Score', 'Ground', 'ground_of', 'target_of',
-           'row_method', 'tidy', 'made_by', 'again', 'study', 'study_plan', 'overlap_plan', 'restart_plan',
-           'watch_plan', 'Question', 'ask', 'not_yet', 'write_tidy', 'titled', 'draw_answer']
+           'steered', 'leaning', 'crowded', 'cures', 'forgetting', 'forgetful', 'questions', 'Score', 'Ground',
+           'ground_of', 'target_of', 'row_method', 'tidy', 'made_by', 'again', 'study', 'study_plan', 'overlap_plan',
+           'restart_plan', 'watch_plan', 'unlearn_plan', 'Question', 'ask', 'not_yet', 'write_tidy', 'titled',
+           'draw_answer']
 
 # %% ../../nbs/reports/study.ipynb #study-imports
 import re
@@ -396,6 +397,27 @@ def watch_plan(
     given |= _groups("16")["pairs_logged"] | dict(trainers="auxk,pair_watch")
     return [Pass("study-watched-16", "watched", given | more)]
 
+# %% ../../nbs/reports/study.ipynb #study-unlearn
+forgetting = language._replace(
+    scores={
+        "unlearning/unlearning_score": Score("unlearning", "", 0.75),
+        "unlearning/unlearning_score_gate": Score("unlearning behind a gate", "", 0.75),
+        "unlearning/retained_accuracy": Score("retained", "", 1.0),
+    }
+)
+forgetful = "batchtopk,temporal/batchtopk,temporal_shuffled/batchtopk"
+
+
+def unlearn_plan(
+    seeds=range(5),  # Of the weights; all share the data
+    **more,  # Further parameters of run.ipynb, the same for all
+) -> list:  # of Pass
+    "The pass whose SAEs unlearn."
+    given = on_world | dict(
+        k=16.0, seed=",".join(map(str, seeds)), variant=forgetful, evals="core,unlearning"
+    )
+    return [Pass("study-unlearning-16", "unlearning", given | more)]
+
 # %% ../../nbs/reports/study.ipynb #study-questions
 class Question(NamedTuple):
     "What is to be decided, and by what."
@@ -524,6 +546,13 @@ questions += [
         known.targets,
         ("synth:1k",),
         crowded,
+    ),
+    Question(
+        "unlearning",
+        "Can more be unlearned with latents that see several scales of the past?",
+        [(_multi, "batchtopk"), (_multi, "temporal_shuffled/batchtopk")],
+        {"unlearning": 0.05, "unlearning behind a gate": 0.05, "retained": 0.01},
+        ground=forgetting,
     ),
 ]
 
