@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['language', 'known', 'near', 'on_world', 'baselines', 'selectors', 'forms', 'along', 'longer', 'rows_of_004',
-           'steered', 'leaning', 'crowded', 'cures', 'forgetting', 'forgetful', 'questions', 'Score', 'Ground',
-           'ground_of', 'target_of', 'row_method', 'tidy', 'made_by', 'again', 'study', 'study_plan', 'overlap_plan',
-           'restart_plan', 'watch_plan', 'unlearn_plan', 'Question', 'ask', 'not_yet', 'write_tidy', 'titled',
-           'draw_answer']
+           'steered', 'leaning', 'crowded', 'cures', 'forgetting', 'forgetful', 'multi_scale', 'questions', 'Score',
+           'Ground', 'ground_of', 'target_of', 'row_method', 'tidy', 'made_by', 'again', 'study', 'study_plan',
+           'overlap_plan', 'restart_plan', 'watch_plan', 'unlearn_plan', 'Question', 'pair_named', 'form_named',
+           'long_named', 'cured_named', 'row_named', 'ask', 'not_yet', 'write_tidy', 'titled', 'draw_answer']
 
 # %% ../../nbs/reports/study.ipynb #study-imports
 import re
@@ -431,28 +431,28 @@ class Question(NamedTuple):
     ground: Ground = None  # What is measured there; None: what is usual
 
 
-def _pair(selector, weight):
+def pair_named(selector, weight):
     "The name of the pair penalty with a way of choosing pairs and a weight."
     return f"ortho/batchtopk selector_{selector} ortho_coeff={weight}"
 
 
-def _form(name):
+def form_named(name):
     "The name of a form of the pair penalty on activations."
     return f"ortho/batchtopk {name} ortho_coeff=10"
 
 
-def _long(variant):
+def long_named(variant):
     "The name of a method that was trained four times as long."
     return f"{variant} tokens=2000000"
 
 
-def _cured(cure):
+def cured_named(cure):
     "The name of a BatchTopK whose dead latents have a cure."
     trainers = "" if cure == "auxk" else f" +{cure} -auxk" if cure else " -auxk"
     return f"interference/batchtopk ortho_coeff=0{trainers}"
 
 
-def _row(n):
+def row_named(n):
     "The name of a row of log 004 as it was meant, with its L0 steered."
     return f"self_correcting run_{n} l1_coeff=0 error=squared"
 
@@ -464,7 +464,7 @@ _usual = {
     "letter F1": 0.05,
     "full absorption": 0.05,
 }
-_multi = "temporal/batchtopk"
+multi_scale = "temporal/batchtopk"
 _others = [name for name in longer.split(",") if name != "batchtopk"]
 
 # %% ../../nbs/reports/study.ipynb #study-asked
@@ -473,17 +473,21 @@ questions = [
         "pairs",
         "Does penalising the thousandth of pairs that fire together most reduce absorption, at the same L0 "
         "and explained variance, more than pairs at random do, and than the nearest rows (OrtSAE)?",
-        [(_pair(way, w), _pair("random", w)) for w in (0.1, 100) for way in ("post", "pre", "geometric")]
-        + [(_pair("post", w), "batchtopk") for w in (0.1, 100)]
-        + [(_form("tau_fixed"), "batchtopk")]  # penalises activations, as the logs have it
-        + [("ortsae", "batchtopk"), (_pair("post", 100), "ortsae")],
+        [
+            (pair_named(way, w), pair_named("random", w))
+            for w in (0.1, 100)
+            for way in ("post", "pre", "geometric")
+        ]
+        + [(pair_named("post", w), "batchtopk") for w in (0.1, 100)]
+        + [(form_named("tau_fixed"), "batchtopk")]  # penalises activations, as the logs have it
+        + [("ortsae", "batchtopk"), (pair_named("post", 100), "ortsae")],
         _usual,
     ),
     Question(
         "tau",
         "Is a tau that follows the batch different from a fixed one, and do importance or the number of "
         "pairs matter?",
-        [(_form(name), _form("tau_fixed")) for name in forms.split(",") if name != "tau_fixed"],
+        [(form_named(name), form_named("tau_fixed")) for name in forms.split(",") if name != "tau_fixed"],
         _usual,
     ),
     Question(
@@ -491,10 +495,15 @@ questions = [
         "Does looking at several scales of the past buy more than the same neighbours in shuffled order, "
         "one wide kernel, a moving average, or as many parameters on one token?",
         [
-            (_multi, f"{control}/batchtopk")
+            (multi_scale, f"{control}/batchtopk")
             for control in ("temporal_shuffled", "temporal_wide", "moving_average")
         ]
-        + [(_multi, "batchtopk"), (_multi, "batchtopk d_sae=3070"), (_multi, "tsae"), ("tsae", "batchtopk")],
+        + [
+            (multi_scale, "batchtopk"),
+            (multi_scale, "batchtopk d_sae=3070"),
+            (multi_scale, "tsae"),
+            ("tsae", "batchtopk"),
+        ],
         _usual,
     ),
 ]
@@ -505,7 +514,8 @@ questions += [
         "correction",
         "What does each row of log 004 add to the row before, and are the first and the last better than "
         "BatchTopK?",
-        [(_row(n), _row(n - 1)) for n in range(2, 11)] + [(_row(n), "batchtopk") for n in (1, 10)],
+        [(row_named(n), row_named(n - 1)) for n in range(2, 11)]
+        + [(row_named(n), "batchtopk") for n in (1, 10)],
         _usual,
     ),
     Question(
@@ -520,8 +530,8 @@ questions += [
         "length",
         "Does training four times as long change who is better?",
         [(name, "batchtopk") for name in _others]
-        + [(_long(name), _long("batchtopk")) for name in _others]
-        + [(_long(name), name) for name in longer.split(",")],
+        + [(long_named(name), long_named("batchtopk")) for name in _others]
+        + [(long_named(name), name) for name in longer.split(",")],
         _usual,
     ),
     Question(
@@ -529,8 +539,8 @@ questions += [
         "Where does keeping decoder rows apart begin to cost, as children lean on their parents?",
         [
             ("ortsae", "batchtopk"),
-            (_pair("post", 100), _pair("random", 100)),
-            (_pair("post", 100), "batchtopk"),
+            (pair_named("post", 100), pair_named("random", 100)),
+            (pair_named("post", 100), "batchtopk"),
         ],
         {"F1": 0.02, "MCC": 0.01, "EV": 0.005, "roots absorbed": 0.05},
         known.targets,
@@ -540,8 +550,8 @@ questions += [
         "restarts",
         "Do latents that restart where others interfere stay alive and find more than with AuxK, with "
         "restarts where the error is large, or with no cure?",
-        [(_cured("reactivate"), _cured(other)) for other in ("auxk", "resample", "")]
-        + [(_cured(cure), _cured("")) for cure in ("auxk", "resample")],
+        [(cured_named("reactivate"), cured_named(other)) for other in ("auxk", "resample", "")]
+        + [(cured_named(cure), cured_named("")) for cure in ("auxk", "resample")],
         {"dead": 0.01, "uniqueness": 0.01, "F1": 0.02, "MCC": 0.01, "EV": 0.005},
         known.targets,
         ("synth:1k",),
@@ -550,7 +560,7 @@ questions += [
     Question(
         "unlearning",
         "Can more be unlearned with latents that see several scales of the past?",
-        [(_multi, "batchtopk"), (_multi, "temporal_shuffled/batchtopk")],
+        [(multi_scale, "batchtopk"), (multi_scale, "temporal_shuffled/batchtopk")],
         {"unlearning": 0.05, "unlearning behind a gate": 0.05, "retained": 0.01},
         ground=forgetting,
     ),
