@@ -85,20 +85,26 @@ def draw_depths(
     "What is absorbed of features that have children, by how deep they lie."
     own = table[table.method.isin(methods or set(table.method))]
     names = own.groupby("method").value.max().sort_values(ascending=False).index.tolist()
-    look, look_of_probe = looks(names), dict(color=grey, ls=null_dashes["(random)"], lw=0.9)
+    look = looks(names)
     fig, ax = panels(figsize=(5.2, height_for(len(names), 1.9)))
-    ends, at = {}, list(depths)
+    at = list(depths)
     for method in names:
         some = own[own.method == method]
         found = [mean_interval(some.value[some.score == name].tolist()) for name in depths.values()]
         mean, low, high = np.array(found).T
-        ax.plot(at, mean, look[method].marker + "-", color=look[method].color, ms=4.5, lw=1)
+        style = dict(color=look[method].color, ms=4.5, lw=1, label=titled(method))
+        ax.plot(at, mean, look[method].marker + "-", **style)
         ax.vlines(at, low, high, color=look[method].color, lw=0.8)
-        ends[method] = (at[-1], mean[-1])
-    ax.plot(at, [own.null[own.score == name].mean() for name in depths.values()], **look_of_probe)
+    ax.plot(
+        at,
+        [own.null[own.score == name].mean() for name in depths.values()],
+        color=grey,
+        ls="--",
+        label="(probe)",
+    )
     ax.set_xticks(at, depths.values())
     ax.set_ylabel("absorbed")
-    label_right(ax, ends, look, {name: titled(name) for name in ends})
+    legend_beside(ax)
     return fig
 
 # %% ../../nbs/reports/curves.ipynb #curves-sets
