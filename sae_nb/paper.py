@@ -362,8 +362,8 @@ def quote_sets(
     numbers: Numbers,  # Takes them
     made: Results,  # Has them
 ):
-    "How alike the sets of a selector are, from one record to the next and at the largest distance."
-    ends = {"next": made.sets.lag.min(), "far": made.sets.lag.max()}
+    "How alike the sets of a selector are, from one record to the next and 64 updates apart."
+    ends = {"next": made.sets.lag.min(), "far": 64}
     for preset, own in made.sets.groupby("method"):
         runs = [run for run in made.runs["pairs"] if run.config["preset"] == preset]
         name = titled(f"ortho/batchtopk {preset}")
