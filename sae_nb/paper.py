@@ -160,8 +160,9 @@ class Results:
         self.over_l0 = over_l0s(runs["truth"], "synth:1k:31")
         self.depth = of_world(runs["truth"], "synth:1k", 7.0, by_depth)
         self.restarts = tidy(runs["restarts"], crowded)
+        self.forgotten = tidy(runs["study"], forgetting)
         self.sets = pair_sets(runs["pairs"])
-        self.grounds = three_grounds(**runs)
+        self.grounds = three_grounds(runs["truth"], runs["study"], runs["real"])
         self.strength = pd.concat({g: signal(some) for g, some in self.grounds.items()}, names=["ground"])
         self.means = ranks(self.grounds, less_is_better)
         self.tau, self.p = agreement(self.means)
@@ -170,7 +171,8 @@ class Results:
 
     def _ask(self):
         "Answers, and the table that each is read from."
-        tables = {q.name: self.restarts if q.ground else self.study for q in questions}
+        tables = dict.fromkeys((q.name for q in questions), self.study)
+        tables |= dict(restarts=self.restarts, unlearning=self.forgotten)
         self.answered = {q.name: tables[q.name] for q in questions if begun(q, tables[q.name])}
         for q in on_worlds:
             self.answered[q.name] = of_world(self.runs["truth"], q.grounds[0], q.at[0])

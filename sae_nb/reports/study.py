@@ -409,7 +409,7 @@ forgetful = "batchtopk,temporal/batchtopk,temporal_shuffled/batchtopk"
 
 
 def unlearn_plan(
-    seeds=range(5),  # Of the weights; all share the data
+    seeds=range(3),  # Of the weights; all share the data
     **more,  # Further parameters of run.ipynb, the same for all
 ) -> list:  # of Pass
     "The pass whose SAEs unlearn."
