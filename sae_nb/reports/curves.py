@@ -165,26 +165,35 @@ def lives(
 
 
 def draw_lives(
-    runs: list,  # of RunFiles, as for `lives`
-    table,  # From `study.tidy`, with all cures and the score "dead"
+    runs: list,  # of RunFiles, those that restarted something with the table "reactivations"
+    table,  # From `study.tidy`, of all cures, with the score "dead"
 ):  # A figure of two panels
     "What becomes of latents that restart, and what every cure leaves dead."
-    times, alive, n = lives(runs)
+    method_of = table.drop_duplicates("run").set_index("run").method
+    kept = [run for run in runs if run.table("reactivations") is not None]
+    methods = list(dict.fromkeys(method_of[run.name] for run in kept))
     fig, (left, right) = panels(1, 2, figsize=(7.4, 2.5))
-    left.step(times, alive, where="post", color=dark)
-    left.set(ylim=(0, 1.03), ylabel="share still firing", title=f"{n:,} restarts by interference")
+    for method, colour in zip(methods, spare):
+        times, alive, n = lives([run for run in kept if method_of[run.name] == method])
+        left.step(times, alive, where="post", color=colour, label=f"{titled(method)}, {n:,} restarts")
+    left.set(ylim=(0, 1.03), ylabel="share still firing")
     in_tokens(left)
     left.set_xlabel("tokens since the restart")
-    dead = table[table.score == "dead"]
+    _draw_dead(right, table[table.score == "dead"])
+    legend_below(fig)
+    return fig
+
+
+def _draw_dead(ax, dead):
+    "The share of dead latents of every method, its seeds and their mean."
     names = dead.groupby("method").value.mean().sort_values(ascending=False).index.tolist()
     for at, name in enumerate(names):
         own = dead[dead.method == name].value
-        right.plot(own, [at] * len(own), "o", ms=3.5, color=grey)
-        right.plot(own.mean(), at, "|", ms=14, color=dark)
-    right.set_yticks(range(len(names)), [titled(name) for name in names])
-    right.set_ylim(len(names) - 0.5, -0.5)
-    right.set(xlabel="share of latents dead", xlim=(-0.01, None))
-    return fig
+        ax.plot(own, [at] * len(own), "o", ms=3.5, color=grey)
+        ax.plot(own.mean(), at, "|", ms=14, color=dark)
+    ax.set_yticks(range(len(names)), [titled(name) for name in names])
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set(xlabel="share of latents dead", xlim=(-0.01, None))
 
 # %% ../../nbs/reports/curves.ipynb #curves-lean
 def leaning_of(

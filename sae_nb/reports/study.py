@@ -372,7 +372,14 @@ crowded = known._replace(
     },
     d_sae=1024,
 )
-cures = ("", "auxk", "resample", "reactivate")  # trainers
+_cured = "base=batchtopk ortho_coeff=0"
+cures = dict(
+    none=dict(trainers=""),
+    auxk=dict(trainers="auxk"),
+    resample=dict(trainers="resample"),
+    reactivate=dict(trainers="reactivate"),
+    elsewhere=dict(trainers="reactivate", options=f"{_cured} tau=1000"),  # no pair is above it
+)
 
 
 def restart_plan(
@@ -380,11 +387,10 @@ def restart_plan(
     **more,  # Further parameters of run.ipynb, the same for all
 ) -> list:  # of Pass
     "A pass for each cure of dead latents."
-    base = dict(variant="interference", options="base=batchtopk ortho_coeff=0", evals="synth_truth")
+    base = dict(variant="interference", options=_cured, evals="synth_truth")
     common = dict(model="synth:1k", d_sae=1024, k=5.6, seed=",".join(map(str, seeds))) | base
     return [
-        Pass(f"study-restarts-{cure or 'none'}", "restarts", common | dict(trainers=cure) | more)
-        for cure in cures
+        Pass(f"study-restarts-{name}", "restarts", common | given | more) for name, given in cures.items()
     ]
 
 # %% ../../nbs/reports/study.ipynb #study-watched
@@ -448,8 +454,14 @@ def long_named(variant):
 
 def cured_named(cure):
     "The name of a BatchTopK whose dead latents have a cure."
-    trainers = "" if cure == "auxk" else f" +{cure} -auxk" if cure else " -auxk"
-    return f"interference/batchtopk ortho_coeff=0{trainers}"
+    words = dict(
+        none=" -auxk",
+        auxk="",
+        resample=" +resample -auxk",
+        reactivate=" +reactivate -auxk",
+        elsewhere=" tau=1000 +reactivate -auxk",
+    )
+    return f"interference/batchtopk ortho_coeff=0{words[cure]}"
 
 
 def row_named(n):
@@ -550,8 +562,12 @@ questions += [
         "restarts",
         "Do latents that restart where others interfere stay alive and find more than with AuxK, with "
         "restarts where the error is large, or with no cure?",
-        [(cured_named("reactivate"), cured_named(other)) for other in ("auxk", "resample", "")]
-        + [(cured_named(cure), cured_named("")) for cure in ("auxk", "resample")],
+        [
+            (cured_named("reactivate"), cured_named(other))
+            for other in ("elsewhere", "auxk", "resample", "none")
+        ]
+        + [(cured_named("elsewhere"), cured_named("auxk"))]
+        + [(cured_named(cure), cured_named("none")) for cure in ("auxk", "resample")],
         {"dead": 0.01, "uniqueness": 0.01, "F1": 0.02, "MCC": 0.01, "EV": 0.005},
         known.targets,
         ("synth:1k",),
@@ -677,8 +693,9 @@ _forms = {
 _cures = {
     "": "AuxK",
     "-auxk": "no cure",
-    "+resample -auxk": "restarted by error",
+    "+resample -auxk": "resampled",
     "+reactivate -auxk": "restarted by interference",
+    "tau=1000 +reactivate -auxk": "restarted alike, by error",
 }
 _added = {"+turn_rows": "rows turned", "+anneal_k": "k annealed"}
 
