@@ -546,6 +546,10 @@ questions += [
         + [(long_named(name), name) for name in longer.split(",")],
         _usual,
     ),
+]
+
+# %% ../../nbs/reports/study.ipynb #study-asked-worlds
+questions += [
     Question(
         "overlap",
         "Where does keeping decoder rows apart begin to cost, as children lean on their parents?",
@@ -558,6 +562,10 @@ questions += [
         known.targets,
         leaning,
     ),
+]
+
+# %% ../../nbs/reports/study.ipynb #study-asked-own
+questions += [
     Question(
         "restarts",
         "Do latents that restart where others interfere stay alive and find more than with AuxK, with "
