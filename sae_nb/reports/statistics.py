@@ -64,12 +64,11 @@ def holm(
     p,  # p values of one table; NaN where there is none
 ):  # Array of the same length
     "p values corrected for how many they are (Holm 1979)."
-    from statsmodels.stats.multitest import multipletests
-
     p = np.asarray(p, dtype=float)
-    known, found = np.isfinite(p), np.full(p.shape, np.nan)
-    if known.any():
-        found[known] = multipletests(p[known], method="holm")[1]
+    known, found = np.flatnonzero(np.isfinite(p)), np.full(p.shape, np.nan)
+    order = known[np.argsort(p[known])]
+    left = np.arange(len(order), 0, -1)
+    found[order] = np.minimum(np.maximum.accumulate(p[order] * left), 1.0)
     return found
 
 # %% ../../nbs/reports/statistics.ipynb #statistics-same

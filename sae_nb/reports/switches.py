@@ -99,10 +99,13 @@ def effects(
 # %% ../../nbs/reports/switches.ipynb #switches-table
 def switch_table(
     runs: list,  # of RunFiles, from `switch_plan`
-):  # pandas.DataFrame: a row per run and score; the parts as -1 and 1, seed, score, value
-    "The scores of all trainings, and what was on in them."
+):  # pandas.DataFrame: a row per run and score; the parts as -1 and 1, seed, l0, score, value
+    "The scores of all trainings and the L0 they ended at, and what was on in them."
     levels = pd.DataFrame([dict(run=run.name) | levels_of(run.config) for run in runs])
-    return tidy(runs)[["run", "seed", "l0", "score", "value"]].merge(levels, on="run")
+    table = tidy(runs)
+    table = table[table.chosen][["run", "seed", "l0", "score", "value"]]
+    ended = table.drop_duplicates("run").assign(score="L0", value=lambda t: t.l0)
+    return pd.concat([table, ended], ignore_index=True).merge(levels, on="run")
 
 
 def all_effects(
