@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['left_out', 'on_worlds', 'on_real', 'of_language', 'of_letters', 'of_worlds', 'read_results', 'begun', 'check_asked',
            'of_world', 'over_l0s', 'Results', 'score_table', 'with_ends', 'write_tex', 'draw_crossed', 'draw_recovery',
-           'quote_means', 'quote_answer', 'quote_grounds', 'quote_robust', 'quote_sets', 'all_numbers',
-           'words_of_answer', 'check_committed']
+           'quote_means', 'quote_answer', 'quote_grounds', 'quote_robust', 'quote_sets', 'quote_switches',
+           'quote_orders', 'quote_over_l0', 'all_numbers', 'hold', 'words_of_answer', 'check_committed']
 
 # %% ../nbs/99_paper.ipynb #paper-imports
 from itertools import product
@@ -24,6 +24,7 @@ from .reports.kept import kept_runs, missing_runs
 from .reports.manuscript import *
 from .reports.passes import by_way
 from .reports.study import *
+from .reports.switches import all_effects, draw_effects, switch_table
 from .style import *
 
 # %% ../nbs/99_paper.ipynb #paper-results
@@ -32,7 +33,7 @@ def read_results(
 ) -> dict:  # "truth", "study" and so on -> list of RunFiles
     "The runs that the paper reads, or an error that names one that is missing."
     folder, found = Path(folder or root() / "runs"), {}
-    for name in ("truth", "study", "real", "restarts", "pairs"):
+    for name in ("truth", "study", "real", "restarts", "pairs", "switches"):
         found[name] = kept_runs(folder / f"{name}.jsonl")
         lost = missing_runs(found[name])
         if lost:
@@ -44,7 +45,7 @@ def read_results(
     return found
 
 # %% ../nbs/99_paper.ipynb #paper-asked
-left_out = ("best", "overlap", "unlearning")  # some runs are not there
+left_out = ("overlap",)  # some runs are not there
 _of_known = {"F1": 0.01, "MCC": 0.01, "EV": 0.005}
 _own = "ortho/batchtopk selector_{}"
 on_worlds = [
@@ -130,6 +131,11 @@ def over_l0s(
     own = [run for run in runs if run.config["params"]["model"] == model]
     targets = sorted({run.config["params"]["k"] for run in own})
     table = tidy(own, known._replace(targets=tuple(targets)))
+    return _at_many(table, least)
+
+
+def _at_many(table, least=3):
+    "The rows of methods that were asked for several L0s."
     many = table.groupby("method").target.nunique() >= least
     return table[table.method.isin(many.index[many])]
 
@@ -159,20 +165,24 @@ class Results:
         self.world_0 = of_world(runs["truth"], "synth:1k", 7.0)
         self.fresh = of_world(runs["truth"], "synth:1k:31", 5.6)
         self.over_l0 = over_l0s(runs["truth"], "synth:1k:31")
+        self.language_l0 = _at_many(self.study[self.study.chosen & (self.study.ground == "world")])
         self.depth = of_world(runs["truth"], "synth:1k", 7.0, by_depth)
         self.restarts = tidy(runs["restarts"], crowded)
+        self.unlearned = unlearned(runs["study"])
         self.sets = pair_sets(runs["pairs"])
+        self.switches = all_effects(switch_table(runs["switches"]))
         self.grounds = three_grounds(runs["truth"], runs["study"], runs["real"])
         self.strength = pd.concat({g: signal(some) for g, some in self.grounds.items()}, names=["ground"])
         self.means = ranks(self.grounds, less_is_better)
         self.tau, self.p = agreement(self.means)
         self.flat = _flat(self.tau, self.p)
+        self.tau_by_l0 = self._tau_by_l0()
         self._ask()
 
     def _ask(self):
         "Answers, and the table that each is read from."
         tables = dict.fromkeys((q.name for q in questions), self.study)
-        tables |= dict(restarts=self.restarts)
+        tables |= dict(restarts=self.restarts, unlearning=self.unlearned)
         self.answered = {q.name: tables[q.name] for q in questions if begun(q, tables[q.name])}
         for q in on_worlds:
             self.answered[q.name] = of_world(self.runs["truth"], q.grounds[0], q.at[0])
@@ -181,6 +191,14 @@ class Results:
         for name in [name for name in self.questions if name not in left_out]:
             check_asked(self.questions[name], self.answered.get(name, self.study))
         self.answers = {name: ask(self.questions[name], table) for name, table in self.answered.items()}
+
+    def _tau_by_l0(self):
+        "How the orders of the world agree with those of the language model at each of its L0s."
+        met = self.language_l0[self.language_l0.matched]
+        tables = {f"L0 {at:g}": some for at, some in met.groupby("target")}
+        means = ranks({"world 0": self.grounds["world 0"]} | tables, less_is_better)
+        self.at_every_l0 = list(means.index)
+        return agreement(means)[0].loc["world 0", list(tables)]
 
     def behind(
         self,
@@ -374,6 +392,43 @@ def quote_sets(
             numbers.add("sets", name, end, value=value, digits=3, runs=runs)
         numbers.add("sets", name, "by chance", value=own.random.mean(), digits=4, runs=runs)
 
+# %% ../nbs/99_paper.ipynb #paper-quote-switches
+def quote_switches(
+    numbers: Numbers,  # Takes them
+    made: Results,  # Has them
+):
+    "What every part of the self-correcting family does to every score, and its interval."
+    for (score, part), line in made.switches.iterrows():
+        words = ["switch", part, score]
+        for end, value in {"": line["mean"], "low": line.low, "high": line.high}.items():
+            runs = made.runs["switches"]
+            numbers.add(*filter(None, [*words, end]), value=value, digits=3, signed=True, runs=runs)
+
+
+def quote_orders(
+    numbers: Numbers,  # Takes them
+    made: Results,  # Has them
+):
+    "How the orders of known features agree with those of the language model at each of its L0s."
+    here = made.language_l0[made.language_l0.method.isin(made.at_every_l0)]
+    for known_score in ("F1", "MCC"):
+        for (l0, score), tau in made.tau_by_l0.loc[known_score].items():
+            runs = made.behind(here[here.target == float(l0[3:])]) + made.behind(made.grounds["world 0"])
+            numbers.add(
+                "order", known_score, score, f"at {l0[3:]}", value=tau, digits=2, signed=True, runs=runs
+            )
+    numbers.add("methods", "at every L0", value=len(made.at_every_l0), digits=0, runs=made.behind(here))
+
+# %% ../nbs/99_paper.ipynb #paper-quote-l0
+def quote_over_l0(
+    numbers: Numbers,  # Takes them
+    made: Results,  # Has them
+):
+    "The means of the baselines at the lowest and the highest L0 of the language model."
+    for at in (8, 32):
+        own = made.language_l0[made.language_l0.target == at]
+        quote_means(numbers, f"embedded at {at}", own, of_language, made)
+
 # %% ../nbs/99_paper.ipynb #paper-all-numbers
 def all_numbers(
     made: Results,
@@ -388,7 +443,13 @@ def all_numbers(
     quote_means(
         numbers, "restarts", made.restarts, dict.fromkeys(("dead", "uniqueness", "F1", "MCC"), 3), made
     )
+    quote_means(
+        numbers, "unlearning", made.unlearned, dict.fromkeys(made.questions["unlearning"].scores, 3), made
+    )
     quote_sets(numbers, made)
+    quote_switches(numbers, made)
+    quote_orders(numbers, made)
+    quote_over_l0(numbers, made)
     for name in made.answers:
         quote_answer(numbers, name, made)
     quote_grounds(numbers, made)
@@ -402,6 +463,15 @@ def all_numbers(
     return numbers
 
 # %% ../nbs/99_paper.ipynb #paper-claims
+def hold(
+    claims: dict,  # sentence -> whether it holds
+):
+    "Raise if a sentence does not hold, and say which."
+    lost = [sentence for sentence, holds in claims.items() if not holds]
+    if lost:
+        raise InputError(f"{len(lost)} of {len(claims)} sentences do not hold any more: {'; '.join(lost)}")
+
+
 def words_of_answer(
     answer,  # From `study.ask`
     method: str = "",  # A part of the method's name

@@ -38,7 +38,7 @@ def draw_fronts(
     table,  # From `study.tidy`, of one ground
     scores: list,  # Titles, a panel each
     less=(),  # Those of which less is better
-    levels: dict = None,  # score -> what knows nothing
+    nulls=(),  # Those at which a dashed line shows what knows nothing
 ):  # A figure
     "Scores over L0, filled where a point is on the front."
     names = sorted(table.method.unique())
@@ -48,8 +48,9 @@ def draw_fronts(
         found = fronts(table, score, score in less)
         for method, own in found.groupby("method"):
             _draw_front(ax, own, look[method], titled(method))
-        if score in (levels or {}):
-            ax.axhline(levels[score], color=grey, ls=null_dashes["(random)"], lw=0.9)
+        if score in nulls:
+            level = table[table.score == score].groupby("target").null.mean()
+            ax.plot(level.index, level, color=grey, ls=null_dashes["(random)"], lw=0.9)
         ax.set_xscale("log")
         ax.set_xticks(sorted(found.target.unique()), [f"{l0:g}" for l0 in sorted(found.target.unique())])
         ax.minorticks_off()

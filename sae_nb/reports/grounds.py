@@ -7,9 +7,8 @@ __all__ = ['synthetic', 'less_is_better', 'signal', 'ranks', 'agreement', 'witho
            'draw_agreement']
 
 # %% ../../nbs/reports/grounds.ipynb #grounds-imports
-from itertools import combinations
-
 import functools
+from itertools import combinations
 
 import numpy as np
 import pandas as pd

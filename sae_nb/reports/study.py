@@ -6,8 +6,9 @@
 __all__ = ['language', 'known', 'near', 'on_world', 'baselines', 'selectors', 'forms', 'along', 'longer', 'rows_of_004',
            'steered', 'leaning', 'crowded', 'cures', 'forgetting', 'forgetful', 'multi_scale', 'questions', 'Score',
            'Ground', 'ground_of', 'target_of', 'row_method', 'tidy', 'made_by', 'again', 'study', 'study_plan',
-           'overlap_plan', 'restart_plan', 'watch_plan', 'unlearn_plan', 'Question', 'pair_named', 'form_named',
-           'long_named', 'cured_named', 'row_named', 'ask', 'not_yet', 'write_tidy', 'titled', 'draw_answer']
+           'overlap_plan', 'restart_plan', 'watch_plan', 'unlearned', 'unlearn_plan', 'Question', 'pair_named',
+           'form_named', 'long_named', 'cured_named', 'row_named', 'ask', 'not_yet', 'write_tidy', 'titled',
+           'draw_answer']
 
 # %% ../../nbs/reports/study.ipynb #study-imports
 import re
@@ -412,6 +413,13 @@ forgetting = language._replace(
     }
 )
 forgetful = "batchtopk,temporal/batchtopk,temporal_shuffled/batchtopk"
+
+
+def unlearned(
+    runs: list,  # of RunFiles
+):  # pandas.DataFrame, as from `tidy`
+    "The SAEs that were asked to unlearn."
+    return tidy([run for run in runs if run.number("unlearning/unlearning_score") is not None], forgetting)
 
 
 def unlearn_plan(
