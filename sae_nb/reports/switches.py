@@ -121,7 +121,7 @@ def draw_effects(
 ):  # A figure
     "What every part does, with its interval; filled where it is told from nothing."
     n = len(switches)
-    fig, axes = panels(1, len(scores), figsize=(2.2 + 1.9 * len(scores), height_for(n, 1.3)))
+    fig, axes = panels(1, len(scores), figsize=(1.8 + 1.4 * len(scores), height_for(n, 1.3)))
     for ax, score in zip(axes, scores):
         for at, (_, line) in enumerate(found.loc[score].iterrows()):
             clear = line.p_holm < 0.05
