@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from .core import *
 from .metrics import mean_interval
@@ -168,33 +169,37 @@ class Results:
         self.tau_by_l0 = self._tau_by_l0()
         self._ask()
 
-    def _ask(self):
-        "Answers, and the table that each is read from."
-        tables = dict.fromkeys((q.name for q in questions), self.study)
-        tables |= dict(restarts=self.restarts, unlearning=self.unlearned)
-        self.answered = {q.name: tables[q.name] for q in questions}
-        for q in on_worlds:
-            self.answered[q.name] = of_world(self.runs["truth"], q.grounds[0], q.at[0])
-        self.answered |= {q.name: tidy(self.runs["real"]) for q in on_real}
-        self.questions = {q.name: q for q in [*questions, *on_worlds, *on_real]}
-        for name, question in self.questions.items():
-            check_asked(question, self.answered[name])
-        self.answers = {name: ask(self.questions[name], table) for name, table in self.answered.items()}
-
-    def _tau_by_l0(self):
-        "How the orders of the world agree with those of the language model at each of its L0s."
-        met = self.language_l0[self.language_l0.matched]
-        tables = {f"L0 {at:g}": some for at, some in met.groupby("target")}
-        means = ranks({"world 0": self.grounds["world 0"]} | tables, less_is_better)
-        self.at_every_l0 = list(means.index)
-        return agreement(means)[0].loc["world 0", list(tables)]
-
     def behind(
         self,
         table,  # From `study.tidy`
     ) -> list:  # of RunFiles
         "The runs of a table."
         return [self.named[name] for name in table.run.unique()]
+
+# %% ../nbs/99_paper.ipynb #paper-made-asked
+@patch
+def _ask(self: Results):
+    "Answers, and the table that each is read from."
+    tables = dict.fromkeys((q.name for q in questions), self.study)
+    tables |= dict(restarts=self.restarts, unlearning=self.unlearned)
+    self.answered = {q.name: tables[q.name] for q in questions}
+    for q in on_worlds:
+        self.answered[q.name] = of_world(self.runs["truth"], q.grounds[0], q.at[0])
+    self.answered |= {q.name: tidy(self.runs["real"]) for q in on_real}
+    self.questions = {q.name: q for q in [*questions, *on_worlds, *on_real]}
+    for name, question in self.questions.items():
+        check_asked(question, self.answered[name])
+    self.answers = {name: ask(self.questions[name], table) for name, table in self.answered.items()}
+
+
+@patch
+def _tau_by_l0(self: Results):
+    "How the orders of the world agree with those of the language model at each of its L0s."
+    met = self.language_l0[self.language_l0.matched]
+    tables = {f"L0 {at:g}": some for at, some in met.groupby("target")}
+    means = ranks({"world 0": self.grounds["world 0"]} | tables, less_is_better)
+    self.at_every_l0 = list(means.index)
+    return agreement(means)[0].loc["world 0", list(tables)]
 
 # %% ../nbs/99_paper.ipynb #paper-tables
 def _mean(values, digits):

@@ -35,11 +35,8 @@ def _line(run):
     "A run in one line of JSON."
     kept = dict(name=run.name, weights=run.weights, config=run.config, metrics=run.metrics)
     kept |= dict(tables=run.tables) if run.tables else {}
-    kept |= (
-        dict(history=pd.DataFrame(run.history).to_csv(index=False, float_format="%.6g"))
-        if run.history
-        else {}
-    )
+    if run.history:
+        kept["history"] = pd.DataFrame(run.history).to_csv(index=False, float_format="%.6g")
     return json.dumps(kept, allow_nan=False) + "\n"
 
 # %% ../../nbs/reports/kept.ipynb #kept-tables
