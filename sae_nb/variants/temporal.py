@@ -359,3 +359,18 @@ for _coeff in (0.01, 1.0, 10.0):
         f"run 2 with a separation of weight {_coeff:g}",
         **_meant | dict(separation_coeff=_coeff),
     )
+
+# %% ../../nbs/variants/temporal.ipynb #temporal-presets-any
+for _dilations in ((1,), (1, 2), (1, 2, 4), (1, 2, 4, 8, 16), (1, 3, 9, 27)):
+    _preset(
+        f"scales_{'_'.join(map(str, _dilations))}",
+        f"dilations {', '.join(map(str, _dilations))}" + (", no separation" * (len(_dilations) < 2)),
+        dilations=_dilations,
+        separation="scales" if len(_dilations) > 1 else "none",
+    )
+_preset("apart_none", "nothing that separates branches", separation="none")
+_preset("apart_tokens", "tokens kept apart in place of branches", separation="tokens")
+_preset("apart_latents", "decoder rows kept apart in place of branches", separation="latents")
+_preset("apart_more", "a hundred times the weight of the separation", separation_coeff=10.0)
+_preset("centred", "a window around the token", padding="same")
+_preset("only_past", "the branches alone, which read the token at lag 0", include_input=False)
