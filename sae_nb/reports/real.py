@@ -14,6 +14,7 @@ import torch
 from ..core import *
 from .figures import rows_of
 from .passes import *
+from .study import along
 from ..runs import read_config
 from ..sae import load
 from ..style import short_names
@@ -53,7 +54,7 @@ def real_plan(
         eval_options=options,
         probe_data=",".join(map(str, sets)),
     )
-    groups = dict(tokens=alone, along=ways["along"])
+    groups = dict(tokens=alone, along=along)
     name = Path(model).stem
     return [
         Pass(f"real-{name}-{group}", group, given | dict(variant=",".join(some)) | more)

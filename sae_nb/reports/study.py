@@ -713,17 +713,13 @@ _titles = dict(
 
 # %% ../../nbs/reports/study.ipynb #study-words
 _ways = dict(post="fire together", pre="alike before the cut", geometric="nearest rows", random="at random")
-_forms = {
+_presets = {
     "tau_fixed": "tau fixed",
     "tau_adaptive": "tau follows",
     "tau_mean_std": "tau from mean and sd",
     "importance": "by importance",
     "fraction_0.0005": "half the pairs",
     "fraction_0.002": "twice the pairs",
-}
-
-
-_scales = {
     "apart_none": "nothing kept apart",
     "apart_tokens": "tokens kept apart",
     "apart_latents": "rows kept apart",
@@ -731,6 +727,8 @@ _scales = {
     "centred": "centred window",
     "only_past": "branches alone",
 }
+_presets |= {name: name.replace("_", " ", 1).replace("_", ", ") for name in scales.split(",")}
+_presets |= {name: name.replace("run_", "Row ") for name in rows_of_004.split(",")}
 _cures = {
     "": "AuxK",
     "-auxk": "no cure",
@@ -754,14 +752,8 @@ def titled(
         return f"{way} ({weight})" if weight else way
     if variant.startswith("interference") and first == "ortho_coeff=0":
         return _cures[" ".join(words[1:])]
-    if first in _forms:
-        return _forms[first]
-    if first.startswith("scales_"):
-        return f"scales {first.removeprefix('scales_').replace('_', ', ')}"
-    if first in _scales:
-        return _scales[first]
-    if first.startswith("run_"):
-        return f"Row {first.removeprefix('run_')}"
+    if first in _presets:
+        return _presets[first]
     name, _, base = variant.partition("/")
     parts = [
         " ".join(
