@@ -163,9 +163,9 @@ def draw_agreement(
 ):  # A figure
     "Tau between the scores of the first ground and all others, and between those of the two others."
     first, second, third = dict.fromkeys(tau.columns.get_level_values(0))
-    fig, axes = panels(
-        1, 2, figsize=(7.4, 3.9), width_ratios=(len(tau[first].columns), len(tau[third].columns))
-    )
+    n = len(tau) - len(tau[first].columns)
+    size, widths = (7.4, 1.2 + 0.18 * n), (len(tau[first].columns), len(tau[third].columns))
+    fig, axes = panels(1, 2, figsize=size, width_ratios=widths)
     _draw_taus(axes[0], tau.drop(first)[first], p.drop(first)[first], first)
     _draw_taus(axes[1], tau.loc[[second], third], p.loc[[second], third], third)
     return fig

@@ -54,10 +54,10 @@ def real_plan(
         eval_options=options,
         probe_data=",".join(map(str, sets)),
     )
-    groups = dict(tokens=alone, along=along)
+    groups = dict(tokens=",".join(alone), along=along)
     name = Path(model).stem
     return [
-        Pass(f"real-{name}-{group}", group, given | dict(variant=",".join(some)) | more)
+        Pass(f"real-{name}-{group}", group, given | dict(variant=some) | more)
         for group, some in groups.items()
     ]
 

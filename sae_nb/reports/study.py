@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['language', 'known', 'near', 'on_world', 'baselines', 'selectors', 'forms', 'along', 'scales', 'kept_apart', 'longer',
-           'rows_of_004', 'steered', 'leaning', 'crowded', 'cures', 'forgetting', 'forgetful', 'multi_scale',
-           'questions', 'Score', 'Ground', 'ground_of', 'target_of', 'row_method', 'tidy', 'made_by', 'again', 'study',
-           'study_plan', 'overlap_plan', 'restart_plan', 'watch_plan', 'unlearned', 'unlearn_plan', 'Question',
-           'pair_named', 'form_named', 'scales_named', 'long_named', 'cured_named', 'row_named', 'ask', 'not_yet',
-           'write_tidy', 'titled', 'draw_answer']
+           'rows_of_004', 'steered', 'leaning', 'crowded', 'cures', 'forgetting', 'forgetful', 'finalists',
+           'multi_scale', 'questions', 'Score', 'Ground', 'ground_of', 'target_of', 'row_method', 'tidy', 'made_by',
+           'again', 'study', 'study_plan', 'overlap_plan', 'restart_plan', 'watch_plan', 'unlearned', 'unlearn_plan',
+           'suite_plan', 'Question', 'pair_named', 'form_named', 'scales_named', 'long_named', 'cured_named',
+           'row_named', 'ask', 'not_yet', 'write_tidy', 'titled', 'draw_answer']
 
 # %% ../../nbs/reports/study.ipynb #study-imports
 import re
@@ -47,6 +47,21 @@ class Ground(NamedTuple):
     tokens: int = None  # Usual length of a training; None: what is usual on the model
 
 # %% ../../nbs/reports/study.ipynb #study-language
+_known_ends = {  # column -> what is known of it: its title, and the end that knows the answer
+    "scr/scr_metric_threshold_10": ("SCR", "scr/null_known directions/{}"),
+    "tpp/tpp_threshold_10_total_metric": ("TPP", "tpp/null_known directions/{}"),
+    "ravel/disentanglement_score": ("RAVEL", "ravel/null_rotation/{}"),
+    "autointerp/label_f1": ("label F1", "autointerp/null_probe/{}"),
+}
+
+
+def _slow_scores():
+    "What only some SAEs are asked for."
+    for column, (title, ceiling) in _known_ends.items():
+        evaluation, metric = column.split("/")
+        yield column, Score(title, f"{evaluation}/null_random/{metric}", ceiling.format(metric))
+
+
 language = Ground(
     {
         "core/explained_variance": Score("EV", "core/null_random/explained_variance", 1.0),
@@ -69,7 +84,8 @@ language = Ground(
         "absorption/share_with_main": Score(
             "letters with a latent", "absorption/null_random/share_with_main", 1.0
         ),
-    },
+    }
+    | dict(_slow_scores()),
     "core/l0",
     (8.0, 16.0, 32.0),
     1024,
@@ -437,6 +453,24 @@ def unlearn_plan(
     )
     return [Pass("study-unlearning-16", "unlearning", given | more)]
 
+# %% ../../nbs/reports/study.ipynb #study-suite
+finalists = "standard,gated,jumprelu,batchtopk,matryoshka,tied,best,ortsae,temporal/batchtopk"
+
+
+def suite_plan(
+    seeds=range(5),  # Of the weights; all share the data
+    **more,  # Further parameters of run.ipynb, the same for all
+) -> list:  # of Pass
+    "The passes whose SAEs go through the slower evaluations."
+    common = on_world | dict(k=16.0, seed=",".join(map(str, seeds)), evals="scr,tpp,ravel,autointerp")
+    groups = dict(
+        baselines=dict(variant=finalists),
+        rows=dict(variant="ortho", preset="selector_post", options="base=batchtopk ortho_coeff=100"),
+        corrected=dict(variant="self_correcting", preset="run_2,run_8", options=steered.format(16)),
+        activations=dict(variant="ortho", preset="tau_fixed", options="base=batchtopk ortho_coeff=10"),
+    )
+    return [Pass(f"study-suite-{name}", "suite", common | given | more) for name, given in groups.items()]
+
 # %% ../../nbs/reports/study.ipynb #study-questions
 class Question(NamedTuple):
     "What is to be decided, and by what."
@@ -495,6 +529,7 @@ _usual = {
     "letter F1": 0.05,
     "full absorption": 0.05,
 }
+_slow = {"SCR": 0.05, "TPP": 0.02, "RAVEL": 0.02, "label F1": 0.02}
 multi_scale = "temporal/batchtopk"
 _others = [name for name in longer.split(",") if name != "batchtopk"]
 
@@ -612,6 +647,21 @@ questions += [
         [(multi_scale, "batchtopk"), (multi_scale, "temporal_shuffled/batchtopk")],
         {"unlearning": 0.05, "unlearning behind a gate": 0.05, "retained": 0.01},
         ground=forgetting,
+    ),
+    Question(
+        "suite",
+        "Do the slower evaluations of SAEBench say otherwise?",
+        [
+            (method, "batchtopk")
+            for method in (
+                *finalists.split(","),
+                pair_named("post", 100),
+                form_named("tau_fixed"),
+                row_named(2),
+            )
+            if method != "batchtopk"
+        ],
+        _slow,
     ),
 ]
 
