@@ -88,14 +88,26 @@ def _named(run, seed, first):
     return re.sub(_seed_word, f"-s{seed}" + (f"-data={first}" if seed != first else ""), run.name, count=1)
 
 
+def _else(params):
+    "What a pass was asked for, but for which methods, seeds and scores."
+    apart = ("variant", "preset", "seed", "evals")
+    return json.dumps({name: value for name, value in params.items() if name not in apart}, sort_keys=True)
+
+
+def _row(run):
+    "Variant, preset and seed."
+    return run.config["variant"], run.config.get("preset", ""), run.seed
+
+
 def missing_runs(
     runs: list,  # of RunFiles
 ) -> list:  # Names
     "What the passes of these runs trained beside them and is not among them."
     passes, lost = {}, []
+    everywhere = {(_else(run.config["params"]), *_row(run)) for run in runs}
     for run in runs:
         asked = json.dumps(run.config["params"], sort_keys=True)
-        passes.setdefault(asked, {})[run.config["variant"], run.config.get("preset", ""), run.seed] = run
+        passes.setdefault(asked, {})[_row(run)] = run
     for asked, there in passes.items():
         one = Pass("", "", json.loads(asked))
         seeds, rows = [int(seed) for seed in seeds_of(one)], {key[:2]: run for key, run in there.items()}
@@ -103,5 +115,8 @@ def missing_runs(
         for variant, preset, seed in (key for key in wanted if key not in there):
             beside = rows.get((variant, preset))
             words = " ".join(filter(None, [variant, preset]))
-            lost.append(_named(beside, seed, seeds[0]) if beside else f"{words}, seed {seed}")
+            if beside:
+                lost.append(_named(beside, seed, seeds[0]))
+            elif (_else(one.given), variant, preset, seed) not in everywhere:
+                lost.append(f"{words}, seed {seed}")
     return lost

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['language', 'known', 'near', 'on_world', 'baselines', 'selectors', 'forms', 'along', 'scales', 'kept_apart', 'longer',
            'rows_of_004', 'steered', 'leaning', 'crowded', 'cures', 'forgetting', 'forgetful', 'finalists',
-           'multi_scale', 'questions', 'Score', 'Ground', 'ground_of', 'target_of', 'row_method', 'tidy', 'made_by',
-           'again', 'study', 'study_plan', 'overlap_plan', 'restart_plan', 'watch_plan', 'unlearned', 'unlearn_plan',
-           'suite_plan', 'Question', 'pair_named', 'form_named', 'scales_named', 'long_named', 'cured_named',
-           'row_named', 'ask', 'not_yet', 'write_tidy', 'titled', 'draw_answer']
+           'batchtopk_on_rows', 'multi_scale', 'questions', 'Score', 'Ground', 'ground_of', 'target_of', 'row_method',
+           'tidy', 'made_by', 'again', 'study', 'study_plan', 'overlap_plan', 'restart_plan', 'watch_plan', 'unlearned',
+           'unlearn_plan', 'suite_plan', 'Question', 'pair_named', 'form_named', 'scales_named', 'long_named',
+           'cured_named', 'row_named', 'ask', 'not_yet', 'write_tidy', 'titled', 'draw_answer']
 
 # %% ../../nbs/reports/study.ipynb #study-imports
 import re
@@ -152,13 +152,19 @@ def _unusual(asked, ground):
     return words
 
 
+def _on_rows(config):
+    "A word for an SAE of one token that read whole rows of a text, because others beside it look along them."
+    beside = "-rows-" in config.get("name", "") and not config.get("preset")
+    return " rows" * (beside and kind_of(config["params"]["model"]) != "synth")
+
+
 def row_method(
     config: dict,  # config.json of a run
     ground: Ground = None,  # None: that of its model
-) -> str:  # Such as "ortho/batchtopk selector_pre" or "batchtopk d_sae=3070"
+) -> str:  # Such as "ortho/batchtopk selector_pre", "batchtopk d_sae=3070" or "batchtopk rows"
     "What a trained row is called."
     asked = config["params"]
-    return method_of(config) + _unusual(asked, ground or ground_of(asked["model"]))
+    return method_of(config) + _unusual(asked, ground or ground_of(asked["model"])) + _on_rows(config)
 
 # %% ../../nbs/reports/study.ipynb #study-setting
 _alike = ("batch", "lr", "warmup_steps", "decay", "hook", "ctx")
@@ -325,6 +331,7 @@ baselines = "standard,gated,jumprelu,p_anneal,topk,batchtopk,matryoshka,tied,bes
 selectors = "selector_post,selector_pre,selector_geometric,selector_random"
 forms = "tau_fixed,tau_adaptive,tau_mean_std,importance,fraction_0.0005,fraction_0.002"
 along = "temporal/batchtopk,temporal_shuffled/batchtopk,temporal_wide/batchtopk,moving_average/batchtopk,tsae"
+along += ",batchtopk"  # of one token, on the rows that the others read
 scales = "scales_1,scales_1_2,scales_1_2_4,scales_1_2_4_8_16,scales_1_3_9_27"
 kept_apart = "apart_none,apart_tokens,apart_latents,apart_more,centred,only_past"
 longer = "standard,batchtopk,matryoshka,tied,best"
@@ -433,7 +440,7 @@ forgetting = language._replace(
         "unlearning/retained_accuracy": Score("retained", "", 1.0),
     }
 )
-forgetful = "batchtopk,temporal/batchtopk,temporal_shuffled/batchtopk"
+forgetful = "temporal/batchtopk,temporal_shuffled/batchtopk,batchtopk"  # all on rows
 
 
 def unlearned(
@@ -454,7 +461,7 @@ def unlearn_plan(
     return [Pass("study-unlearning-16", "unlearning", given | more)]
 
 # %% ../../nbs/reports/study.ipynb #study-suite
-finalists = "standard,gated,jumprelu,batchtopk,matryoshka,tied,best,ortsae,temporal/batchtopk"
+finalists = "standard,gated,jumprelu,batchtopk,matryoshka,tied,best,ortsae"
 
 
 def suite_plan(
@@ -465,6 +472,7 @@ def suite_plan(
     common = on_world | dict(k=16.0, seed=",".join(map(str, seeds)), evals="scr,tpp,ravel,autointerp")
     groups = dict(
         baselines=dict(variant=finalists),
+        along=dict(variant="temporal/batchtopk,batchtopk"),
         rows=dict(variant="ortho", preset="selector_post", options="base=batchtopk ortho_coeff=100"),
         corrected=dict(variant="self_correcting", preset="run_2,run_8", options=steered.format(16)),
         activations=dict(variant="ortho", preset="tau_fixed", options="base=batchtopk ortho_coeff=10"),
@@ -530,6 +538,7 @@ _usual = {
     "full absorption": 0.05,
 }
 _slow = {"SCR": 0.05, "TPP": 0.02, "RAVEL": 0.02, "label F1": 0.02}
+batchtopk_on_rows = "batchtopk rows"
 multi_scale = "temporal/batchtopk"
 _others = [name for name in longer.split(",") if name != "batchtopk"]
 
@@ -565,10 +574,11 @@ questions = [
             for control in ("temporal_shuffled", "temporal_wide", "moving_average")
         ]
         + [
-            (multi_scale, "batchtopk"),
-            (multi_scale, "batchtopk d_sae=3070"),
+            (multi_scale, batchtopk_on_rows),
             (multi_scale, "tsae"),
-            ("tsae", "batchtopk"),
+            ("tsae", batchtopk_on_rows),
+            ("batchtopk d_sae=3070", "batchtopk"),
+            (batchtopk_on_rows, "batchtopk"),
         ],
         _usual,
     ),
@@ -587,7 +597,7 @@ questions += [
         "What does each row of log 004 add to the row before, and are the first and the last better than "
         "BatchTopK?",
         [(row_named(n), row_named(n - 1)) for n in range(2, 11)]
-        + [(row_named(n), "batchtopk") for n in (1, 10)],
+        + [(row_named(n), batchtopk_on_rows) for n in (1, 10)],
         _usual,
     ),
     Question(
@@ -644,23 +654,19 @@ questions += [
     Question(
         "unlearning",
         "Can more be unlearned with latents that see several scales of the past?",
-        [(multi_scale, "batchtopk"), (multi_scale, "temporal_shuffled/batchtopk")],
+        [(multi_scale, batchtopk_on_rows), (multi_scale, "temporal_shuffled/batchtopk")],
         {"unlearning": 0.05, "unlearning behind a gate": 0.05, "retained": 0.01},
         ground=forgetting,
     ),
     Question(
         "suite",
         "Do the slower evaluations of SAEBench say otherwise?",
-        [
-            (method, "batchtopk")
-            for method in (
-                *finalists.split(","),
-                pair_named("post", 100),
-                form_named("tau_fixed"),
-                row_named(2),
-            )
-            if method != "batchtopk"
-        ],
+        [(method, "batchtopk") for method in finalists.split(",") if method != "batchtopk"]
+        + [
+            (name, "batchtopk")
+            for name in (pair_named("post", 100), form_named("tau_fixed"), batchtopk_on_rows)
+        ]
+        + [(name, batchtopk_on_rows) for name in (multi_scale, row_named(2))],
         _slow,
     ),
 ]
@@ -787,7 +793,7 @@ _cures = {
     "+reactivate -auxk": "restarted by interference",
     "tau=1000 +reactivate -auxk": "restarted alike, by error",
 }
-_added = {"+turn_rows": "rows turned", "+anneal_k": "k annealed"}
+_added = {"+turn_rows": "rows turned", "+anneal_k": "k annealed", "rows": "on rows"}
 
 # %% ../../nbs/reports/study.ipynb #study-called
 def titled(
