@@ -296,8 +296,13 @@ def _run_name(p, choice, seed, several, *company, hook=""):
     return f"fast-{name}" if os.environ.get("SAE_NB_FAST") else name
 
 
+def _by_rows(p, saes):
+    "Whether steps are of whole rows: as asked, or because some of these SAEs look along them."
+    return p.rows or any(sae.sequential for sae in saes)
+
+
 def _company(sae, seed, data, rows):
-    "Words for what a run owes to those that are trained beside it."
+    "Words for what a run reads otherwise than it would alone."
     shared = f"data={data}" if seed != data else ""
     return shared, "rows" if rows and not sae.sequential else ""
 
@@ -306,8 +311,7 @@ def _runs(p, choices, seeds, saes, joining, **shared):
     "A folder for every hook point, choice and seed, with its config; it knows of no other hook point."
     hooks = hooks_of(p)
     several = len(hooks) * len(choices) * len(seeds) > 1
-    rows = any(sae.sequential for sae in saes)
-    data = _data_seed(p, seeds[0])
+    rows, data = _by_rows(p, saes), _data_seed(p, seeds[0])
     shared.update(provenance())
     runs = []
     for hook, (choice, sae), seed in itertools.product(hooks, list(zip(choices, saes)), seeds):
@@ -479,7 +483,7 @@ def make_plan(
     joining = _joining(trainers, wanted, small, training)
     runs = _runs(p, wanted, seeds, small, joining, training=asdict(training))
     _greet(evaluators, runs)
-    return Plan(p, training, trainers, evaluators, nulls, runs, rows=any(sae.sequential for sae in small))
+    return Plan(p, training, trainers, evaluators, nulls, runs, _by_rows(p, small))
 
 # %% ../nbs/10_experiment.ipynb #experiment-data
 @dataclass

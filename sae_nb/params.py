@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['variant', 'sae', 'model', 'hook', 'hook_out', 'skip_connection', 'text', 'repeat', 'text_column', 'd_sae', 'k', 'l1',
-           'options', 'preset', 'trainers', 'trainer_options', 'diagnostics', 'tokens', 'batch', 'lr', 'warmup_steps',
-           'decay', 'ctx', 'buffer', 'sink', 'seed', 'data_seed', 'evals', 'eval_rows', 'eval_options', 'eval_nulls',
-           'probe_data', 'label_column', 'data_dir', 'device', 'dtype', 'checkpoint', 'cache', 'cache_gb', 'name',
-           'resume']
+           'options', 'preset', 'trainers', 'trainer_options', 'diagnostics', 'tokens', 'batch', 'rows', 'lr',
+           'warmup_steps', 'decay', 'ctx', 'buffer', 'sink', 'seed', 'data_seed', 'evals', 'eval_rows', 'eval_options',
+           'eval_nulls', 'probe_data', 'label_column', 'data_dir', 'device', 'dtype', 'checkpoint', 'cache', 'cache_gb',
+           'name', 'resume']
 
 # %% ../nbs/run.ipynb #run-parameters
 variant: str = "standard"  # registered, comma-separated, or all; ortho/jumprelu: one on another [training]
@@ -29,6 +29,7 @@ trainer_options: str = ""  # options of trainers, as words or JSON; see 10_exper
 diagnostics: bool = False  # gradients, activations, memory, speed in history.csv [not in weights, training]
 tokens: int = -1  # activations to train on; -1: a million [training]
 batch: int = -1  # tokens per step; -1: 2048 [training]
+rows: bool = False  # steps of whole rows of text, as always where an SAE looks along them [training]
 lr: float = -1.0  # Adam's learning rate, -1: 4e-3; for a hundred million tokens and more take 3e-4 [training]
 warmup_steps: int = -1  # rise of the learning rate; -1: a twentieth of the steps [training]
 decay: float = 0.2  # share of the steps, the last ones, over which the learning rate falls to 0 [training]

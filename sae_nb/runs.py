@@ -341,6 +341,9 @@ def _as_name(word, longest=60):
     return f"{plain[:longest]}+{hashlib.sha256(word.encode()).hexdigest()[:6]}"
 
 
+_by_content = {"data_seed", "rows"}  # what `Run.check_content` knows
+
+
 def differences(
     p: Params,  # Parameters
 ) -> list:  # Words such as "k=16", fit for a folder's name
@@ -348,7 +351,7 @@ def differences(
     default = Params(model=p.model)
     default = fast(default) if os.environ.get("SAE_NB_FAST") else default
     usual, asked = asdict(default), public(p)
-    apart = {"variant", "model", "preset", "seed", "data_seed", "sae"} | noted("not in weights")
+    apart = {"variant", "model", "preset", "seed", "sae"} | _by_content | noted("not in weights")
     changed = [name for name in asked if name not in apart and asked[name] != usual[name]]
     words = {
         name: f"{asked[name]:g}" if isinstance(asked[name], float) else str(asked[name]) for name in changed
@@ -490,7 +493,7 @@ def _of_weights(config):
     "The part of a config that the weights depend on."
     own = {name: config.get(name, "") for name in ("seed", "variant", "preset")}
     asked = {**asdict(Params()), **config["params"], **own}
-    apart = noted("not in weights") | {"data_seed"}  # `check_content` knows the data
+    apart = noted("not in weights") | _by_content
     return {name: value for name, value in asked.items() if name not in apart}
 
 # %% ../nbs/09_runs.ipynb #runs-differs-run

@@ -8,7 +8,7 @@ __all__ = ['history_rows', 'keep_runs', 'kept_runs', 'missing_runs']
 # %% ../../nbs/reports/kept.ipynb #kept-imports
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +16,7 @@ import pandas as pd
 from ..core import *
 from .figures import RunFiles
 from .passes import Pass, methods_in, seeds_of
+from ..runs import Params
 from ..train import history_of
 
 # %% ../../nbs/reports/kept.ipynb #kept-keep
@@ -91,7 +92,8 @@ def _named(run, seed, first):
 def _else(params):
     "What a pass was asked for, but for which methods, seeds and scores."
     apart = ("variant", "preset", "seed", "evals")
-    return json.dumps({name: value for name, value in params.items() if name not in apart}, sort_keys=True)
+    asked = asdict(Params()) | params  # a parameter may be younger than a run
+    return json.dumps({name: value for name, value in asked.items() if name not in apart}, sort_keys=True)
 
 
 def _row(run):

@@ -5,13 +5,17 @@
 # %% auto #0
 __all__ = ['language', 'known', 'near', 'on_world', 'baselines', 'selectors', 'forms', 'along', 'scales', 'kept_apart', 'longer',
            'rows_of_004', 'steered', 'leaning', 'crowded', 'cures', 'forgetting', 'forgetful', 'finalists',
-           'batchtopk_on_rows', 'multi_scale', 'questions', 'Score', 'Ground', 'ground_of', 'target_of', 'row_method',
-           'tidy', 'made_by', 'again', 'study', 'study_plan', 'overlap_plan', 'restart_plan', 'watch_plan', 'unlearned',
-           'unlearn_plan', 'suite_plan', 'Question', 'pair_named', 'form_named', 'scales_named', 'long_named',
-           'cured_named', 'row_named', 'ask', 'not_yet', 'write_tidy', 'titled', 'draw_answer']
+           'batchtopk_on_rows', 'multi_scale', 'questions', 'Score', 'Ground', 'ground_of', 'target_of', 'read_by_rows',
+           'row_method', 'tidy', 'made_by', 'again', 'study', 'study_plan', 'overlap_plan', 'restart_plan',
+           'watch_plan', 'unlearned', 'unlearn_plan', 'suite_plan', 'Question', 'pair_named', 'form_named',
+           'scales_named', 'long_named', 'cured_named', 'row_named', 'ask', 'not_yet', 'write_tidy', 'titled',
+           'draw_answer']
 
 # %% ../../nbs/reports/study.ipynb #study-imports
+import functools
+import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +29,7 @@ from .passes import *
 from .statistics import Asked, compare_all, draw_compared
 from .truth import method_of
 from ..runs import Params, kind_of, params_from, public
+from ..sae import build
 from ..style import *
 
 # %% ../../nbs/reports/study.ipynb #study-scores
@@ -152,10 +157,25 @@ def _unusual(asked, ground):
     return words
 
 
+@functools.cache
+def _looks_along(variant, args, d_sae):
+    "Whether a variant with these options reads more than one token."
+    return build(variant, 8, d_sae, **json.loads(args)).sequential
+
+
+def read_by_rows(
+    config: dict,  # config.json of a run
+) -> bool:
+    "Whether the steps of training were of whole rows of text."
+    return bool((config.get("content") or {}).get("rows"))
+
+
 def _on_rows(config):
-    "A word for an SAE of one token that read whole rows of a text, because others beside it look along them."
-    beside = "-rows-" in config.get("name", "") and not config.get("preset")
-    return " rows" * (beside and kind_of(config["params"]["model"]) != "synth")
+    "A word for an SAE of one token that was trained on whole rows."
+    if not read_by_rows(config):
+        return ""
+    args = json.dumps(config["variant_args"])
+    return "" if _looks_along(config["variant"], args, config["params"]["d_sae"]) else " rows"
 
 
 def row_method(
@@ -184,6 +204,7 @@ def _rows(run, ground):
         method=row_method(run.config, ground),
         seed=run.seed,
         knob=_knob(run.config),
+        reads="rows" if read_by_rows(run.config) else "tokens",
         l0=run.number(ground.l0),
     )
     from_run = dict(run=run.name, weights=run.weights, commit=run.config.get("commit", ""))
@@ -263,7 +284,7 @@ def made_by(
 ) -> list:  # of RunFiles
     "The finished runs of a pass, known by their parameters."
     asked = public(params_from(one.given))
-    return [run for run in runs if not run.failed and run.config.get("params") == asked]
+    return [run for run in runs if not run.failed and asdict(Params()) | run.config["params"] == asked]
 
 
 def _counts(config):
@@ -276,6 +297,7 @@ def _with_k(one, config, k):
     "The parameters of a pass for one of its rows alone, with another k."
     given = {name: value for name, value in one.given.items() if name != "name"}
     given |= dict(variant=config["variant"], preset=config.get("preset", ""), k=k)
+    given |= dict(rows=True) if read_by_rows(config) else {}
     own = parse_options(given.get("options", ""))
     if "target_l0" in own:  # then it and not k is what was asked for
         given["options"] = " ".join(f"{name}={value}" for name, value in (own | dict(target_l0=k)).items())
@@ -490,6 +512,7 @@ class Question(NamedTuple):
     at: tuple = (16.0,)  # Target L0s
     grounds: tuple = ("world",)  # Models
     ground: Ground = None  # What is measured there; None: what is usual
+    across: tuple = ()  # Those of the pairs of which one reads rows and the other tokens
 
 
 def pair_named(selector, weight):
@@ -526,8 +549,8 @@ def cured_named(cure):
 
 
 def row_named(n):
-    "The name of a row of log 004 as it was meant, with its L0 steered."
-    return f"self_correcting run_{n} l1_coeff=0 error=squared"
+    "The name of a row of log 004 as it was meant, with its L0 steered; the last three look along their rows."
+    return f"self_correcting run_{n} l1_coeff=0 error=squared" + " rows" * (n < 8)
 
 # %% ../../nbs/reports/study.ipynb #study-usual
 _usual = {
@@ -581,6 +604,7 @@ questions = [
             (batchtopk_on_rows, "batchtopk"),
         ],
         _usual,
+        across=((batchtopk_on_rows, "batchtopk"),),
     ),
     Question(
         "scales",
@@ -668,6 +692,7 @@ questions += [
         ]
         + [(name, batchtopk_on_rows) for name in (multi_scale, row_named(2))],
         _slow,
+        across=((batchtopk_on_rows, "batchtopk"),),
     ),
 ]
 
@@ -677,6 +702,20 @@ def _at(question, table):
     for model in question.grounds:
         for at in question.at:
             yield model, at, table[table.chosen & (table.ground == model) & (table.target == at)]
+
+
+def _check_reads(question, table):
+    "An error for a pair of which one was trained on rows and the other on tokens, and that is not `across`."
+    for _, at, here in _at(question, table):
+        reads = here.groupby("method").reads.first()
+        for pair in question.pairs:
+            both = reads.reindex(pair).dropna()
+            if both.nunique() > 1 and pair not in question.across:
+                said = " and ".join(f"{method!r} was trained on {what}" for method, what in both.items())
+                raise InputError(
+                    f"{question.name}: at an L0 of {at:g} {said}, and rows are worth less; train what reads "
+                    "one token with -p rows True, or name the pair in `across`"
+                )
 
 
 def _tables(question, table):
@@ -701,6 +740,7 @@ def ask(
     titles = {score.title for ground in asked for score in ground.scores.values()}
     for score in question.scores:
         one_of("score", score, titles)
+    _check_reads(question, table)
     found = [*_tables(question, table)]
     if not found:
         raise InputError(

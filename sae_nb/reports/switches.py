@@ -63,7 +63,7 @@ def switch_plan(
     **more,  # Further parameters of run.ipynb, the same for all
 ) -> list:  # of Pass
     "A pass for each row of the design."
-    common = on_world | dict(k=16.0, seed=",".join(map(str, seeds)), variant="self_correcting")
+    common = on_world | dict(k=16.0, seed=",".join(map(str, seeds)), variant="self_correcting", rows=True)
     return [
         Pass(f"study-switches-{n}", "switches", common | dict(options=switch_options(row)) | more)
         for n, row in design().iterrows()
