@@ -61,7 +61,7 @@ on_worlds = [
         "time",
         "On features that last: does context buy more than shuffled neighbours, a wide kernel, or one token?",
         [(multi_scale, f"{other}/batchtopk") for other in ("temporal_shuffled", "temporal_wide")]
-        + [(multi_scale, "batchtopk"), ("tsae", "batchtopk"), ("tsae", "matryoshka")],
+        + [(multi_scale, batchtopk_on_rows), ("tsae", batchtopk_on_rows), ("tsae", "matryoshka rows")],
         _of_known,
         (5.6,),
         ("synth:1k-time",),
