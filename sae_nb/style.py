@@ -149,6 +149,13 @@ def _common(words):
     return n
 
 
+def _own(words):
+    "What not all lists have, if some is left of each and no two become alike; names of variants stay."
+    shared = {word for word in words[0] if all(word in own for own in words) and not variant_in(word)}
+    left = [[word for word in own if word not in shared] for own in words]
+    return left if all(left) and len(set(map(tuple, left))) == len(left) else words
+
+
 def _escaped(name):
     "Text for matplotlib, whether it is that already or not."
     return figure_text(name.replace(r"\$", "$"))
@@ -157,14 +164,14 @@ def _escaped(name):
 def short_names(
     names,  # Names of runs
 ) -> dict:  # name -> what is left of it
-    "Names without the words that all of them begin or end with."
+    "Names without the words that all of them have."
     names = list(names)
     own = [name for name in names if not is_null(name)]
     words = [name.split("-") for name in own]
     if len(own) > 1:
         words = [each[_common(words) :] for each in words]
         end = _common([each[::-1] for each in words])
-        words = [each[: len(each) - end] for each in words]
+        words = _own([each[: len(each) - end] for each in words])
     short = dict(zip(own, ("-".join(each) for each in words)))
     return {name: _escaped(short.get(name, name)) for name in names}
 
