@@ -23,6 +23,7 @@ from .reports.figures import as_tex
 from .reports.grounds import *
 from .reports.kept import kept_runs, missing_runs
 from .reports.manuscript import *
+from .reports.passes import by_way
 from .reports.study import *
 from .reports.switches import all_effects, draw_effects, switch_table
 from .style import *
@@ -40,6 +41,8 @@ def read_results(
             raise InputError(
                 f"{name}.jsonl lacks {len(lost)} runs of its passes, such as {lost[0]}; restore them"
             )
+    looks_along = set(by_way()["along"])
+    found["real"] = [run for run in found["real"] if run.variant not in looks_along]
     return found
 
 # %% ../nbs/99_paper.ipynb #paper-asked
@@ -72,23 +75,12 @@ on_worlds = [
         ("synth:1k",),
     ),
 ]
-_of_real = dict.fromkeys(("EV", "loss recovered", "one-latent probe", "letter F1", "full absorption"))
 on_real = [
-    Question(
-        "contextsmol",
-        "On SmolLM2: does context buy more than shuffled neighbours, a wide kernel, or one token?",
-        [(multi_scale, f"{other}/batchtopk") for other in ("temporal_shuffled", "temporal_wide")]
-        + [(multi_scale, batchtopk_on_rows), ("tsae", batchtopk_on_rows), (batchtopk_on_rows, "batchtopk")],
-        _of_real,
-        (32.0,),
-        ("smollm2",),
-        across=((batchtopk_on_rows, "batchtopk"),),
-    ),
     Question(
         "selfsmol",
         "On SmolLM2: what do interference and reactivation add to z-score thresholds?",
         [("self_correcting", "zscore"), ("self_correcting", "batchtopk"), ("zscore", "batchtopk")],
-        _of_real,
+        dict.fromkeys(("EV", "loss recovered", "one-latent probe", "letter F1", "full absorption")),
         (32.0,),
         ("smollm2",),
     ),
