@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+import sae_nb
 from ..core import *
 from ..experiment import listed
 from ..runs import Params, params_from, public, run_status
@@ -165,6 +166,12 @@ papermill.execute_notebook(**json.load(sys.stdin))
 """  # it ends with the process that began it; so does a kernel, with its own
 
 
+def _same_code():
+    "What makes a process import this package, and not another clone that happens to be installed."
+    first = str(Path(sae_nb.__file__).resolve().parents[1])
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [first, os.environ.get("PYTHONPATH", "")]))}
+
+
 def start_pass(
     one: Pass,
     here: Path,  # Holds runs/
@@ -173,7 +180,7 @@ def start_pass(
     "Begin to execute a pass in a process of its own."
     page = here / "runs" / f"{one.name}.ipynb"
     asked = dict(input_path=run_notebook(), output_path=str(page), parameters=one.given, cwd=str(here))
-    env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    env = os.environ | _same_code() | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with open(page.with_suffix(".log"), "wb") as log:
         how = dict(stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, text=True)
         process = subprocess.Popen([sys.executable, "-c", _execute], **how)
