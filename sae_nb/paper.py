@@ -34,7 +34,7 @@ def read_results(
 ) -> dict:  # "truth", "study" and so on -> list of RunFiles
     "The runs that the paper reads, or an error that names one that is missing."
     folder, found = Path(folder or root() / "runs"), {}
-    for name in ("truth", "study", "real", "restarts", "pairs", "switches"):
+    for name in ("truth", "study", "real", "slower", "restarts", "pairs", "switches"):
         found[name] = kept_runs(folder / f"{name}.jsonl")
         lost = missing_runs(found[name])
         if lost:
@@ -75,12 +75,23 @@ on_worlds = [
         ("synth:1k",),
     ),
 ]
+_of_real = dict.fromkeys(("EV", "loss recovered", "one-latent probe", "letter F1", "full absorption"))
 on_real = [
+    Question(
+        "contextslow",
+        "On SmolLM2, at half the learning rate: does context buy more than shuffled neighbours, a wide "
+        "kernel, or one token?",
+        [(multi_scale, f"{other}/batchtopk") for other in ("temporal_shuffled", "temporal_wide")]
+        + [(multi_scale, batchtopk_on_rows)],
+        dict.fromkeys(("EV", "loss recovered", "alive")),
+        (32.0,),
+        ("smollm2",),
+    ),
     Question(
         "selfsmol",
         "On SmolLM2: what do interference and reactivation add to z-score thresholds?",
         [("self_correcting", "zscore"), ("self_correcting", "batchtopk"), ("zscore", "batchtopk")],
-        dict.fromkeys(("EV", "loss recovered", "one-latent probe", "letter F1", "full absorption")),
+        _of_real,
         (32.0,),
         ("smollm2",),
     ),
@@ -185,7 +196,8 @@ def _ask(self: Results):
     self.answered = {q.name: tables[q.name] for q in questions}
     for q in on_worlds:
         self.answered[q.name] = of_world(self.runs["truth"], q.grounds[0], q.at[0])
-    self.answered |= {q.name: tidy(self.runs["real"]) for q in on_real}
+    lines_of = dict(contextslow="slower")
+    self.answered |= {q.name: tidy(self.runs[lines_of.get(q.name, "real")]) for q in on_real}
     self.questions = {q.name: q for q in [*questions, *on_worlds, *on_real]}
     for name, question in self.questions.items():
         check_asked(question, self.answered[name])
