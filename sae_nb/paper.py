@@ -75,6 +75,8 @@ on_worlds = [
         ("synth:1k",),
     ),
 ]
+
+# %% ../nbs/99_paper.ipynb #paper-asked-real
 _of_real = dict.fromkeys(("EV", "loss recovered", "one-latent probe", "letter F1", "full absorption"))
 on_real = [
     Question(
